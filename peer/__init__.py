@@ -1,0 +1,1 @@
+"""The daemon, the network, the disk, and everything a person sees."""

@@ -1,0 +1,181 @@
+"""Every limit of the protocol, with its unit and its reason. Nothing else may hard-code one."""
+
+from __future__ import annotations
+
+from typing import Final
+
+# --- bytes on the wire -------------------------------------------------------------------------------------
+GOSSIP_RECORD_BYTES_MAX: Final = 32 * 1024  # a bundle; py-libp2p drops RPCs above 1 MiB without a word
+MESSAGE_BYTES_MAX: Final = 1024 * 1024  # one direct message: the largest is a check request with its receipts
+CONTROL_BODY_BYTES_MAX: Final = 8 * 1024 * 1024  # one control call; programs and data travel as blobs
+BLOB_BYTES_MAX: Final = 16 * 1024**3  # one blob: a 1.3B-parameter AdamW checkpoint in float32
+BLOB_CHUNK_BYTES: Final = 1024 * 1024  # the unit of transfer, resume and hashing of a blob
+
+# --- programs ----------------------------------------------------------------------------------------------
+PROGRAM_BYTES_MAX: Final = 16 * 1024 * 1024  # 7B parameters is about 6,218 nodes; 16 MiB is 20 times that
+PROGRAM_NODES_MAX: Final = 100_000
+PROGRAM_INPUTS_MAX: Final = 20_000
+PROGRAM_CONSTANTS_MAX: Final = 1024  # literal tensors
+PROGRAM_OPERATIONS_MAX: Final = 2**60  # operations of one step: what TaskSpec can state
+PROGRAM_PEAK_BYTES_MAX: Final = 2**44  # bytes one step holds: 16 TiB, more than any machine that could bid
+LITERAL_BYTES_MAX: Final = 64 * 1024  # one literal tensor: a rotary table, not a weight
+NODE_LIST_MAX: Final = 4096  # tensors one `cat` joins: a 64x64 convolution window
+PRODUCT_LENGTH_MAX: Final = 2**31  # the inner dimension of a product, in elements
+RANDOM_NODES_MAX: Final = 2**31 - 1  # stream numbers below those of the init rules
+TENSOR_RANK_MAX: Final = 8
+TENSOR_ELEMENTS_MAX: Final = 2**40
+TASK_STEPS_MAX: Final = 10_000_000
+TASK_SEGMENTS_MAX: Final = 1024  # receipts of one agreement travel in one message
+
+# --- checkpoints -------------------------------------------------------------------------------------------
+SAFETENSORS_HEADER_BYTES_MAX: Final = 16 * 1024 * 1024
+SAFETENSORS_TENSORS_MAX: Final = 20_000
+TILE_SIDE: Final = 32  # DESIGN §7: a tensor's root is over its 32x32 float32 tiles of 4 KiB
+
+# --- gossip and peers --------------------------------------------------------------------------------------
+GOSSIP_RECORDS_PER_SECOND_MAX: Final = 200  # per author; above it the author's records are dropped and counted
+PEERS_MAX: Final = 1000  # connections; stock py-libp2p fills at 500 half-open ones
+CLOCK_SKEW_NS_MAX: Final = 300 * 10**9  # a record dated further ahead than this is refused
+RECORD_LIFETIME_NS_MAX: Final = 24 * 3600 * 10**9  # nothing gossiped lives longer than a day
+
+# --- money -------------------------------------------------------------------------------------------------
+MICRO_PER_CREDIT: Final = 1_000_000
+AMOUNT_MICRO_MAX: Final = 10**15  # a billion credits: sums of 1,000 of them stay far inside 63 bits
+
+# --- the node ----------------------------------------------------------------------------------------------
+TICK_MS: Final = 100  # timers and gossip bundles; one tick costs about 50 microseconds
+RESEND_NS: Final = 2 * 10**9  # an unanswered direct message is repeated after this
+OFFER_REPEAT_NS: Final = 5 * 10**9  # an open offer is gossiped again: gossip may lose it
+ASK_REPEAT_NS: Final = 60 * 10**9  # a live ask is gossiped again, well inside its lifetime of ten minutes
+SYNC_NS: Final = 15 * 10**9  # how often the settlement log is compared with one connected peer's
+BUNDLE_RECORDS_MAX: Final = 64  # records gossiped together per tick
+BOOK_OFFERS_MAX: Final = 10_000
+BOOK_ASKS_MAX: Final = 100_000
+BOOK_BIDS_PER_OFFER_MAX: Final = 256
+BOOK_OFFERS_PER_AUTHOR_MAX: Final = 64  # one key cannot fill the book
+BOOK_ASKS_PER_AUTHOR_MAX: Final = 64
+JOBS_OPEN_MAX: Final = 256  # of one submitter's daemon
+PENDING_SETTLEMENT_MAX: Final = 1024  # records that wait for one they depend on
+SETTLEMENT_LOG_MAX: Final = 16_384  # ids one SyncIds message can carry; beyond it notaries take over
+EVENTS_PER_JOB_MAX: Final = 20_000  # lines kept for `job logs`
+
+# --- matching ----------------------------------------------------------------------------------------------
+EXPLORATION_PERMILLE: Final = 50  # rounds in which a newcomer goes first, or nobody new ever gets work
+NEWCOMER_DEALS: Final = 10  # below this many verified deals a solver is a newcomer (BOINC's rule, NOTES)
+
+# --- sandboxed worker (DESIGN §12) ----------------------------------------------------------------------------
+SANDBOX_FRAME_BYTES_MAX: Final = 64 * 1024  # one reply frame; checkpoints follow their header as raw bytes
+SANDBOX_REQUEST_BYTES_MAX: Final = MESSAGE_BYTES_MAX + 64 * 1024  # the task as it travels, plus names and numbers
+SANDBOX_ARRAYS_MAX: Final = 64  # as many as a TaskSpec holds; with program and base far below SCM_MAX_FD (253)
+SANDBOX_TEXT_CHARS_MAX: Final = 2000  # one sentence a worker says about its failure
+SANDBOX_LOG_KEPT_BYTES: Final = 64 * 1024  # the last of stdout and stderr: where the cause of a failure stands
+SANDBOX_LOG_BYTES_MAX: Final = 16 * 1024 * 1024  # a worker that prints more is killed
+SANDBOX_START_SECONDS_MAX: Final = 60.0  # cold import of torch takes 2-6 s, 10 times that on a loaded machine
+SANDBOX_DEATH_SECONDS_MAX: Final = 10.0  # from SIGKILL to proven death; longer means a stuck kernel
+SANDBOX_PROBE_SECONDS_MAX: Final = 20.0  # one canary; it takes 0.2-0.7 s
+SANDBOX_POOL_MAX: Final = 2  # warm workers of about 300 MB each
+SANDBOX_WARM_SECONDS_MAX: Final = 600.0  # an unused warm worker is stopped: an idle daemon must stay small
+SANDBOX_SCRATCH_BYTES: Final = 16 * 1024 * 1024  # /scratch inside; a graph writes nothing there
+SANDBOX_PROCESSES_MAX: Final = 64  # processes and threads together
+SANDBOX_FILES_MAX: Final = 256  # open descriptors: 66 inputs and what Python and torch open
+SANDBOX_MEMORY_BYTES_MIN: Final = 1024 * 1024 * 1024  # torch alone takes 300 MB, its libraries mapped 1 GB
+SANDBOX_ADDRESS_SLACK_BYTES: Final = 16 * 1024**3  # libraries and arenas reserve addresses they never fill
+
+# --- ledger and store --------------------------------------------------------------------------------------
+BALANCE_MICRO_MAX: Final = 2**62  # one account, and all deposits together: SQLite and the wire hold 63 bits
+ENTRY_POSTINGS_MAX: Final = 256  # one entry: both parties' buckets and a posting for each share
+ENTRY_SHARES_MAX: Final = 240  # fees or checker costs of one entry; leaves room for the parties' postings
+ENTRY_MEMO_CHARS_MAX: Final = 200
+STORE_TABLE_CHARS_MAX: Final = 32  # the name of a key-value table
+STORE_KEY_BYTES_MAX: Final = 256
+STORE_VALUE_BYTES_MAX: Final = 2 * 1024 * 1024  # one record or one node snapshot; programs and data are blobs
+STORE_GROUP_ROWS_MAX: Final = 100_000  # one transaction: about a second of writing on a slow disk
+STORE_BUSY_MS: Final = 5_000  # an inspecting sqlite3 shell may hold the file so long before we give up
+STORE_WAL_BYTES_MAX: Final = 64 * 1024 * 1024  # the log file is cut back to this after a burst
+EVENT_JOB_CHARS_MAX: Final = 128
+EVENT_LINE_CHARS_MAX: Final = 4_096  # a longer log line is cut and marked, never refused
+EVENTS_MAX: Final = 200_000  # the newest lines of all jobs: at most about 800 MB, typically 20 MB
+WORK_FAILURES_MAX: Final = 3  # a solver tries a failing worker this often before it gives the deal up
+CHECKS_QUEUED_MAX: Final = 4  # a checker takes no more cases than this at a time
+
+# --- connections and streams (peer/yamux.py, peer/host.py) -------------------------------------------------
+MUX_WINDOW_BYTES: Final = 256 * 1024  # the yamux specification's initial window of a stream
+MUX_WINDOW_BYTES_MAX: Final = 1024 * 1024  # what a stream whose reader keeps up grows to: 20 MB/s at 50 ms
+MUX_FRAME_BYTES_MAX: Final = 65_507  # with its 12-byte header exactly one Noise message (65,535 - 16)
+MUX_STREAMS_INBOUND_MAX: Final = 64  # open streams one peer may hold: 64 MiB of windows at the very worst
+MUX_STREAMS_OUTBOUND_MAX: Final = 64  # as many as the other side accepts
+MUX_OUTBOX_BYTES_MAX: Final = 512 * 1024  # framed bytes that wait for the socket; senders wait above it
+MUX_CONTROL_FRAMES_MAX: Final = 1024  # answers that wait; who provokes more is flooding
+MUX_KEEPALIVE_SECONDS: Final = 10.0  # silence after which we ping
+MUX_SILENCE_SECONDS_MAX: Final = 30.0  # silence after which the connection is dead
+MUX_STALL_SECONDS_MAX: Final = 30.0  # a socket that takes no byte for so long is dead
+MUX_LINGER_SECONDS_MAX: Final = 60.0  # a stream we closed and the peer did not is reset after this
+HANDSHAKE_SECONDS_MAX: Final = 4.0  # Noise and yamux together; NOTES: with 4 s a half-open flood is survived
+HALF_OPEN_PER_ADDRESS_MAX: Final = 64  # unauthenticated connections of one address; the oldest gives way
+HALF_OPEN_MAX: Final = 256  # of all addresses
+INBOUND_PER_ADDRESS_MAX: Final = 256  # connections of one address: a swarm behind one router, or on one machine
+CONNECTIONS_PER_PEER_MAX: Final = 2  # two peers that dial each other at once make two
+NEGOTIATE_BYTES_MAX: Final = 1024  # one multistream-select line
+NEGOTIATE_SECONDS_MAX: Final = 10.0
+CONNECT_SECONDS_MAX: Final = 10.0  # one dial with its handshake; 20-250 ms on a LAN
+SEND_SECONDS_MAX: Final = 10.0  # one direct message, connecting included
+KNOWN_PEERS_MAX: Final = 1024  # peers whose addresses we keep and redial; the oldest gives way
+KNOWN_ADDRESSES_PER_PEER_MAX: Final = 8
+REDIAL_SECONDS_MIN: Final = 1.0
+REDIAL_SECONDS_MAX: Final = 60.0
+HOST_EVENTS_MAX: Final = 512  # events that wait for the node; gossip may fill half of it, the rest waits
+MESSAGES_PER_SECOND_MAX: Final = 200  # direct messages read from one peer; above it the stream is read slower
+GOSSIP_PER_FORWARDER_MAX: Final = 1000  # new gossip messages a second from one neighbour, about a core's worth
+GOSSIP_BYTES_PER_SECOND_MAX: Final = 8 * 1024 * 1024  # of all neighbours: the message cache keeps 6 s of it
+GOSSIP_QUEUE_BYTES_MAX: Final = 8 * 1024 * 1024  # what waits for one slow neighbour; above it is dropped
+GOSSIP_QUEUE_RPCS_MAX: Final = 1024  # stock py-libp2p: 32
+GOSSIP_CONTROL_IDS_MAX: Final = 512  # message ids read from one RPC's IHAVE
+GOSSIP_WANTED_IDS_MAX: Final = 32  # distinct messages one RPC may ask back: 32 x 32 KiB is one full RPC
+PENALTIES_MAX: Final = 8  # penalties, one forgiven a minute, at which a peer is banned
+BAN_SECONDS: Final = 600.0
+STANDINGS_MAX: Final = 10_000  # peers whose penalties are remembered; the oldest is forgotten
+
+# --- blobs on the wire -------------------------------------------------------------------------------------
+BLOB_PIPELINE_CHUNKS: Final = 8  # chunks asked for ahead: 8 MiB in flight
+BLOB_STREAMS_PER_PEER_MAX: Final = 4  # downloads one peer may run here at once
+BLOB_STREAMS_MAX: Final = 32  # of all peers
+BLOB_IDLE_SECONDS_MAX: Final = 30.0  # a download that moves no byte for so long goes to another peer
+BLOB_PARTIALS_MAX: Final = 64  # unfinished downloads kept for resuming; the oldest is removed
+SOLVER_REST_NS: Final = 120 * 10**9  # a solver that was lost or refused may have the same job again after this
+
+# --- who knows whom (peer/book.py) -------------------------------------------------------------------------
+LINKS_WANTED: Final = 8  # below this a host dials peers it heard of; gossipsub's mesh wants 6
+REDIALS_MAX: Final = 6  # failures in a row after which an address nobody asked for is forgotten
+PEERS_TOLD_MAX: Final = 64  # peers whose addresses are told to a newcomer
+ANNOUNCED_ADDRESSES_MAX: Final = 4  # addresses one peer announces, and one invite holds
+ANNOUNCE_SECONDS: Final = 300.0  # our addresses are gossiped again: at 10,000 peers 33 records/s
+MOOT_RECORDS_MAX: Final = 4  # valid records of one channel after its end: kept, without effect
+FREEZE_WINDOWS: Final = 10  # claim windows a claim waits longer after one wrong verdict: time for a quorum
+
+# --- the daemon --------------------------------------------------------------------------------------------
+INBOX_MAX: Final = 4096  # inputs that wait for the node
+INPUTS_PER_COMMIT_MAX: Final = 256  # group commit: one fsync for all that came together
+OUTGOING_MESSAGES_MAX: Final = 1024  # direct messages that wait for one slow peer; more are dropped and counted
+LISTENER_EVENTS_MAX: Final = 4096  # events that wait for one `job logs -f`
+SEGMENT_SECONDS_MAX: Final = 3600  # wall time of one segment before its worker is killed
+BLOB_STORE_BYTES_MAX: Final = 64 * 1024**3  # unpinned blobs beyond this are evicted, oldest first
+DIAL_DELAY_S_MIN: Final = 1.0
+DIAL_DELAY_S_MAX: Final = 60.0
+
+# --- bundles (protocol/bundle.py) --------------------------------------------------------------------------
+BUNDLE_BYTES_MAX: Final = 64 * 1024 * 1024  # proof.json: 1,024 receipts are 1.5 MB in hex, times the deals of a bad day
+BUNDLE_DEALS_MAX: Final = 1024
+BUNDLE_DEAL_RECORDS_MAX: Final = 64  # verdicts, or closing records, of one deal
+NETWORK_FILE_BYTES_MAX: Final = 1024 * 1024  # 5,000 deposits
+
+# --- the control socket (peer/control.py) ------------------------------------------------------------------
+CONTROL_HEADER_BYTES_MAX: Final = 16 * 1024  # h11's own limit of one incomplete event
+CONTROL_HEADER_SECONDS_MAX: Final = 10.0  # a client that does not finish its headers in this is cut off
+CONTROL_IDLE_SECONDS_MAX: Final = 60.0  # a body, or a reader, that moves no byte for so long is cut off
+CONTROL_KEEP_SECONDS_MAX: Final = 30.0  # an idle connection is kept for the next call
+CONTROL_CONNECTIONS_MAX: Final = 64  # a dashboard and a few dozen followers
+CONTROL_CHUNK_BYTES: Final = 256 * 1024  # of a blob on its way through the socket
+CONTROL_DEPTH_MAX: Final = 16  # nesting of a command's JSON; our deepest has 2
+
+# --- exact arithmetic --------------------------------------------------------------------------------------
+FREED_MEMORY_KEPT_BYTES_MAX: Final = 512 * 1024**2  # by a worker: page faults cost exact products 3 times their work

@@ -1,0 +1,110 @@
+"""The habits of STYLE that a machine can check, from the first commit on."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("protocol", "market", "worker", "peer")
+SOURCES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+OTHERS = sorted([*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "examples").rglob("*.py")])
+ALLOWED_IMPORTS = {
+    "protocol": {"protocol"},
+    "market": {"market", "protocol"},
+    "worker": {"worker", "protocol"},
+    "peer": set(PACKAGES),
+}
+BANNED_NAMES = {"utils", "helpers", "common", "misc"}
+MODULE_LINES_MAX = 500
+FUNCTION_LINES_MAX = 70
+PURE_FORBIDDEN = {"trio", "socket", "threading", "time", "random", "secrets", "sqlite3", "subprocess", "asyncio"}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imports_of(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_point_downwards(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    for module in imports_of(ast.parse(path.read_text())):
+        top = module.split(".")[0]
+        if top in PACKAGES:
+            assert top in ALLOWED_IMPORTS[package], f"{name_of(path)} imports {module}"
+        if top == "libp2p":
+            assert name_of(path) == "peer/host.py", "libp2p is imported in peer/host.py only"
+        if top == "sqlite3":
+            assert "sqlite" in path.name or name_of(path) == "peer/store.py", name_of(path)
+        if top == "torch":
+            assert package == "worker", "torch is imported in worker/ only"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in SOURCES if p.parts[-2] in ("protocol", "market") or name_of(p) in ("peer/node.py",)
+     or "/node" in name_of(p)],
+    ids=name_of,
+)
+def test_pure_layers_touch_no_world(path: Path) -> None:
+    used = {module.split(".")[0] for module in imports_of(ast.parse(path.read_text()))}
+    if "sqlite" not in path.name:
+        assert not used & PURE_FORBIDDEN, f"{name_of(path)} imports {used & PURE_FORBIDDEN}"
+    assert "open(" not in re.sub(r"\w+open\(|\.open\(", "", path.read_text()), f"{name_of(path)} opens files"
+
+
+@pytest.mark.parametrize("path", SOURCES + TESTS + OTHERS, ids=name_of)
+def test_modules_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= MODULE_LINES_MAX, f"{name_of(path)} is too long"
+    assert path.stem not in BANNED_NAMES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= FUNCTION_LINES_MAX, f"{name_of(path)}:{node.lineno} {node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", SOURCES + OTHERS, ids=name_of)
+def test_no_broad_except(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ExceptHandler):
+            kinds = [node.type] if not isinstance(node.type, ast.Tuple) else list(node.type.elts)
+            for kind in kinds:
+                assert kind is not None, f"{name_of(path)}:{node.lineno} bare except"
+                broad = isinstance(kind, ast.Name) and kind.id in ("Exception", "BaseException")
+                assert not broad, f"{name_of(path)}:{node.lineno} catches {ast.unparse(kind)}"
+
+
+@pytest.mark.parametrize("path", [p for p in TESTS if "swarm" not in name_of(p)], ids=name_of)
+def test_tests_never_sleep(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "sleep":
+            assert isinstance(node.func.value, ast.Name)
+            assert node.func.value.id != "time", f"{name_of(path)}:{node.lineno} sleeps"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_every_module_and_export_is_documented(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), f"{name_of(path)} has no module docstring"
+    exported: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
+            exported = set(ast.literal_eval(node.value))
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name in exported:
+            assert ast.get_docstring(node), f"{name_of(path)}:{node.lineno} {node.name} has no docstring"
