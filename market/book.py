@@ -1,0 +1,128 @@
+"""One peer's order book: the live offers, asks and bids it has heard of. Bounded, expiring, per-author limits.
+
+It promises that the same records in any order make the same book, once all are in: under gossip nobody agrees on
+arrival order, so nothing here depends on it. It knows neither peers' connections nor the ledger.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from protocol import params
+from protocol.errors import LimitExceeded, MalformedRecord, VerificationFailed
+from protocol.records import Ask, Bid, Offer
+
+__all__ = ["OrderBook", "check_times"]
+
+
+def check_times(*, created_ns: int, expires_ns: int, now_ns: int) -> None:
+    """Refuse a record from the future, already expired, or too long-lived. Raises VerificationFailed."""
+    if created_ns > now_ns + params.CLOCK_SKEW_NS_MAX:
+        ahead_s = (created_ns - now_ns) // 10**9
+        raise VerificationFailed(
+            f"record dated {ahead_s} s in the future",
+            why="one of the two clocks is wrong",
+            next_step="check the clock with `timedatectl`; `ichiba doctor` compares it with your peers'",
+        )
+    if expires_ns <= now_ns:
+        raise VerificationFailed(f"record expired {(now_ns - expires_ns) // 10**9} s ago")
+    if expires_ns - created_ns > params.RECORD_LIFETIME_NS_MAX or expires_ns <= created_ns:
+        raise MalformedRecord("record lives longer than a day, or no time at all")
+
+
+@dataclass
+class OrderBook:
+    """Offers by id, asks by (peer, slot), bids by offer and solver."""
+
+    offers: dict[bytes, Offer] = field(default_factory=dict)
+    asks: dict[tuple[bytes, int], Ask] = field(default_factory=dict)
+    bids: dict[bytes, dict[bytes, tuple[bytes, Bid]]] = field(default_factory=dict)
+    taken: dict[bytes, int] = field(default_factory=dict)  # offers that became agreements -> when they may be forgotten
+    equivocations: dict[bytes, int] = field(default_factory=dict)  # author -> times caught
+
+    def add_offer(self, offer_id: bytes, offer: Offer, *, now_ns: int) -> bool:
+        """True if the offer is new. Raises VerificationFailed, MalformedRecord or LimitExceeded."""
+        check_times(created_ns=offer.created_ns, expires_ns=offer.expires_ns, now_ns=now_ns)
+        if offer.first_segment >= offer.last_segment or not offer.operations:
+            raise MalformedRecord("offer of no work")
+        if offer_id in self.offers or offer_id in self.taken:
+            return False
+        mine = sum(1 for other in self.offers.values() if other.submitter == offer.submitter)
+        if mine >= params.BOOK_OFFERS_PER_AUTHOR_MAX:
+            raise LimitExceeded(f"more than {params.BOOK_OFFERS_PER_AUTHOR_MAX} live offers of one submitter")
+        if len(self.offers) >= params.BOOK_OFFERS_MAX:
+            raise LimitExceeded("the book is full of offers")
+        self.offers[offer_id] = offer
+        return True
+
+    def add_ask(self, ask: Ask, *, now_ns: int) -> bool:
+        """True if the ask replaces what stood in its slot. Raises as `add_offer`."""
+        check_times(created_ns=ask.created_ns, expires_ns=ask.expires_ns, now_ns=now_ns)
+        key = (ask.peer, ask.slot)
+        old = self.asks.get(key)
+        if old is not None and old.sequence >= ask.sequence:
+            if old.sequence == ask.sequence and old != ask:
+                self.equivocations[ask.peer] = self.equivocations.get(ask.peer, 0) + 1
+                raise VerificationFailed("two asks of one slot and sequence number", why="the peer equivocates")
+            return False
+        if old is None:
+            if sum(1 for peer, _ in self.asks if peer == ask.peer) >= params.BOOK_ASKS_PER_AUTHOR_MAX:
+                raise LimitExceeded(f"more than {params.BOOK_ASKS_PER_AUTHOR_MAX} asks of one peer")
+            if len(self.asks) >= params.BOOK_ASKS_MAX:
+                raise LimitExceeded("the book is full of asks")
+        self.asks[key] = ask
+        return True
+
+    def add_bid(self, bid_id: bytes, bid: Bid, *, now_ns: int) -> bool:
+        """True if the bid is its solver's newest on its offer. Bids on unknown offers are kept too (gossip
+        does not keep order). Raises as `add_offer`."""
+        check_times(created_ns=bid.created_ns, expires_ns=bid.expires_ns, now_ns=now_ns)
+        if bid.offer not in self.bids and len(self.bids) >= params.BOOK_OFFERS_MAX:
+            raise LimitExceeded("the book is full of bids")
+        on_offer = self.bids.setdefault(bid.offer, {})
+        old = on_offer.get(bid.solver)
+        if old is not None and old[1].nonce >= bid.nonce:
+            if old[1].nonce == bid.nonce and old[0] != bid_id:
+                self.equivocations[bid.solver] = self.equivocations.get(bid.solver, 0) + 1
+                raise VerificationFailed("two bids of one nonce", why="the peer equivocates")
+            return False
+        if old is None and len(on_offer) >= params.BOOK_BIDS_PER_OFFER_MAX:
+            raise LimitExceeded("too many bids on one offer")
+        on_offer[bid.solver] = (bid_id, bid)
+        return True
+
+    def remove_offer(self, offer_id: bytes) -> None:
+        """Forget an offer and its bids."""
+        self.offers.pop(offer_id, None)
+        self.bids.pop(offer_id, None)
+
+    def take_offer(self, offer_id: bytes, *, now_ns: int) -> None:
+        """The offer became an agreement: drop it, and refuse late copies for as long as any could live."""
+        self.remove_offer(offer_id)
+        self.taken[offer_id] = now_ns + params.RECORD_LIFETIME_NS_MAX
+
+    def live_bids(self, offer_id: bytes, *, now_ns: int) -> list[tuple[bytes, Bid]]:
+        """The unexpired bids on an offer as (id, bid), in order of their ids."""
+        return sorted((i, b) for i, b in self.bids.get(offer_id, {}).values() if now_ns < b.expires_ns)
+
+    def live_asks(self, *, role: int, now_ns: int) -> list[Ask]:
+        """The unexpired asks of peers in `role`, in order of their keys."""
+        live = [a for a in self.asks.values() if a.roles & role and now_ns < a.expires_ns]
+        return sorted(live, key=lambda a: (a.peer, a.slot))
+
+    def expire(self, *, now_ns: int) -> list[bytes]:
+        """Drop what is past its time. Returns the ids of expired offers."""
+        gone = [i for i, offer in self.offers.items() if offer.expires_ns <= now_ns]
+        for offer_id in gone:
+            self.remove_offer(offer_id)
+        for offer_id in [i for i, until in self.taken.items() if until <= now_ns]:
+            del self.taken[offer_id]
+        for key in [k for k, ask in self.asks.items() if ask.expires_ns <= now_ns]:
+            del self.asks[key]
+        for offer_id in list(self.bids):
+            live = {s: pair for s, pair in self.bids[offer_id].items() if pair[1].expires_ns > now_ns}
+            if live:
+                self.bids[offer_id] = live
+            else:
+                del self.bids[offer_id]
+        return gone

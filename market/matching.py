@@ -1,0 +1,159 @@
+"""Who gets the work: a deterministic rule over signed bids, so that anyone holding them can audit a match.
+
+Score, in micro-credits, smaller is better: the price of the work, plus what a failure would cost times its
+pessimistic probability, plus the price of waiting. Every bid that is passed over gets a typed reason. DESIGN §9.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from protocol import params
+from protocol.codec import blake
+from protocol.records import Bid, Offer, amount_for
+
+__all__ = ["Choice", "Record", "Refusal", "Scored", "match_round", "refuse_bid", "refuse_offer", "trust_ppm"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A solver's history from co-signed evidence: deals that ended right, and deals that ended wrong or lost."""
+
+    right: int = 0
+    wrong: int = 0
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why not: a stable code, and a sentence with the values that decided."""
+
+    code: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A feasible bid and the parts of its score, in micro-credits."""
+
+    bid_id: bytes
+    solver: bytes
+    price_micro: int
+    risk_micro: int
+    wait_micro: int
+
+    @property
+    def score_micro(self) -> int:
+        """The sum that is minimised."""
+        return self.price_micro + self.risk_micro + self.wait_micro
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One round's outcome: the winner (or None), every feasible bid best first, every refused one with its why."""
+
+    winner: Scored | None
+    ranked: tuple[Scored, ...]
+    refused: tuple[tuple[bytes, Refusal], ...]
+    explored: bool = False
+
+
+def trust_ppm(record: Record) -> int:
+    """A pessimistic chance that the solver delivers, in parts per million.
+
+    The mean of the Beta(right + 1, wrong + 1) posterior less one standard deviation (Jøsang and Ismail, The Beta
+    Reputation System, 2002; the lower bound ranks an unknown peer below a proven one).
+    """
+    a, b = record.right + 1, record.wrong + 1
+    mean = a / (a + b)
+    deviation = math.sqrt(a * b / ((a + b) ** 2 * (a + b + 1)))
+    return max(0, int(1_000_000 * (mean - deviation)))
+
+
+def refuse_offer(
+    offer: Offer, *, unit_price: int, memory_bytes: int, sandbox: int, stake_micro: int, slots_free: int
+) -> Refusal | None:
+    """Why a solver with these means does not bid on `offer`, or None."""
+    if offer.unit_price_max < unit_price:
+        return Refusal("price", f"offers at most {offer.unit_price_max}, this peer asks {unit_price} per Gop")
+    if offer.memory_bytes > memory_bytes:
+        return Refusal("memory", f"needs {offer.memory_bytes >> 20} MiB, {memory_bytes >> 20} MiB are allowed")
+    if offer.sandbox > sandbox:
+        return Refusal("sandbox", f"needs sandbox level {offer.sandbox}, this machine proves {sandbox}")
+    if offer.mode != "exact":
+        return Refusal("mode", "native mode needs a profiled threshold, which this version does not have")
+    if offer.lock_micro > stake_micro:
+        return Refusal("stake", f"locks {offer.lock_micro} of stake, {stake_micro} micro-credits are free")
+    if not slots_free:
+        return Refusal("busy", "every slot of this peer is taken")
+    return None
+
+
+def refuse_bid(
+    offer: Offer, bid: Bid, *, free_stake_micro: int, excluded: Collection[bytes], reachable: bool
+) -> Refusal | None:
+    """Why `bid` cannot win `offer`, or None."""
+    if bid.solver in excluded:
+        return Refusal("excluded", "this solver failed this job, and others go first")
+    if bid.solver == offer.submitter:
+        return Refusal("self", "a submitter does not solve its own job")
+    if not reachable:
+        return Refusal("unreachable", "no connection to the solver at present")
+    if bid.unit_price > offer.unit_price_max:
+        percent = 100 * (bid.unit_price - offer.unit_price_max) // max(1, offer.unit_price_max) + 1
+        return Refusal("price", f"asks {bid.unit_price} per Gop, limit {offer.unit_price_max} ({percent} % more)")
+    if bid.operations_cap < offer.operations:
+        return Refusal("operations", f"caps at {bid.operations_cap} operations, {offer.operations} are needed")
+    if bid.sandbox < offer.sandbox:
+        return Refusal("sandbox", f"sandbox level {bid.sandbox}, {offer.sandbox} is needed")
+    if bid.lock_micro < offer.lock_micro:
+        return Refusal("lock", f"locks {bid.lock_micro}, {offer.lock_micro} micro-credits are asked")
+    if bid.lock_micro > free_stake_micro:
+        return Refusal("stake", f"promises a lock of {bid.lock_micro}, holds {free_stake_micro} free stake")
+    return None
+
+
+def match_round(
+    offer: Offer,
+    offer_id: bytes,
+    bids: Sequence[tuple[bytes, Bid]],
+    *,
+    round_number: int,
+    free_stake_micro: Callable[[bytes], int],
+    record_of: Callable[[bytes], Record],
+    excluded: Collection[bytes],
+    reachable: Callable[[bytes], bool],
+) -> Choice:
+    """The best bid for one offer in one round. Ties go to the smaller bid id; nothing depends on arrival.
+
+    In EXPLORATION_PERMILLE of rounds, drawn by the hash of offer and round, the best newcomer goes first.
+    Waiting is priced so that an hour costs as much as the work itself.
+    """
+    scored, refused = [], []
+    for bid_id, bid in bids:
+        refusal = refuse_bid(
+            offer,
+            bid,
+            free_stake_micro=free_stake_micro(bid.solver),
+            excluded=excluded,
+            reachable=reachable(bid.solver),
+        )
+        if refusal is not None:
+            refused.append((bid.solver, refusal))
+            continue
+        price = amount_for(offer.operations, bid.unit_price)
+        risk = price * (1_000_000 - trust_ppm(record_of(bid.solver))) // 1_000_000
+        wait = amount_for(offer.operations, offer.unit_price_max) * bid.eta_ns // (3600 * 10**9)
+        scored.append(Scored(bid_id, bid.solver, price, risk, wait))
+    scored.sort(key=lambda s: (s.score_micro, s.bid_id))
+    explored = False
+    drawn = int.from_bytes(blake("ichiba/explore", offer_id, round_number.to_bytes(8, "little"))[:8], "little")
+    if drawn % 1000 < params.EXPLORATION_PERMILLE:
+        for index, one in enumerate(scored):
+            record = record_of(one.solver)
+            if record.right + record.wrong < params.NEWCOMER_DEALS:
+                scored.insert(0, scored.pop(index))
+                explored = True
+                break
+    return Choice(scored[0] if scored else None, tuple(scored), tuple(refused), explored)
