@@ -1,0 +1,308 @@
+"""The submitter's side of verification: draw segments and checkers, collect verdicts, settle, slash or claim.
+
+Nobody chooses the checkers: they come out of randomness that both seeds and the proof decide (DESIGN §5.5). A
+single wrong verdict convicts nobody: it freezes the deal until a quorum of distinct checkers agrees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from peer.deals import Check, Deal, task_of
+from peer.desk import SETTLEMENT, Desk
+from peer.messages import CheckAccept, CheckDecline, CheckRequest, SettleBack, SettleOffer
+from peer.settler import Settler
+from protocol import params
+from protocol.errors import RemoteProtocolError, VerificationFailed
+from protocol.lifecycle import Event, State, step
+from protocol.records import (
+    ROLE_VERIFIER,
+    ROLE_WHISTLEBLOWER,
+    Agreement,
+    Claim,
+    Settlement,
+    Slash,
+    Verdict,
+    amount_for,
+    open_record,
+)
+from protocol.sampling import draw, randomness, select_segments
+
+__all__ = ["CheckDesk"]
+
+
+@dataclass
+class CheckDesk:
+    """Verification of the submitter's proved deals. `on_right` lets the job of an ended deal go on."""
+
+    desk: Desk
+    settler: Settler
+    on_right: Callable[[Deal], None] = lambda _: None
+    resend: dict[tuple[bytes, bytes], int] = field(default_factory=dict)  # (deal, peer) -> next request at
+    told: dict[bytes, str] = field(default_factory=dict)  # deal -> the last reason to wait
+
+    def begin(self, deal: Deal, agreement: Agreement, receipts: list[bytes]) -> None:
+        """Draw the segments and ask the first checkers."""
+        random = self._randomness(deal)
+        deal.drawn = list(
+            select_segments(
+                random,
+                first=agreement.first_segment,
+                last=agreement.first_segment + deal.receipts,
+                permille=agreement.check_permille,
+                minimum=self.desk.network.rules.check_segments_min,
+            )
+        )
+        self.desk.emit("draw", deal.job, deal=deal.id, segments=deal.drawn, of=deal.receipts)
+        self._ask(deal, agreement, receipts, "verifier", deal.drawn)
+        if self._audited(random):
+            first = draw(random, b"audit", [s.to_bytes(8, "big") for s in deal.drawn])[0]
+            self._ask(deal, agreement, receipts, "whistleblower", [int.from_bytes(first, "big")])
+
+    @staticmethod
+    def _randomness(deal: Deal) -> bytes:
+        return randomness(proof=deal.proof_id, submitter_seed=deal.seed, solver_seed=deal.other_seed)
+
+    def _audited(self, random: bytes) -> bool:
+        number = int.from_bytes(draw(random, b"audit-coin", [i.to_bytes(2, "big") for i in range(1000)])[0], "big")
+        return number < self.desk.network.rules.audit_permille
+
+    def _candidates(self, deal: Deal, agreement: Agreement, role: str, segments: list[int]) -> list[bytes]:
+        """Staked, connected peers in `role` that are no party and can say something new, in drawn order."""
+        bit = ROLE_VERIFIER if role == "verifier" else ROLE_WHISTLEBLOWER
+        asked = {
+            check.peer
+            for check in deal.checks
+            if check.state in ("asked", "accepted", "gone", "wrong") or set(segments) <= set(check.segments)
+        }
+        stake_min = self.desk.network.rules.checker_stake_min_micro
+        able = [
+            ask.peer
+            for ask in self.desk.book.live_asks(role=bit, now_ns=self.desk.now_ns)
+            if ask.peer not in asked
+            and ask.peer not in (agreement.submitter, agreement.solver)
+            and ask.peer in self.desk.peers
+            and self.settler.free_stake(ask.peer) >= stake_min
+        ]
+        return draw(self._randomness(deal), role.encode(), able)
+
+    def _ask(self, deal: Deal, agreement: Agreement, receipts: list[bytes], role: str, segments: list[int]) -> bool:
+        """Ask the next drawn checker of `role`. False if there is none."""
+        candidates = self._candidates(deal, agreement, role, segments)
+        if not candidates:
+            return False
+        check = Check(
+            peer=candidates[0],
+            role="verifier" if role == "verifier" else "whistleblower",
+            segments=list(segments),
+            asked_ns=self.desk.now_ns,
+        )
+        deal.checks.append(check)
+        self._request(deal, receipts, check)
+        self._save(deal)
+        self.desk.emit("check", deal.job, deal=deal.id, checker=check.peer, role=role, segments=check.segments)
+        return True
+
+    def _request(self, deal: Deal, receipts: list[bytes], check: Check) -> None:
+        self.resend[deal.id, check.peer] = self.desk.now_ns + params.RESEND_NS
+        self.desk.send(
+            check.peer,
+            CheckRequest(
+                agreement=deal.agreement,
+                task=deal.task,
+                base_blob=deal.base_blob,
+                receipts=tuple(receipts),
+                proof=deal.proof,
+                reveals=tuple(r for r in (deal.own_reveal, deal.other_reveal) if r),
+                segments=tuple(check.segments),
+                role=check.role,
+            ),
+        )
+
+    # --- answers -------------------------------------------------------------------------------------------
+    def on_accept(self, deal: Deal, peer: bytes, _: CheckAccept) -> None:
+        """The checker is at work."""
+        for check in deal.checks:
+            if check.peer == peer and check.state == "asked":
+                check.state = "accepted"
+                self._save(deal)
+
+    def on_decline(self, deal: Deal, peer: bytes, message: CheckDecline) -> None:
+        """The checker will not: the next tick asks another."""
+        for check in deal.checks:
+            if check.peer == peer and check.state in ("asked", "accepted"):
+                check.state = "gone"
+                self._save(deal)
+                self.desk.emit("refused", deal.job, checker=peer, code=message.code, why=message.why)
+
+    def on_verdict(self, deal: Deal, verdict: Verdict, envelope: bytes) -> None:
+        """A checker's signed finding on one of its asked segments. Raises VerificationFailed."""
+        if deal.lifecycle not in (State.CHECKING, State.SETTLING) or verdict.proof != deal.proof_id:
+            return
+        mine = [c for c in deal.checks if c.peer == verdict.checker]
+        check = next((c for c in mine if (c.segments, c.role) == (list(verdict.segments), verdict.role)), None)
+        if mine and check is None:
+            raise VerificationFailed("verdict on other segments than those drawn")
+        if check is None or check.state in ("right", "wrong"):
+            return
+        if verdict.finding == "wrong" and verdict.wrong_segment not in check.segments:
+            raise VerificationFailed("verdict against a segment that was not drawn")
+        task = task_of(deal.task)
+        most = sum(len(task.steps_of(s)) for s in check.segments) * task.operations_per_step
+        check.operations = min(verdict.operations, most)
+        check.state, check.verdict = verdict.finding, envelope
+        check.wrong_segment = verdict.wrong_segment
+        self._save(deal)
+        self.desk.emit(
+            "verdict",
+            deal.job,
+            deal=deal.id,
+            checker=verdict.checker,
+            role=verdict.role,
+            finding=verdict.finding,
+            segments=check.segments,
+            wrong_segment=verdict.wrong_segment,
+        )
+
+    # --- time ----------------------------------------------------------------------------------------------
+    def tick(self, deal: Deal, agreement: Agreement, receipts: list[bytes]) -> None:
+        """Repeat requests, replace the silent, and decide when enough verdicts are in."""
+        if deal.lifecycle == State.SETTLING:
+            self._tick_settling(deal, agreement)
+            return
+        now, rules = self.desk.now_ns, self.desk.network.rules
+        for check in deal.checks:
+            if check.state not in ("asked", "accepted"):
+                continue
+            silent = now - check.asked_ns > rules.check_silence_ms * 10**6
+            left = (
+                check.peer not in self.desk.peers and now - self.desk.left_ns(check.peer) > rules.lost_grace_ms * 10**6
+            )
+            if silent or left:
+                check.state = "gone"
+                self._save(deal)
+                self.desk.emit("refused", deal.job, checker=check.peer, code="silent", why="the checker is gone")
+            elif now >= self.resend.get((deal.id, check.peer), 0):
+                self._request(deal, receipts, check)
+        self._decide(deal, agreement, receipts)
+
+    def _decide(self, deal: Deal, agreement: Agreement, receipts: list[bytes]) -> None:
+        wrong = [c for c in deal.checks if c.state == "wrong"]
+        open_checks = [c for c in deal.checks if c.state in ("asked", "accepted")]
+        if wrong:
+            self._decide_wrong(deal, agreement, receipts, wrong, open_checks)
+            return
+        if open_checks:
+            return
+        if not any(c.state == "right" and c.segments == deal.drawn for c in deal.checks):
+            if not self._ask(deal, agreement, receipts, "verifier", deal.drawn):
+                self._wait(deal, "no live verifier with a stake is connected")
+            return
+        self._found_right(deal, agreement)
+
+    def _decide_wrong(
+        self, deal: Deal, agreement: Agreement, receipts: list[bytes], wrong: list[Check], open_checks: list[Check]
+    ) -> None:
+        """Some checker found a wrong segment: ask others until a quorum convicts, or as many clear it."""
+        quorum = self.desk.network.rules.wrong_quorum
+        if len({c.peer for c in wrong}) >= quorum:
+            slash = Slash(
+                network=self.desk.network.id,
+                agreement=deal.id,
+                author=self.desk.me,
+                verdicts=tuple(c.verdict for c in sorted(wrong, key=lambda c: c.peer)[:8]),
+            )
+            try:
+                self.settler.accept(self.desk.seal(slash), publish=True)
+            except RemoteProtocolError as error:
+                self._wait(deal, f"the verdicts do not convict: {error}")
+            return
+        if open_checks:
+            return
+        segment = wrong[0].wrong_segment
+        against = {c.peer for c in deal.checks if c.state == "right" and segment in c.segments}
+        if len(against) >= quorum:
+            self._found_right(deal, agreement)
+            return
+        for role in ("whistleblower", "verifier"):
+            if self._ask(deal, agreement, receipts, role, [segment]):
+                return
+        self._wait(deal, f"segment {segment} was found wrong, and no other staked checker is here to confirm it")
+
+    def _wait(self, deal: Deal, why: str) -> None:
+        if self.told.get(deal.id) != why:
+            self.told[deal.id] = why
+            self.desk.emit("waiting", deal.job, deal=deal.id, why=why)
+
+    # --- closing -------------------------------------------------------------------------------------------
+    def fees(self, deal: Deal, agreement: Agreement) -> tuple[tuple[bytes, int], ...]:
+        """Each right verdict at the deal's unit price, as far as the channel reaches."""
+        left = agreement.channel_micro - deal.cumulative_micro
+        fees: dict[bytes, int] = {}
+        for check in deal.checks:
+            if check.state in ("right", "wrong"):
+                fee = min(left, amount_for(check.operations, agreement.unit_price))
+                left -= fee
+                fees[check.peer] = fees.get(check.peer, 0) + fee
+        return tuple(sorted(fees.items())[:16])
+
+    def _found_right(self, deal: Deal, agreement: Agreement) -> None:
+        settlement = Settlement(
+            network=self.desk.network.id,
+            agreement=deal.id,
+            submitter=agreement.submitter,
+            solver=agreement.solver,
+            paid_micro=deal.cumulative_micro,
+            fees=self.fees(deal, agreement),
+            proof=deal.proof_id,
+        )
+        deal.settlement = self.desk.seal(settlement)
+        deal.state, deal.entered_ns = step(deal.lifecycle, Event.FOUND_RIGHT), self.desk.now_ns
+        self._save(deal)
+        self._offer_settlement(deal, agreement)
+        self.on_right(deal)
+
+    def _offer_settlement(self, deal: Deal, agreement: Agreement) -> None:
+        self.resend[deal.id, agreement.solver] = self.desk.now_ns + params.RESEND_NS
+        self.desk.send(agreement.solver, SettleOffer(deal.settlement))
+
+    def _tick_settling(self, deal: Deal, agreement: Agreement) -> None:
+        now, rules = self.desk.now_ns, self.desk.network.rules
+        gone = agreement.solver not in self.desk.peers
+        if now - deal.entered_ns > rules.settle_silence_ms * 10**6 or (gone and deal.ended_early):
+            deal.state, deal.entered_ns = step(deal.lifecycle, Event.PARTNER_SILENT), now
+            self._save(deal)
+            self.claim(deal)
+        elif now >= self.resend.get((deal.id, agreement.solver), 0):
+            self._offer_settlement(deal, agreement)
+
+    def on_settled(self, deal: Deal, message: SettleBack) -> None:
+        """The solver's signature closes the channel."""
+        record, _, signers = open_record(message.settlement, network=self.desk.network.id)
+        if not isinstance(record, Settlement) or len(signers) != 2 or record.agreement != deal.id:
+            raise VerificationFailed("a settlement comes back with both signatures")
+        if deal.lifecycle in (State.SETTLING, State.CLAIMING):
+            self.settler.accept(message.settlement, publish=True)
+
+    def claim(self, deal: Deal) -> None:
+        """Close alone: publish what this side owes; the claim window decides."""
+        channel = self.settler.channels[deal.id]
+        claim = Claim(
+            network=self.desk.network.id,
+            agreement=deal.id,
+            author=self.desk.me,
+            voucher=deal.voucher,
+            fees=self.fees(deal, channel.agreement),
+        )
+        self.settler.accept(self.desk.seal(claim), publish=True)
+        self.desk.emit("claim", deal.job, deal=deal.id, why="the other party does not answer", topic=SETTLEMENT)
+
+    def left(self, peer: bytes) -> int:
+        """When `peer` was last seen leaving, in ns."""
+        return self.desk.left_ns(peer)
+
+    def _save(self, deal: Deal) -> None:
+        self.desk.save("deals", deal.id, msgspec.msgpack.encode(deal))

@@ -1,0 +1,134 @@
+"""What the node keeps of its jobs, deals and checks, as it stands in the store.
+
+Rows of the local store only: nothing here crosses the network, so a field may be added with a default.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Literal
+
+import msgspec
+
+from protocol.lifecycle import State
+from protocol.records import Agreement, Envelope, decode_body
+from protocol.task import TaskSpec
+
+__all__ = ["Check", "Deal", "Job", "JobState", "agreement_of", "receipt_key"]
+
+
+class JobState(IntEnum):
+    """Stored on disk: numbered from 1, never renumbered."""
+
+    OFFERED = 1
+    RUNNING = 2
+    DONE = 3
+    FAILED = 4
+    CANCELLED = 5
+
+
+class Job(msgspec.Struct, kw_only=True):
+    """A submitter's job: the task, the money it may cost, how far it got, and the deals that got it there."""
+
+    id: bytes
+    task: bytes
+    name: str
+    state: int
+    unit_price_max: int
+    budget_micro: int
+    checkpoint_bytes: int
+    memory_bytes: int
+    sandbox: int
+    segment: int
+    base_root: bytes
+    base_blob: bytes
+    created_ns: int
+    spent_micro: int = 0
+    nonce: int = 0
+    offer: bytes = b""
+    offer_id: bytes = b""
+    offered_ns: int = 0
+    resting: dict[bytes, int] = msgspec.field(default_factory=dict)  # solver -> not again before, ns
+    deal: bytes = b""
+    deals: list[bytes] = msgspec.field(default_factory=list)
+    retried: int = 0
+    slashed_micro: int = 0
+    culprits: list[bytes] = msgspec.field(default_factory=list)
+    cancelled: bool = False
+    reason: str = ""
+    ended_ns: int = 0
+
+    @property
+    def open(self) -> bool:
+        """Whether anything is still to happen."""
+        return self.state in (JobState.OFFERED, JobState.RUNNING)
+
+
+class Check(msgspec.Struct, kw_only=True):
+    """One checker asked to re-execute some segments of a deal."""
+
+    peer: bytes
+    role: Literal["verifier", "whistleblower"]
+    segments: list[int]
+    asked_ns: int
+    state: Literal["asked", "accepted", "right", "wrong", "gone"] = "asked"
+    verdict: bytes = b""
+    operations: int = 0
+    wrong_segment: int = 0
+
+
+class Deal(msgspec.Struct, kw_only=True):
+    """One agreement as one of its parties sees it. `receipts` counts those with both signatures."""
+
+    id: bytes
+    side: Literal["submitter", "solver"]
+    state: int
+    agreement: bytes
+    task: bytes
+    base_blob: bytes
+    seed: bytes
+    created_ns: int
+    job: bytes = b""
+    receipts: int = 0
+    made: int = 0
+    last_receipt: bytes = b""
+    last_root: bytes = b""
+    last_blob: bytes = b""
+    cumulative_micro: int = 0
+    cumulative_operations: int = 0
+    voucher: bytes = b""
+    proof: bytes = b""
+    proof_id: bytes = b""
+    own_reveal: bytes = b""
+    other_reveal: bytes = b""
+    other_seed: bytes = b""
+    drawn: list[int] = msgspec.field(default_factory=list)
+    checks: list[Check] = msgspec.field(default_factory=list)
+    settlement: bytes = b""
+    news_ns: int = 0
+    entered_ns: int = 0
+    ended_early: bool = False
+    failures: int = 0
+    note: str = ""
+
+    @property
+    def lifecycle(self) -> State:
+        """The state as the enum."""
+        return State(self.state)
+
+
+def agreement_of(deal: Deal, network: bytes) -> Agreement:
+    """The agreement inside a deal's envelope, which was checked when it came in."""
+    record = decode_body(msgspec.msgpack.decode(deal.agreement, type=Envelope).body, network=network)
+    assert isinstance(record, Agreement)
+    return record
+
+
+def receipt_key(deal_id: bytes, sequence: int) -> bytes:
+    """The store key of one receipt: they sort in order."""
+    return deal_id + sequence.to_bytes(4, "big")
+
+
+def task_of(encoded: bytes) -> TaskSpec:
+    """A task that was checked when it came in."""
+    return msgspec.msgpack.decode(encoded, type=TaskSpec)

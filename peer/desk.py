@@ -1,0 +1,120 @@
+"""What all roles of one node share: its key, its clock reading, its ledger and book, and the effects of this turn.
+
+A role changes its state, says what to save, and says what to send; the node returns the lot, and whoever runs the
+node commits all Saves and Posts before it performs anything else.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from market.book import OrderBook
+from market.entries import Entry
+from market.ledger import Ledger
+from peer.events import Effect, Emit, Penalise, Post, Publish, Save, Send
+from peer.messages import Message, pack
+from protocol import params
+from protocol.codec import encode
+from protocol.keys import SigningKey
+from protocol.network import Network
+from protocol.records import Record, seal
+
+__all__ = ["MARKET", "SETTLEMENT", "Desk", "Means"]
+
+MARKET, SETTLEMENT = "market", "settlement"
+
+
+@dataclass(frozen=True)
+class Means:
+    """What this peer puts into the market: its roles and the terms of its owner."""
+
+    roles: int = 0
+    unit_price: int = 0  # micro-credits per giga-operation, the least it works for
+    memory_bytes: int = 0
+    sandbox: int = 0
+    operations_per_second: int = 10**9  # first guess; replaced by what finished segments measured
+    slots: int = 1
+    cheat: str = ""  # the demo's fraudulent solver; see worker/cheats.py
+
+
+@dataclass
+class Desk:
+    """Shared by the roles of one node; see the module docstring."""
+
+    key: SigningKey
+    network: Network
+    rng: random.Random
+    ledger: Ledger
+    means: Means
+    book: OrderBook = field(default_factory=OrderBook)
+    peers: dict[bytes, int] = field(default_factory=dict)  # connected peers -> since when, ns
+    lefts: dict[bytes, int] = field(default_factory=dict)  # peers gone -> since when, ns
+    now_ns: int = 0
+    effects: list[Effect] = field(default_factory=list)
+    outbox: dict[str, list[bytes]] = field(default_factory=dict)
+
+    @property
+    def me(self) -> bytes:
+        """This peer's key."""
+        return self.key.public
+
+    def left_ns(self, peer: bytes) -> int:
+        """When `peer` was last seen leaving; for one never seen since the start, when this node started."""
+        return self.lefts.setdefault(peer, self.now_ns)
+
+    def save(self, table: str, key: bytes, value: Any) -> None:
+        """Journal a row (a Struct, bytes, or None to delete it)."""
+        data = value if value is None or isinstance(value, bytes) else encode(value)
+        self.effects.append(Save(table, key, data))
+
+    def post(self, entry: Entry) -> bool:
+        """Apply an entry to the ledger and journal it. False if it was there already. Raises InsufficientFunds."""
+        applied = self.ledger.post(entry)
+        if applied:
+            self.effects.append(Post(entry))
+        return applied
+
+    def seal(self, record: Record) -> bytes:
+        """An envelope around a record, signed by this peer."""
+        return seal(record, self.key)
+
+    def send(self, peer: bytes, message: Message) -> None:
+        """A direct message; dropped by the world if `peer` is not connected."""
+        if peer in self.peers:
+            self.effects.append(Send(peer, pack(message)))
+
+    def publish(self, topic: str, envelope: bytes) -> None:
+        """Gossip an envelope with the next tick's bundle: a hop costs per message, not per record."""
+        self.outbox.setdefault(topic, []).append(envelope)
+
+    def emit(self, kind: str, job: bytes = b"", **data: Any) -> None:
+        """Tell people."""
+        self.effects.append(Emit(kind, job, data))
+
+    def penalise(self, peer: bytes, reason: str) -> None:
+        """Lower a peer's score."""
+        self.effects.append(Penalise(peer, reason))
+
+    def add(self, effect: Effect) -> None:
+        """Any other effect."""
+        self.effects.append(effect)
+
+    def flush_outbox(self) -> None:
+        """Turn queued envelopes into bundles of bounded size."""
+        for topic, envelopes in self.outbox.items():
+            bundle: list[bytes] = []
+            size = 0
+            for envelope in envelopes:
+                if bundle and (
+                    size + len(envelope) > params.GOSSIP_RECORD_BYTES_MAX - 1024
+                    or len(bundle) >= params.BUNDLE_RECORDS_MAX
+                ):
+                    self.effects.append(Publish(topic, encode(bundle)))
+                    bundle, size = [], 0
+                bundle.append(envelope)
+                size += len(envelope) + 8
+            if bundle:
+                self.effects.append(Publish(topic, encode(bundle)))
+        self.outbox.clear()

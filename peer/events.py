@@ -1,0 +1,225 @@
+"""What goes into the node and what comes out of it: inputs, effects, and nothing that performs either."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from market.entries import Entry
+from protocol.task import TaskSpec
+
+__all__ = [
+    "Command",
+    "Effect",
+    "Emit",
+    "Fetch",
+    "Fetched",
+    "GossipIn",
+    "Input",
+    "MessageIn",
+    "PeerDown",
+    "PeerUp",
+    "Penalise",
+    "Post",
+    "Publish",
+    "Reply",
+    "Save",
+    "SegmentMade",
+    "Send",
+    "StartWork",
+    "StepMade",
+    "StopWork",
+    "Tick",
+    "WorkEnded",
+]
+
+
+# --- inputs ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Tick:
+    """Time passed. The daemon sends one every params.TICK_MS; the simulator whenever it likes."""
+
+
+@dataclass(frozen=True)
+class PeerUp:
+    """A connection to `peer` (32-byte key) is ready."""
+
+    peer: bytes
+    addresses: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PeerDown:
+    """The last connection to `peer` is gone."""
+
+    peer: bytes
+
+
+@dataclass(frozen=True)
+class GossipIn:
+    """A gossiped payload; `author` signed it at the transport level, its records are checked by the node."""
+
+    topic: str
+    author: bytes
+    data: bytes
+
+
+@dataclass(frozen=True)
+class MessageIn:
+    """A direct message from a connected peer."""
+
+    peer: bytes
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The end of a Fetch: `error` is empty when the blob is here and, if asked, its state root is right.
+
+    `forged` says that the bytes are here and are not what was claimed: the claimant lied.
+    """
+
+    blob: bytes
+    token: bytes
+    error: str = ""
+    forged: bool = False
+
+
+@dataclass(frozen=True)
+class StepMade:
+    """One training step done. `loss` is finite."""
+
+    work: bytes
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class SegmentMade:
+    """One segment done; its checkpoint lies in the blob store as `checkpoint`."""
+
+    work: bytes
+    segment: int
+    in_root: bytes
+    out_root: bytes
+    losses: tuple[float, ...]
+    operations: int
+    checkpoint: bytes
+    checkpoint_bytes: int
+
+
+@dataclass(frozen=True)
+class WorkEnded:
+    """The worker is gone. `error` is empty after a complete run."""
+
+    work: bytes
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A person's wish, from the control socket. `token` comes back in the Reply."""
+
+    token: int
+    verb: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+Input: TypeAlias = (
+    Tick | PeerUp | PeerDown | GossipIn | MessageIn | Fetched | StepMade | SegmentMade | WorkEnded | Command
+)
+
+
+# --- effects -----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Save:
+    """Journal one row. `value` None deletes it. All Saves and Posts of one `handle` commit together, first."""
+
+    table: str
+    key: bytes
+    value: bytes | None
+
+
+@dataclass(frozen=True)
+class Post:
+    """Journal one double entry, already applied to the node's own ledger."""
+
+    entry: Entry
+
+
+@dataclass(frozen=True)
+class Send:
+    """A direct message. May be lost: the node repeats what matters."""
+
+    peer: bytes
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Gossip on a topic. May be lost."""
+
+    topic: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Bring a blob here from any of `peers`; with `state_root`, also check that it is a checkpoint of that root."""
+
+    blob: bytes
+    token: bytes
+    peers: tuple[bytes, ...]
+    size_max: int
+    state_root: bytes = b""
+    program: bytes = b""
+
+
+@dataclass(frozen=True)
+class StartWork:
+    """Run segments [first, last) in the sandbox. Answered by StepMade, SegmentMade and one WorkEnded."""
+
+    work: bytes
+    task: TaskSpec
+    base: bytes  # blob id, or empty for the seeded start
+    first_segment: int
+    last_segment: int
+    checkpoint_bytes: int
+    memory_bytes: int
+    cheat: str = ""
+
+
+@dataclass(frozen=True)
+class StopWork:
+    """Kill the worker of `work`, if it runs."""
+
+    work: bytes
+
+
+@dataclass(frozen=True)
+class Emit:
+    """Something a person may want to see; kept in the job's log. `job` may be empty."""
+
+    kind: str
+    job: bytes
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to a Command. `error` (IchibaError.as_dict plus exit_code) is None on success."""
+
+    token: int
+    result: dict[str, Any]
+    error: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Penalise:
+    """`peer` broke the protocol: lower its score."""
+
+    peer: bytes
+    reason: str
+
+
+Effect: TypeAlias = Save | Post | Send | Publish | Fetch | StartWork | StopWork | Emit | Reply | Penalise

@@ -1,0 +1,289 @@
+"""The heart of the daemon, sans-IO: `handle(input, now_ns) -> list[Effect]`.
+
+Exactly two things run it: the daemon (peer/daemon.py) and the simulator (tests/simulator.py). It promises that the
+same inputs, times and random numbers give the same effects; that every effect that changes the store comes before
+any that leaves the machine; and that bad bytes cost their sender a penalty and nothing else.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from market import entries as money
+from market.ledger import Ledger
+from peer import messages as m
+from peer.bidding import Bidder
+from peer.checker import Checker
+from peer.checking import CheckDesk
+from peer.commands import Commands
+from peer.deals import Deal
+from peer.desk import Desk, Means
+from peer.events import (
+    Command,
+    Effect,
+    Fetched,
+    GossipIn,
+    Input,
+    MessageIn,
+    PeerDown,
+    PeerUp,
+    Post,
+    Save,
+    SegmentMade,
+    StepMade,
+    Tick,
+    WorkEnded,
+)
+from peer.jobs import JobDesk
+from peer.messages import unpack
+from peer.settler import Settler
+from peer.solver import Solver
+from peer.submitter import Submitter
+from protocol import params
+from protocol.codec import blake, decode
+from protocol.errors import LocalProtocolError, MalformedRecord, RemoteProtocolError
+from protocol.keys import SigningKey, peer_key
+from protocol.network import Network
+from protocol.records import Agreement, Ask, Bid, Claim, Offer, Settlement, Slash, Verdict, open_record
+
+__all__ = ["Node"]
+
+Rows = Callable[[str], Iterable[tuple[bytes, bytes]]]
+
+
+class Node:
+    """One peer. `rows` reads the store's tables, `ledger` is what the store rebuilt; both may be empty."""
+
+    def __init__(
+        self,
+        *,
+        key: SigningKey,
+        network: Network,
+        rng: random.Random,
+        means: Means,
+        ledger: Ledger,
+        rows: Rows,
+        now_ns: int,
+    ) -> None:
+        self.desk = Desk(key=key, network=network, rng=rng, ledger=ledger, means=means, now_ns=now_ns)
+        self.settler = Settler(self.desk)
+        self.bidder = Bidder(self.desk, self.settler)
+        self.solver = Solver(self.desk, self.settler, self.bidder)
+        self.bidder.slots_free = self.solver.slots_free
+        self.checks = CheckDesk(self.desk, self.settler)
+        self.jobs = JobDesk(self.desk, self.settler)
+        self.submitter = Submitter(self.desk, self.settler, self.checks, self.jobs)
+        self.jobs.on_choice = self.submitter.propose
+        self.checks.on_right = self.submitter.checked_right
+        self.checker = Checker(self.desk)
+        self.commands = Commands(self.desk, self.settler, self.jobs, self.submitter, self.bidder, self.solver)
+        self.next_sync_ns = now_ns
+        self._deposit()
+        self.settler.restore(rows("settlement"))
+        self.jobs.restore(rows)
+        self.submitter.restore(rows)
+        self.solver.restore(rows)
+        self.checker.restore(rows)
+        self.settler.on_open = self._opened
+        self.settler.on_close = self._closed
+
+    def _deposit(self) -> None:
+        """The network file's deposits: the ledger's first entries, the same on every peer."""
+        for deposit in self.desk.network.deposits:
+            owner = peer_key(deposit.peer)
+            key = blake("ichiba/genesis", self.desk.network.id, owner)
+            self.desk.post(money.deposit(key, owner, deposit.free_micro, deposit.stake_micro, memo="network file"))
+
+    def _opened(self, agreement_id: bytes) -> None:
+        # The offer is taken: nobody need bid on it any more, whatever late gossip says.
+        self.desk.book.take_offer(self.settler.channels[agreement_id].agreement.offer, now_ns=self.desk.now_ns)
+        self.solver.opened(agreement_id)
+
+    def _closed(self, agreement_id: bytes, how: str) -> None:
+        self.submitter.closed(agreement_id, how)
+        self.solver.closed(agreement_id, how)
+
+    # --- the one door --------------------------------------------------------------------------------------
+    def handle(self, event: Input, now_ns: int) -> list[Effect]:
+        """Take one input; return the effects, those of the store first. `now_ns` never goes backwards."""
+        self.desk.now_ns = max(self.desk.now_ns, now_ns)
+        match event:
+            case Tick():
+                self._tick()
+            case GossipIn(author=author, data=data):
+                self._guard(author, self._gossip, author, data)
+            case MessageIn(peer=peer, data=data):
+                self._guard(peer, self._message, peer, data)
+            case PeerUp(peer=peer):
+                self._peer_up(peer)
+            case PeerDown(peer=peer):
+                self.desk.peers.pop(peer, None)
+                self.desk.lefts[peer] = self.desk.now_ns
+            case Fetched():
+                self.submitter.on_fetched(event)
+                self.solver.on_fetched(event)
+                self.checker.on_fetched(event)
+            case StepMade():
+                self.solver.on_step(event)
+            case SegmentMade():
+                self.solver.on_segment(event)
+                self.checker.on_segment(event)
+            case WorkEnded():
+                self.solver.on_work_ended(event)
+                self.checker.on_work_ended(event)
+            case Command():
+                self.commands.handle(event)
+        effects, self.desk.effects = self.desk.effects, []
+        return sorted(effects, key=lambda effect: not isinstance(effect, Save | Post))
+
+    def _guard(self, peer: bytes, act: Callable[..., None], *arguments: Any) -> None:
+        """Run `act` on a peer's bytes; what is wrong with them costs the peer, not us."""
+        try:
+            act(*arguments)
+        except RemoteProtocolError as error:
+            self.desk.penalise(peer, f"{error.code}: {error.what}"[:200])
+            self.desk.emit("refused-bytes", peer=peer, code=error.code, why=str(error)[:300])
+        except LocalProtocolError as error:
+            # A late or doubled message can ask for a step the deal has passed: that is nobody's crime.
+            self.desk.emit("ignored", peer=peer, why=str(error)[:300])
+
+    # --- time ----------------------------------------------------------------------------------------------
+    def _tick(self) -> None:
+        self.jobs.tick()
+        self.submitter.tick()
+        self.bidder.tick()
+        self.solver.tick()
+        self.settler.tick()
+        self.desk.book.expire(now_ns=self.desk.now_ns)
+        if self.desk.now_ns >= self.next_sync_ns and self.desk.peers:
+            self.next_sync_ns = self.desk.now_ns + params.SYNC_NS
+            count, digest = self.settler.digest()
+            self.desk.send(self.desk.rng.choice(sorted(self.desk.peers)), m.SyncDigest(count, digest))
+        self.desk.flush_outbox()
+
+    def _peer_up(self, peer: bytes) -> None:
+        """Tell a peer just met what stands: gossip only reaches those who were there."""
+        if peer in self.desk.peers:
+            return
+        self.desk.peers[peer] = self.desk.now_ns
+        standing = tuple(e for e in (self.bidder.ask, *self.jobs.live_offers()) if e)
+        if standing:
+            self.desk.send(peer, m.Records(standing[:512]))
+        self.desk.send(peer, m.SyncDigest(*self.settler.digest()))
+
+    # --- bytes from peers ----------------------------------------------------------------------------------
+    def _gossip(self, author: bytes, data: bytes) -> None:
+        for envelope in decode(list[bytes], data, bytes_max=params.GOSSIP_RECORD_BYTES_MAX + 4096):
+            self._record(author, envelope)
+
+    def _record(self, sender: bytes, envelope: bytes) -> None:
+        """One record, from gossip, from a peer just met, or from anti-entropy."""
+        record, record_id, _ = open_record(envelope, network=self.desk.network.id)
+        book, now = self.desk.book, self.desk.now_ns
+        match record:
+            case Offer():
+                if record.expires_ns > now and book.add_offer(record_id, record, now_ns=now):
+                    self.desk.emit("offer-seen", offer=record_id, submitter=record.submitter)
+                    self.bidder.consider(record_id, record)
+            case Ask():
+                if record.expires_ns > now:
+                    book.add_ask(record, now_ns=now)
+            case Bid():
+                if record.expires_ns > now:
+                    book.add_bid(record_id, record, now_ns=now)
+            case Verdict():
+                self.settler.freeze(record)
+                deal = self.submitter.deals.get(record.agreement)
+                if deal is not None:
+                    self.checks.on_verdict(deal, record, envelope)
+            case Agreement() | Settlement() | Claim() | Slash():
+                if record_id not in self.settler.log:
+                    self.settler.accept(envelope)
+            case _:
+                raise MalformedRecord(f"a {type(record).__name__.lower()} is not gossiped")
+
+    def _message(self, peer: bytes, data: bytes) -> None:
+        message = unpack(data)
+        match message:
+            case m.Propose():
+                self.solver.on_propose(peer, message)
+            case m.Accept():
+                self.submitter.on_accept(peer, message)
+            case m.Decline():
+                self.submitter.on_decline(peer, message)
+                self.solver.on_decline(peer, message)
+            case m.Opened():
+                self.solver.on_opened(peer, message)
+            case m.Progress():
+                self._progress(peer, message)
+            case m.ReceiptOffer():
+                self.submitter.on_receipt(peer, message)
+            case m.ReceiptBack():
+                self.solver.on_receipt_back(peer, message)
+            case m.ProofOffer():
+                self._by_side(peer, message)
+            case m.RevealOffer():
+                self._by_side(peer, message)
+            case m.CheckRequest():
+                self.checker.on_request(peer, message)
+            case m.CheckAccept() | m.CheckDecline():
+                self._check_answer(peer, message)
+            case m.SettleOffer():
+                self.solver.on_settle(peer, message)
+            case m.SettleBack():
+                deal = self._deal_of_settlement(message)
+                if deal is not None:
+                    self.checks.on_settled(deal, message)
+            case m.Cancel():
+                self.solver.on_cancel(peer, message)
+            case m.Records():
+                for envelope in message.records:
+                    self._record(peer, envelope)
+            case m.SyncDigest() | m.SyncIds():
+                self._sync(peer, message)
+
+    def _by_side(self, peer: bytes, message: m.ProofOffer | m.RevealOffer) -> None:
+        """Proofs and reveals go both ways: the deal says which side we are on."""
+        sealed = message.proof if isinstance(message, m.ProofOffer) else message.reveal
+        record, _, _ = open_record(sealed, network=self.desk.network.id)
+        agreement_id = getattr(record, "agreement", b"")
+        role = self.submitter if agreement_id in self.submitter.deals else self.solver
+        if isinstance(message, m.ProofOffer):
+            role.on_proof(peer, message)
+        else:
+            role.on_reveal(peer, message)
+
+    def _check_answer(self, peer: bytes, message: m.CheckAccept | m.CheckDecline) -> None:
+        deal = self.submitter.deals.get(message.agreement)
+        if deal is None:
+            return
+        if isinstance(message, m.CheckAccept):
+            self.checks.on_accept(deal, peer, message)
+        else:
+            self.checks.on_decline(deal, peer, message)
+
+    def _deal_of_settlement(self, message: m.SettleBack) -> Deal | None:
+        record, _, _ = open_record(message.settlement, network=self.desk.network.id)
+        return self.submitter.deals.get(getattr(record, "agreement", b""))
+
+    def _progress(self, peer: bytes, message: m.Progress) -> None:
+        deal = self.submitter.deals.get(message.agreement)
+        if deal is not None and self.submitter.solver_of(deal) == peer:
+            deal.news_ns = self.desk.now_ns
+            self.desk.emit("step", deal.job, deal=deal.id, step=message.step, loss=message.loss_millionths / 1e6)
+
+    # --- anti-entropy --------------------------------------------------------------------------------------
+    def _sync(self, peer: bytes, message: m.SyncDigest | m.SyncIds) -> None:
+        """Compare settlement logs: digests first, ids where they differ, then the records themselves."""
+        if isinstance(message, m.SyncDigest):
+            if (message.count, message.digest) != self.settler.digest():
+                self.desk.send(peer, m.SyncIds(tuple(sorted(self.settler.log)), answer=True))
+            return
+        theirs = set(message.ids)
+        lacking = [self.settler.log[i] for i in sorted(self.settler.log) if i not in theirs]
+        for start in range(0, len(lacking), 64):
+            self.desk.send(peer, m.Records(tuple(lacking[start : start + 64])))
+        if message.answer and theirs - set(self.settler.log):
+            self.desk.send(peer, m.SyncIds(tuple(sorted(self.settler.log)), answer=False))

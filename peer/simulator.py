@@ -1,0 +1,337 @@
+"""Many peers on one event heap: the same Node the daemon runs, under drawn loss, delay, duplication and crashes.
+
+One seed draws everything, so a failure replays from its seed. Nothing here waits: an hour of a swarm takes as long
+as its events take to handle. After every event the invariants hold or `InvariantBroken` names the seed.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from market.entries import Entry
+from market.ledger import Ledger
+from peer.desk import Means
+from peer.events import (
+    Command,
+    Effect,
+    Emit,
+    Fetch,
+    Fetched,
+    GossipIn,
+    Input,
+    MessageIn,
+    PeerDown,
+    PeerUp,
+    Penalise,
+    Post,
+    Publish,
+    Reply,
+    Save,
+    SegmentMade,
+    Send,
+    StartWork,
+    StepMade,
+    StopWork,
+    Tick,
+    WorkEnded,
+)
+from peer.node import Node
+from protocol.codec import blake
+from protocol.keys import SigningKey
+from protocol.network import Network
+
+__all__ = ["Faults", "InvariantBroken", "SimulatedPeer", "Simulation"]
+
+SECOND = 10**9
+START_NS = 1_700_000_000 * SECOND  # any date: records carry wall-clock times
+TICK_NS = SECOND // 4
+SEGMENT_NS = 2 * SECOND
+DOWN_NS = 8 * SECOND
+
+
+class InvariantBroken(AssertionError):
+    """A promise did not hold; the message says which, when, and the seed that replays it."""
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What goes wrong, until `until_ns` after the start. Shares of messages, or of handled events."""
+
+    loss: float = 0.0
+    duplication: float = 0.0
+    delay_ns_max: int = 50_000_000
+    crash: float = 0.0
+    until_ns: int = 60 * SECOND
+
+    @classmethod
+    def drawn_from(cls, seed: int) -> Faults:
+        """Faults of a strength the seed decides, from a calm network to a very bad one."""
+        rng = random.Random(seed)
+        return cls(
+            loss=rng.choice((0.0, 0.02, 0.1, 0.3)),
+            duplication=rng.choice((0.0, 0.05, 0.3)),
+            delay_ns_max=rng.choice((10_000_000, 200_000_000, 3 * SECOND)),
+            crash=rng.choice((0.0, 0.0, 0.002, 0.01)),
+        )
+
+
+@dataclass
+class SimulatedPeer:
+    """One machine: its disk (rows and entries survive), its process (the node does not)."""
+
+    name: str
+    key: SigningKey
+    means: Means
+    rows: dict[str, dict[bytes, bytes]] = field(default_factory=dict)
+    entries: list[Entry] = field(default_factory=list)
+    blobs: set[bytes] = field(default_factory=set)
+    node: Node | None = None
+    life: int = 0  # grows with every start: events meant for an earlier process are dropped
+    working: set[bytes] = field(default_factory=set)
+    crashes: int = 0
+
+
+class Simulation:
+    """See the module docstring. `peers` maps a name to the Means of a peer; keys are drawn from the seed."""
+
+    def __init__(
+        self, *, seed: int, keys: dict[str, SigningKey], peers: dict[str, Means], network: Network, faults: Faults
+    ):
+        self.seed, self.network, self.faults = seed, network, faults
+        self.rng = random.Random(seed)
+        self.now_ns = START_NS
+        self.heap: list[tuple[int, int, str, int, Input]] = []
+        self.counter = 0
+        self.peers = {name: SimulatedPeer(name, keys[name], means) for name, means in peers.items()}
+        self.by_key = {peer.key.public: peer for peer in self.peers.values()}
+        self.replies: dict[int, Reply] = {}
+        self.log: list[tuple[int, str, str, dict[str, Any]]] = []
+        self.penalties: list[tuple[str, str, str]] = []
+        self.roots: dict[bytes, bytes] = {}  # checkpoint blob -> state root
+        for peer in self.peers.values():
+            self._boot(peer)
+
+    # --- the world -----------------------------------------------------------------------------------------
+    def _at(self, delay_ns: int, peer: SimulatedPeer, event: Input) -> None:
+        self.counter += 1
+        heapq.heappush(self.heap, (self.now_ns + delay_ns, self.counter, peer.name, peer.life, event))
+
+    def _boot(self, peer: SimulatedPeer) -> None:
+        """Start the process: rebuild the ledger from its entries, the node from its rows, then meet the others."""
+        ledger = Ledger()
+        for entry in peer.entries:
+            ledger.post(entry)
+        peer.life += 1
+        peer.working.clear()
+        rng = random.Random(self.rng.getrandbits(64))
+        peer.node = Node(
+            key=peer.key,
+            network=self.network,
+            rng=rng,
+            means=peer.means,
+            ledger=ledger,
+            rows=lambda table: list(peer.rows.get(table, {}).items()),
+            now_ns=self.now_ns,
+        )
+        self._perform(peer, peer.node.handle(Tick(), self.now_ns))
+        self._at(self.rng.randrange(TICK_NS), peer, Tick())
+        for other in self.peers.values():
+            if other is not peer and other.node is not None:
+                self._at(self.rng.randrange(SECOND), peer, PeerUp(other.key.public))
+                self._at(self.rng.randrange(SECOND), other, PeerUp(peer.key.public))
+
+    def crash(self, name: str, *, for_ns: int = DOWN_NS) -> None:
+        """Kill a process now; `for_ns` later it starts again (0: never)."""
+        peer = self.peers[name]
+        peer.node = None
+        peer.life += 1
+        peer.crashes += 1
+        for other in self.peers.values():
+            if other is not peer and other.node is not None:
+                self._at(self.rng.randrange(SECOND), other, PeerDown(peer.key.public))
+        if for_ns:
+            self.counter += 1
+            heapq.heappush(self.heap, (self.now_ns + for_ns, self.counter, name, -1, Tick()))
+
+    def command(self, name: str, verb: str, arguments: dict[str, Any]) -> Reply:
+        """A person at `name` types a command; answered at once."""
+        peer = self.peers[name]
+        assert peer.node is not None
+        self.counter += 1
+        token = self.counter
+        self._perform(peer, peer.node.handle(Command(token, verb, arguments), self.now_ns))
+        return self.replies[token]
+
+    # --- running -------------------------------------------------------------------------------------------
+    def run(self, *, seconds: float, until: Any = None) -> None:
+        """Handle events until the time is over or `until()` is true."""
+        end = self.now_ns + int(seconds * SECOND)
+        while self.heap and self.heap[0][0] <= end:
+            at, _, name, life, event = heapq.heappop(self.heap)
+            self.now_ns = at
+            peer = self.peers[name]
+            if life == -1:
+                if peer.node is None:
+                    self._boot(peer)
+                continue
+            if peer.node is None or life != peer.life:
+                continue
+            self._handle(peer, event)
+            self.check(peer)
+            if until is not None and until():
+                return
+        self.now_ns = max(self.now_ns, end) if until is None else self.now_ns
+
+    def _handle(self, peer: SimulatedPeer, event: Input) -> None:
+        assert peer.node is not None
+        if isinstance(event, Tick):
+            self._at(TICK_NS, peer, event)
+        if isinstance(event, StepMade | SegmentMade | WorkEnded) and event.work not in peer.working:
+            return
+        if isinstance(event, WorkEnded):
+            peer.working.discard(event.work)
+        if isinstance(event, SegmentMade):
+            peer.blobs.add(event.checkpoint)
+        faulty = self.now_ns < START_NS + self.faults.until_ns
+        fate = self.rng.random() if faulty and self.faults.crash else 1.0
+        effects = peer.node.handle(event, self.now_ns)
+        if fate < self.faults.crash / 2:
+            self.crash(peer.name)  # before the commit: as if the input had never come
+            return
+        self._commit(peer, effects)
+        if fate < self.faults.crash:
+            self.crash(peer.name)  # after the commit, before anything was sent
+            return
+        self._perform(peer, effects, committed=True)
+
+    @staticmethod
+    def _commit(peer: SimulatedPeer, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Save):
+                table = peer.rows.setdefault(effect.table, {})
+                if effect.value is None:
+                    table.pop(effect.key, None)
+                else:
+                    table[effect.key] = effect.value
+            elif isinstance(effect, Post):
+                peer.entries.append(effect.entry)
+
+    def _perform(self, peer: SimulatedPeer, effects: list[Effect], *, committed: bool = False) -> None:
+        if not committed:
+            self._commit(peer, effects)
+        for effect in effects:
+            match effect:
+                case Send(peer=target, data=data):
+                    other = self.by_key.get(target)
+                    if other is not None:
+                        self._deliver(other, MessageIn(peer.key.public, data))
+                case Publish(topic=topic, data=data):
+                    for other in self.peers.values():
+                        if other is not peer:
+                            self._deliver(other, GossipIn(topic, peer.key.public, data))
+                case Fetch():
+                    self._fetch(peer, effect)
+                case StartWork():
+                    self._work(peer, effect)
+                case StopWork(work=work):
+                    peer.working.discard(work)
+                case Emit(kind=kind, data=data):
+                    self.log.append((self.now_ns, peer.name, kind, data))
+                case Reply():
+                    self.replies[effect.token] = effect
+                case Penalise(peer=target, reason=reason):
+                    accused = self.by_key[target].name if target in self.by_key else target.hex()
+                    self.penalties.append((peer.name, accused, reason))
+                case _:
+                    pass
+
+    def _deliver(self, target: SimulatedPeer, event: Input) -> None:
+        faulty = self.now_ns < START_NS + self.faults.until_ns
+        copies = 1
+        if faulty:
+            if self.rng.random() < self.faults.loss:
+                copies = 0
+            elif self.rng.random() < self.faults.duplication:
+                copies = 2
+        for _ in range(copies):
+            self._at(1 + self.rng.randrange(self.faults.delay_ns_max), target, event)
+
+    def _fetch(self, peer: SimulatedPeer, effect: Fetch) -> None:
+        holders = [self.by_key[p] for p in effect.peers if p in self.by_key]
+        here = effect.blob in peer.blobs or any(h.node is not None and effect.blob in h.blobs for h in holders)
+        error, forged = "", False
+        if not here:
+            error = "no peer has it"
+        elif effect.state_root and self.roots.get(effect.blob) != effect.state_root:
+            error, forged = "its state root is another one", True
+        else:
+            peer.blobs.add(effect.blob)
+        self._at(1 + self.rng.randrange(SECOND // 5), peer, Fetched(effect.blob, effect.token, error, forged))
+
+    def _work(self, peer: SimulatedPeer, order: StartWork) -> None:
+        """A worker whose states are hashes: the same inputs give the same roots, a cheat gives others."""
+        peer.working.add(order.work)
+        if order.base:
+            root = self.roots[order.base]
+        else:
+            root = initial_root(order.task.seed)
+        for index, segment in enumerate(range(order.first_segment, order.last_segment)):
+            cheated = order.cheat and segment > 0
+            out = blake("sim/cheat" if cheated else "sim/state", root, order.task.program, segment.to_bytes(4, "big"))
+            blob = blake("sim/blob", out)
+            self.roots[blob] = out
+            at = (index + 1) * SEGMENT_NS
+            steps = order.task.steps_of(segment)
+            self._at(at - SEGMENT_NS // 2, peer, StepMade(order.work, steps.start, 1.0 / (1 + steps.start)))
+            made = SegmentMade(order.work, segment, root, out, (1.0 / (1 + segment),), 1, blob, 1000)
+            self._at(at, peer, made)
+            root = out
+        self._at((order.last_segment - order.first_segment) * SEGMENT_NS + 1, peer, WorkEnded(order.work))
+
+    # --- promises ------------------------------------------------------------------------------------------
+    def check(self, peer: SimulatedPeer) -> None:
+        """What must hold after every event on every peer."""
+        if peer.node is None:
+            return
+        deposits = sum(d.free_micro + d.stake_micro for d in self.network.deposits)
+        ledger = peer.node.desk.ledger
+        if ledger.total_micro() != deposits:
+            self._broken(f"{peer.name} holds {ledger.total_micro()} of {deposits} micro-credits")
+        for deal_id, deal in peer.node.solver.deals.items():
+            channel = peer.node.settler.channels.get(deal_id)
+            if channel is not None and deal.cumulative_micro > channel.agreement.channel_micro:
+                self._broken(f"{peer.name} was promised more than the channel holds")
+        active = peer.node.solver.slots_free()
+        if active < 0:
+            self._broken(f"{peer.name} double-booked its slot")
+
+    def check_quiet(self) -> None:
+        """What must hold when everything has come to rest: one ledger, no open money, every promise paid."""
+        nodes = [peer.node for peer in self.peers.values() if peer.node is not None]
+        logs = {node.settler.digest() for node in nodes}
+        if len(logs) != 1:
+            self._broken(f"settlement logs differ: {sorted(count for count, _ in logs)}")
+        balances = {tuple(sorted(node.desk.ledger.balances().items())) for node in nodes}
+        if len(balances) != 1:
+            self._broken("ledgers differ")
+        for node in nodes:
+            node.desk.ledger.check()
+            for deal_id, channel in node.settler.channels.items():
+                if not channel.closed:
+                    self._broken(f"channel {deal_id.hex()[:12]} is still open")
+                deal = node.solver.deals.get(deal_id)
+                if deal is not None and channel.closed != "slashed" and channel.paid_micro < deal.cumulative_micro:
+                    self._broken(f"{channel.paid_micro} paid, vouchers promised {deal.cumulative_micro}")
+
+    def _broken(self, what: str) -> None:
+        at = (self.now_ns - START_NS) / SECOND
+        raise InvariantBroken(f"seed {self.seed}, at {at:.2f} s: {what}")
+
+
+def initial_root(seed: int) -> bytes:
+    """The state root of a simulated task's start."""
+    return blake("sim/initial", seed.to_bytes(8, "big"))

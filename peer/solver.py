@@ -1,0 +1,488 @@
+"""The solver's side: bid, agree, run, hand in receipts, prove, settle, and claim alone if nobody answers.
+
+Sans-IO, like peer/submitter.py; its work runs in the sandbox behind StartWork. The next segment never waits for the
+voucher of the last one, so a round trip costs no training time.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from peer.bidding import Bidder
+from peer.deals import Deal, agreement_of, receipt_key, task_of
+from peer.desk import Desk
+from peer.events import Fetch, Fetched, SegmentMade, StartWork, StepMade, StopWork, WorkEnded
+from peer.messages import (
+    Accept,
+    Cancel,
+    Decline,
+    Opened,
+    Progress,
+    ProofOffer,
+    Propose,
+    ReceiptBack,
+    ReceiptOffer,
+    RevealOffer,
+    SettleBack,
+    SettleOffer,
+)
+from peer.settler import Settler
+from protocol import params
+from protocol.codec import blake
+from protocol.errors import VerificationFailed
+from protocol.lifecycle import TERMINAL, Event, State, step
+from protocol.merkle import merkle_root
+from protocol.records import (
+    Agreement,
+    Claim,
+    Proof,
+    Receipt,
+    Reveal,
+    Settlement,
+    Voucher,
+    add_signature,
+    amount_for,
+    open_record,
+)
+from protocol.sampling import check_reveal
+from protocol.task import TaskSpec
+
+__all__ = ["Solver", "losses_root"]
+
+ACTIVE = frozenset((State.PROPOSED, State.AGREED, State.RUNNING))
+
+
+def losses_root(losses: Iterable[float]) -> bytes:
+    """The hash a receipt binds its losses with: float32, little-endian, in step order."""
+    return blake("ichiba/losses", b"".join(struct.pack("<f", loss) for loss in losses))
+
+
+@dataclass
+class Solver:
+    """The solver's deals. `bidder` is its voice in the market."""
+
+    desk: Desk
+    settler: Settler
+    bidder: Bidder
+    deals: dict[bytes, Deal] = field(default_factory=dict)
+    receipts: dict[bytes, list[bytes]] = field(default_factory=dict)  # co-signed
+    made: dict[bytes, list[bytes]] = field(default_factory=dict)  # every receipt signed here, co-signed or not
+    missing: dict[bytes, set[bytes]] = field(default_factory=dict)  # deal -> blobs still fetched
+    working: set[bytes] = field(default_factory=set)
+    resend: dict[bytes, int] = field(default_factory=dict)
+    step_times: dict[bytes, int] = field(default_factory=dict)
+
+    def slots_free(self) -> int:
+        """Slots without an active deal."""
+        return self.desk.means.slots - sum(1 for d in self.deals.values() if d.lifecycle in ACTIVE)
+
+    # --- agreeing ------------------------------------------------------------------------------------------
+    def on_propose(self, peer: bytes, message: Propose) -> None:
+        """A signed proposal on one of our bids: sign it too, or say why not."""
+        record, agreement_id, signers = open_record(message.agreement, network=self.desk.network.id)
+        if not isinstance(record, Agreement) or record.submitter != peer or signers != {peer}:
+            raise VerificationFailed("a proposal comes from its submitter, with its signature alone")
+        if record.solver != self.desk.me:
+            raise VerificationFailed("a proposal to another solver")
+        known = self.deals.get(agreement_id)
+        if known is not None:
+            if known.lifecycle == State.PROPOSED:
+                self.desk.send(peer, Accept(known.agreement))
+            return
+        task = TaskSpec.from_bytes(message.task, network=self.desk.network.id)
+        refusal = self.bidder.refuse_proposal(record, task)
+        if refusal is not None:
+            self.desk.send(peer, Decline(agreement_id, refusal.code, refusal.why))
+            return
+        seed, _ = self.bidder.seeds.pop(record.bid)
+        deal = Deal(
+            id=agreement_id,
+            side="solver",
+            state=State.PROPOSED,
+            agreement=add_signature(message.agreement, self.desk.key, network=self.desk.network.id),
+            task=message.task,
+            base_blob=message.base_blob,
+            seed=seed,
+            created_ns=self.desk.now_ns,
+            last_root=record.base_root,
+            last_blob=message.base_blob,
+            news_ns=self.desk.now_ns,
+            entered_ns=self.desk.now_ns,
+        )
+        self.deals[deal.id], self.receipts[deal.id], self.made[deal.id] = deal, [], []
+        self._save(deal)
+        self.resend[deal.id] = self.desk.now_ns + params.RESEND_NS
+        self.desk.send(peer, Accept(deal.agreement))
+
+    def on_decline(self, peer: bytes, message: Decline) -> None:
+        """The submitter withdrew: the slot is free again."""
+        deal = self.deals.get(message.agreement)
+        if deal is not None and peer == self._submitter(deal) and deal.lifecycle == State.PROPOSED:
+            self._move(deal, Event.REFUSED)
+
+    def on_opened(self, peer: bytes, message: Opened) -> None:
+        """The channel is funded: the log takes the agreement, and `opened` starts the work."""
+        record, agreement_id, signers = open_record(message.agreement, network=self.desk.network.id)
+        if agreement_id not in self.deals or not isinstance(record, Agreement) or len(signers) != 2:
+            raise VerificationFailed("an opening this peer did not agree to")
+        if agreement_id not in self.settler.channels:
+            self.settler.accept(message.agreement)
+        else:
+            self.opened(agreement_id)
+
+    def opened(self, agreement_id: bytes) -> None:
+        """Settler: a channel is funded. If it is ours, fetch what the work needs."""
+        deal = self.deals.get(agreement_id)
+        if deal is None or deal.lifecycle != State.PROPOSED:
+            return
+        self._move(deal, Event.ACCEPTED)
+        self._move(deal, Event.STARTED)
+        self.desk.emit("started", deal=deal.id, submitter=self._submitter(deal))
+        self._gather(deal)
+
+    # --- working -------------------------------------------------------------------------------------------
+    def _gather(self, deal: Deal) -> None:
+        """Fetch program, data and base; `on_fetched` starts the worker when all are here."""
+        task, sender = task_of(deal.task), (self._submitter(deal),)
+        wanted = {task.program: task.program_bytes} | {a.blob: a.size_bytes for a in task.arrays}
+        base = deal.last_blob if deal.made else deal.base_blob
+        if base:
+            wanted[base] = params.BLOB_BYTES_MAX
+        self.missing[deal.id] = set(wanted)
+        for blob, size in wanted.items():
+            self.desk.add(Fetch(blob, deal.id, sender, size))
+
+    def on_fetched(self, event: Fetched) -> None:
+        """One of a deal's blobs is here."""
+        deal = self.deals.get(event.token)
+        if deal is None or event.token not in self.missing or deal.lifecycle != State.RUNNING:
+            return
+        if event.error:
+            self._give_up(deal, "data", f"a blob of the task cannot be had: {event.error}")
+            return
+        self.missing[deal.id].discard(event.blob)
+        if not self.missing[deal.id]:
+            del self.missing[deal.id]
+            self._start(deal)
+
+    def _start(self, deal: Deal) -> None:
+        agreement, task = agreement_of(deal, self.desk.network.id), task_of(deal.task)
+        first = agreement.first_segment + deal.made
+        if first >= agreement.last_segment:
+            return
+        self.working.add(deal.id)
+        self.step_times[deal.id] = self.desk.now_ns
+        self.desk.add(
+            StartWork(
+                work=deal.id,
+                task=task,
+                base=deal.last_blob if deal.made else deal.base_blob,
+                first_segment=first,
+                last_segment=agreement.last_segment,
+                checkpoint_bytes=params.BLOB_BYTES_MAX,
+                memory_bytes=self.desk.means.memory_bytes,
+                cheat=self.desk.means.cheat,
+            )
+        )
+
+    def on_step(self, event: StepMade) -> None:
+        """News for the submitter's screen."""
+        deal = self.deals.get(event.work)
+        if deal is not None and deal.lifecycle == State.RUNNING:
+            self.desk.send(self._submitter(deal), Progress(deal.id, event.step, round(event.loss * 1_000_000)))
+
+    def on_segment(self, event: SegmentMade) -> None:
+        """A segment is done: sign its receipt and offer it."""
+        deal = self.deals.get(event.work)
+        if deal is None or deal.lifecycle != State.RUNNING or deal.ended_early:
+            return
+        agreement, task = agreement_of(deal, self.desk.network.id), task_of(deal.task)
+        if event.segment != agreement.first_segment + deal.made:
+            return
+        previous_root = self._made_root(deal)
+        if not deal.made and event.in_root != agreement.base_root:
+            self._give_up(deal, "base", "the task's initial state has another root than the agreement says")
+            return
+        operations = task.operations_per_step * len(task.steps_of(event.segment))
+        seconds = max(1, self.desk.now_ns - self.step_times.get(deal.id, self.desk.now_ns)) / 1e9
+        self.bidder.operations_per_second = int(operations / seconds)
+        self.step_times[deal.id] = self.desk.now_ns
+        receipt = Receipt(
+            network=self.desk.network.id,
+            agreement=deal.id,
+            sequence=deal.made,
+            previous=open_record(self.made[deal.id][-1], network=self.desk.network.id)[1] if deal.made else bytes(32),
+            segment=event.segment,
+            operations=operations,
+            amount_micro=amount_for(operations, agreement.unit_price),
+            in_root=previous_root,
+            out_root=event.out_root,
+            losses_root=losses_root(event.losses),
+            checkpoint=event.checkpoint,
+            checkpoint_bytes=event.checkpoint_bytes,
+            done_ns=self.desk.now_ns,
+        )
+        envelope = self.desk.seal(receipt)
+        self.made[deal.id].append(envelope)
+        self.desk.save("made", receipt_key(deal.id, deal.made), envelope)
+        deal.made += 1
+        deal.last_blob = event.checkpoint
+        self._save(deal)
+        self._offer_receipt(deal)
+
+    def _made_root(self, deal: Deal) -> bytes:
+        if not deal.made:
+            return agreement_of(deal, self.desk.network.id).base_root
+        record, _, _ = open_record(self.made[deal.id][-1], network=self.desk.network.id)
+        assert isinstance(record, Receipt)
+        return record.out_root
+
+    def _offer_receipt(self, deal: Deal) -> None:
+        """(Again) offer the oldest receipt that is not co-signed."""
+        self.resend[deal.id] = self.desk.now_ns + params.RESEND_NS
+        if deal.receipts < deal.made:
+            self.desk.send(self._submitter(deal), ReceiptOffer(self.made[deal.id][deal.receipts]))
+
+    def on_work_ended(self, event: WorkEnded) -> None:
+        """The worker is gone: all done, or start it again from the last checkpoint a bounded number of times."""
+        self.working.discard(event.work)
+        deal = self.deals.get(event.work)
+        if deal is None or deal.lifecycle != State.RUNNING or not event.error:
+            return
+        deal.failures += 1
+        self.desk.emit("problem", deal=deal.id, what=f"the worker failed: {event.error}")
+        if deal.failures >= params.WORK_FAILURES_MAX:
+            self._give_up(deal, "work-failed", event.error[:300])
+        else:
+            self._save(deal)
+            self._gather(deal)
+
+    def _give_up(self, deal: Deal, code: str, why: str) -> None:
+        deal.ended_early, deal.note = True, why
+        self._save(deal)
+        self.desk.add(StopWork(deal.id))
+        self.desk.emit("gave-up", deal=deal.id, code=code, why=why)
+        self.desk.send(self._submitter(deal), Decline(deal.id, code, why))
+
+    # --- payment and proof ---------------------------------------------------------------------------------
+    def on_receipt_back(self, peer: bytes, message: ReceiptBack) -> None:
+        """A receipt with both signatures and the voucher that pays for everything so far."""
+        record, _, signers = open_record(message.receipt, network=self.desk.network.id)
+        voucher, _, _ = open_record(message.voucher, network=self.desk.network.id)
+        if not isinstance(record, Receipt) or not isinstance(voucher, Voucher):
+            raise VerificationFailed("a receipt comes back with a voucher")
+        deal = self.deals.get(record.agreement)
+        if deal is None or peer != self._submitter(deal) or signers != {peer, self.desk.me}:
+            raise VerificationFailed("receipt of another deal, or without both signatures")
+        if record.sequence != deal.receipts:
+            return
+        due = deal.cumulative_micro + record.amount_micro
+        if voucher.agreement != deal.id or voucher.submitter != peer or voucher.cumulative_micro < due:
+            raise VerificationFailed(f"voucher of {voucher.cumulative_micro} micro-credits, {due} are due")
+        deal.cumulative_micro, deal.voucher = due, message.voucher
+        deal.cumulative_operations += record.operations
+        deal.receipts += 1
+        deal.last_receipt, deal.last_root = (
+            open_record(message.receipt, network=self.desk.network.id)[1],
+            record.out_root,
+        )
+        deal.news_ns = self.desk.now_ns
+        self.receipts[deal.id].append(message.receipt)
+        self.desk.save("receipts", receipt_key(deal.id, record.sequence), message.receipt)
+        self._save(deal)
+        self.desk.emit("earned", deal=deal.id, segment=record.segment, cumulative_micro=due)
+        self._offer_receipt(deal)
+        agreement = agreement_of(deal, self.desk.network.id)
+        if deal.receipts == agreement.last_segment - agreement.first_segment and deal.lifecycle == State.RUNNING:
+            self._prove(deal)
+
+    def _prove(self, deal: Deal) -> None:
+        proof = Proof(
+            network=self.desk.network.id,
+            agreement=deal.id,
+            author=self.desk.me,
+            receipts=deal.receipts,
+            root=self._proof_root(deal),
+            last_receipt=deal.last_receipt,
+            program=task_of(deal.task).program,
+        )
+        deal.proof = self.desk.seal(proof)
+        deal.proof_id = open_record(deal.proof, network=self.desk.network.id)[1]
+        self._move(deal, Event.PROOF_COMMITTED)
+        self._send_proof(deal)
+
+    def _proof_root(self, deal: Deal) -> bytes:
+        roots = []
+        for envelope in self.receipts[deal.id]:
+            record, _, _ = open_record(envelope, network=self.desk.network.id)
+            assert isinstance(record, Receipt)
+            roots.append(record.out_root)
+        return merkle_root(roots)
+
+    def _send_proof(self, deal: Deal) -> None:
+        self.resend[deal.id] = self.desk.now_ns + params.RESEND_NS
+        self.desk.send(self._submitter(deal), ProofOffer(deal.proof))
+
+    def on_proof(self, peer: bytes, message: ProofOffer) -> None:
+        """The submitter ended the deal early and proved it over the receipts both signed."""
+        record, proof_id, _ = open_record(message.proof, network=self.desk.network.id)
+        if not isinstance(record, Proof) or record.author != peer:
+            raise VerificationFailed("a proof comes from its author")
+        deal = self.deals.get(record.agreement)
+        if deal is None or peer != self._submitter(deal) or deal.lifecycle != State.RUNNING:
+            return
+        if record.receipts < deal.receipts or not record.receipts:
+            raise VerificationFailed("the submitter proves fewer receipts than it co-signed")
+        if record.receipts > deal.receipts:
+            return  # the last ReceiptBack was lost; it is repeated before the reveal counts
+        if record.root != self._proof_root(deal):
+            raise VerificationFailed("the proof is not over the roots of its receipts")
+        self.desk.add(StopWork(deal.id))
+        deal.ended_early = True
+        deal.proof, deal.proof_id = message.proof, proof_id
+        self._move(deal, Event.SOLVER_LOST)
+
+    def on_reveal(self, peer: bytes, message: RevealOffer) -> None:
+        """The submitter's seed, after the proof: reveal ours."""
+        record, _, _ = open_record(message.reveal, network=self.desk.network.id)
+        if not isinstance(record, Reveal) or record.author != peer:
+            raise VerificationFailed("a reveal comes from its author")
+        deal = self.deals.get(record.agreement)
+        if deal is None or peer != self._submitter(deal) or not deal.proof_id or record.proof != deal.proof_id:
+            return
+        agreement = agreement_of(deal, self.desk.network.id)
+        check_reveal(record.seed, agreement.submitter_commitment, agreement_salt=peer)
+        deal.news_ns = self.desk.now_ns
+        if not deal.own_reveal:
+            own = Reveal(
+                network=self.desk.network.id,
+                agreement=deal.id,
+                proof=deal.proof_id,
+                author=self.desk.me,
+                seed=deal.seed,
+            )
+            deal.own_reveal, deal.other_reveal = self.desk.seal(own), message.reveal
+            deal.other_seed = record.seed
+            self._move(deal, Event.SEEDS_KNOWN)
+        self.desk.send(peer, RevealOffer(deal.own_reveal))
+
+    def on_settle(self, peer: bytes, message: SettleOffer) -> None:
+        """The submitter's settlement: sign it if it pays what the vouchers promise."""
+        record, _, signers = open_record(message.settlement, network=self.desk.network.id)
+        if not isinstance(record, Settlement) or signers != {peer}:
+            raise VerificationFailed("a settlement comes from its submitter, with its signature alone")
+        deal = self.deals.get(record.agreement)
+        if deal is None or peer != self._submitter(deal):
+            raise VerificationFailed("settlement of a deal this peer does not have")
+        if deal.settlement and deal.lifecycle in TERMINAL:
+            self.desk.send(peer, SettleBack(deal.settlement))
+            return
+        if record.paid_micro < deal.cumulative_micro:
+            raise VerificationFailed(
+                f"settlement pays {record.paid_micro}, the vouchers promise {deal.cumulative_micro} micro-credits"
+            )
+        if deal.lifecycle in TERMINAL or record.agreement not in self.settler.channels:
+            return
+        both = add_signature(message.settlement, self.desk.key, network=self.desk.network.id)
+        deal.settlement = both
+        self.settler.accept(both, publish=True)
+        self._save(deal)
+        self.desk.send(peer, SettleBack(both))
+
+    def closed(self, agreement_id: bytes, how: str) -> None:
+        """Settler: a channel closed. If it is ours, finish the deal and free the slot."""
+        deal = self.deals.get(agreement_id)
+        if deal is None or deal.lifecycle in TERMINAL:
+            return
+        self.desk.add(StopWork(deal.id))
+        channel = self.settler.channels[agreement_id]
+        # The log is the truth: whatever this side had heard so far, the deal ends as the channel did.
+        deal.state = {"settled": State.SETTLED, "slashed": State.SLASHED, "claimed": State.CLAIMED}[how]
+        deal.entered_ns = self.desk.now_ns
+        self._save(deal)
+        self.desk.emit(how, deal=deal.id, paid_micro=channel.paid_micro)
+
+    def on_cancel(self, peer: bytes, message: Cancel) -> None:
+        """The submitter stops the deal: stop working; what is receipted is proved, checked and paid."""
+        deal = self.deals.get(message.agreement)
+        if deal is not None and peer == self._submitter(deal) and deal.lifecycle == State.RUNNING:
+            deal.ended_early = True
+            self._save(deal)
+            self.desk.add(StopWork(deal.id))
+
+    # --- time ----------------------------------------------------------------------------------------------
+    def tick(self) -> None:
+        """Repeat what is unanswered, free what was never opened, claim what is never settled."""
+        for deal in list(self.deals.values()):
+            if deal.lifecycle not in TERMINAL:
+                self._tick_deal(deal)
+
+    def _tick_deal(self, deal: Deal) -> None:
+        now, rules = self.desk.now_ns, self.desk.network.rules
+        again = now >= self.resend.get(deal.id, 0)
+        match deal.lifecycle:
+            case State.PROPOSED:
+                agreement = agreement_of(deal, self.desk.network.id)
+                if now >= agreement.accept_before_ns + 2 * rules.proposal_ms * 10**6:
+                    self._move(deal, Event.REFUSED)
+                elif again:
+                    self.resend[deal.id] = now + params.RESEND_NS
+                    self.desk.send(self._submitter(deal), Accept(deal.agreement))
+            case State.RUNNING if deal.receipts < deal.made or deal.ended_early:
+                if now - deal.news_ns > rules.check_silence_ms * 10**6:
+                    self._claim(deal)
+                elif again:
+                    self._offer_receipt(deal)
+            case State.PROVED:
+                if now - deal.news_ns > rules.check_silence_ms * 10**6:
+                    self._claim(deal)
+                elif again and not deal.ended_early:
+                    self._send_proof(deal)
+            case State.CHECKING | State.SETTLING:
+                if now - deal.entered_ns > 3 * rules.check_silence_ms * 10**6:
+                    self._claim(deal)
+            case _:
+                pass
+
+    def _claim(self, deal: Deal) -> None:
+        """Nobody answers: publish the last voucher; after the window it is paid and the stake is free."""
+        self._move(deal, Event.PARTNER_SILENT)
+        claim = Claim(
+            network=self.desk.network.id,
+            agreement=deal.id,
+            author=self.desk.me,
+            voucher=deal.voucher,
+            fees=(),
+        )
+        self.settler.accept(self.desk.seal(claim), publish=True)
+        self.desk.emit("claim", deal=deal.id, why="the submitter does not answer")
+
+    # --- rows ----------------------------------------------------------------------------------------------
+    def restore(self, rows: Callable[[str], Iterable[tuple[bytes, bytes]]]) -> None:
+        """Rebuild the deals and go on with the work that was running."""
+        for key, value in rows("deals"):
+            deal = msgspec.msgpack.decode(value, type=Deal)
+            if deal.side == "solver":
+                deal.news_ns = max(deal.news_ns, self.desk.now_ns)
+                self.deals[key], self.receipts[key], self.made[key] = deal, [], []
+        for table, into in (("receipts", self.receipts), ("made", self.made)):
+            for key, value in sorted(rows(table)):
+                if key[:32] in into:
+                    into[key[:32]].append(value)
+        for deal in self.deals.values():
+            if deal.lifecycle == State.RUNNING and not deal.ended_early:
+                self._gather(deal)
+
+    def _move(self, deal: Deal, event: Event) -> None:
+        deal.state, deal.entered_ns = step(deal.lifecycle, event), self.desk.now_ns
+        self._save(deal)
+
+    def _save(self, deal: Deal) -> None:
+        self.desk.save("deals", deal.id, msgspec.msgpack.encode(deal))
+
+    def _submitter(self, deal: Deal) -> bytes:
+        return agreement_of(deal, self.desk.network.id).submitter

@@ -1,0 +1,523 @@
+"""The submitter's side of every job: offer, match, pay for receipts, have the proof checked, settle, or start over.
+
+Sans-IO: it reads the desk's clock, changes rows, queues effects. A message may be lost, doubled or late; whatever
+matters is repeated by `tick` until the deal moves on, and every handler does nothing the second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from market.matching import Choice
+from market.quoting import channel_micro
+from peer.checking import CheckDesk
+from peer.deals import Deal, Job, JobState, agreement_of, receipt_key, task_of
+from peer.desk import Desk
+from peer.events import Fetch, Fetched
+from peer.jobs import JobDesk
+from peer.messages import (
+    Accept,
+    Cancel,
+    Decline,
+    Opened,
+    ProofOffer,
+    Propose,
+    ReceiptBack,
+    ReceiptOffer,
+    RevealOffer,
+)
+from peer.settler import Settler
+from protocol import params
+from protocol.errors import NotFound, VerificationFailed
+from protocol.lifecycle import TERMINAL, Event, State, step
+from protocol.merkle import merkle_root
+from protocol.records import (
+    Agreement,
+    Bid,
+    Offer,
+    Proof,
+    Receipt,
+    Reveal,
+    Voucher,
+    add_signature,
+    amount_for,
+    open_record,
+)
+from protocol.sampling import check_reveal, commitment
+from protocol.task import task_id
+
+__all__ = ["Submitter"]
+
+
+@dataclass
+class Submitter:
+    """Jobs and the submitter's deals. `checks` runs the verification of a proved deal."""
+
+    desk: Desk
+    settler: Settler
+    checks: CheckDesk
+    jobs: JobDesk
+    deals: dict[bytes, Deal] = field(default_factory=dict)
+    receipts: dict[bytes, list[bytes]] = field(default_factory=dict)  # deal -> co-signed envelopes
+    proposals: dict[bytes, int] = field(default_factory=dict)  # deal -> resend at
+    waiting: dict[bytes, tuple[bytes, ReceiptOffer, bytes]] = field(default_factory=dict)  # deal -> awaited blob
+
+    # --- a person's wishes ---------------------------------------------------------------------------------
+    def cancel(self, job_id: bytes) -> Job:
+        """Stop a job; receipts so far are checked and paid. Raises NotFound."""
+        job = self.jobs.jobs.get(job_id)
+        if job is None:
+            raise NotFound(f"no job {job_id.hex()[:12]}", next_step="see `ichiba job ls`")
+        if not job.open:
+            return job
+        job.cancelled = True
+        deal = self.deals.get(job.deal)
+        if deal is None or deal.lifecycle == State.PROPOSED:
+            if deal is not None:
+                self._decline(deal, "cancelled", "the submitter cancelled the job")
+            self.jobs.end(job, JobState.CANCELLED, "cancelled before any work")
+        elif deal.lifecycle in (State.AGREED, State.RUNNING):
+            self._solver_lost(deal, "the submitter cancelled the job")
+        self.jobs.save(job)
+        return job
+
+    # --- agreeing ------------------------------------------------------------------------------------------
+    def propose(self, job: Job, offer: Offer, bid: Bid, choice: Choice) -> None:
+        """JobDesk chose a bid: sign the agreement and send it."""
+        assert choice.winner is not None
+        task, rules, now = task_of(job.task), self.desk.network.rules, self.desk.now_ns
+        seed = self.desk.rng.randbytes(32)
+        agreement = Agreement(
+            network=self.desk.network.id,
+            offer=job.offer_id,
+            bid=choice.winner.bid_id,
+            task=task_id(task),
+            submitter=self.desk.me,
+            solver=bid.solver,
+            sequence=now,
+            first_segment=job.segment,
+            last_segment=task.segments,
+            base_root=job.base_root,
+            operations=offer.operations,
+            unit_price=bid.unit_price,
+            channel_micro=channel_micro(
+                rules,
+                operations=offer.operations,
+                segments=task.segments - job.segment,
+                unit_price=bid.unit_price,
+                operations_per_segment=task.operations_per_step * task.steps_per_segment,
+            ),
+            lock_micro=bid.lock_micro,
+            check_permille=offer.check_permille,
+            submitter_commitment=commitment(seed, agreement_salt=self.desk.me),
+            solver_commitment=bid.seed_commitment,
+            accept_before_ns=now + rules.proposal_ms * 10**6,
+            segment_deadline_ns=rules.segment_silence_ms * 10**6,
+            created_ns=now,
+        )
+        envelope = self.desk.seal(agreement)
+        deal = Deal(
+            id=open_record(envelope, network=self.desk.network.id)[1],
+            side="submitter",
+            state=State.PROPOSED,
+            agreement=envelope,
+            task=job.task,
+            base_blob=job.base_blob,
+            seed=seed,
+            created_ns=now,
+            job=job.id,
+            last_root=job.base_root,
+            last_blob=job.base_blob,
+            news_ns=now,
+            entered_ns=now,
+        )
+        self.deals[deal.id] = deal
+        self.receipts[deal.id] = []
+        job.deal, job.state = deal.id, JobState.RUNNING
+        job.deals.append(deal.id)
+        self._save(deal)
+        self.jobs.save(job)
+        self._send_proposal(deal)
+        self.desk.emit("matched", job.id, deal=deal.id, solver=bid.solver, unit_price=bid.unit_price)
+
+    def _send_proposal(self, deal: Deal) -> None:
+        self.proposals[deal.id] = self.desk.now_ns + params.RESEND_NS
+        self.desk.send(self.solver_of(deal), Propose(deal.agreement, deal.task, deal.base_blob))
+
+    def _decline(self, deal: Deal, code: str, why: str) -> None:
+        self._move(deal, Event.REFUSED)
+        self.proposals.pop(deal.id, None)
+        self.desk.send(self.solver_of(deal), Decline(deal.id, code, why))
+
+    # --- messages ------------------------------------------------------------------------------------------
+    def on_accept(self, peer: bytes, message: Accept) -> None:
+        """The solver's signature: the deal is agreed, the channel funded, the solver told."""
+        record, agreement_id, signers = open_record(message.agreement, network=self.desk.network.id)
+        deal = self.deals.get(agreement_id)
+        if deal is None or not isinstance(record, Agreement) or peer != record.solver or len(signers) != 2:
+            raise VerificationFailed("acceptance of an agreement that was never proposed")
+        if deal.lifecycle == State.DECLINED:
+            self.desk.send(peer, Decline(deal.id, "too-late", "the proposal was withdrawn"))
+            return
+        if deal.lifecycle == State.PROPOSED:
+            deal.agreement = message.agreement
+            try:
+                applied = self.settler.accept(message.agreement, publish=True)
+            except VerificationFailed:
+                applied = False
+            if not applied:
+                self._decline(deal, "funds", "the channel cannot be funded")
+                self.jobs.reoffer(
+                    self.jobs.jobs[deal.job], "the channel could not be funded: solver's stake or own balance"
+                )
+                return
+            self.proposals.pop(deal.id, None)
+            self._move(deal, Event.ACCEPTED)
+            self._move(deal, Event.STARTED)
+            self.desk.book.remove_offer(self.jobs.jobs[deal.job].offer_id)
+            self.desk.emit("agreed", deal.job, deal=deal.id, solver=peer, after_ns=self._since_offer(deal))
+        self.desk.send(peer, Opened(deal.agreement))
+
+    def _since_offer(self, deal: Deal) -> int:
+        return self.desk.now_ns - self.jobs.jobs[deal.job].offered_ns
+
+    def on_decline(self, peer: bytes, message: Decline) -> None:
+        """The solver will not, or can no longer."""
+        deal = self.deals.get(message.agreement)
+        if deal is None or peer != self.solver_of(deal):
+            return
+        self.desk.emit("refused", deal.job, solver=peer, code=message.code, why=message.why)
+        job = self.jobs.jobs[deal.job]
+        if deal.lifecycle == State.PROPOSED:
+            self._move(deal, Event.REFUSED)
+            self.proposals.pop(deal.id, None)
+            self._rest(job, peer)
+            self.jobs.reoffer(job, f"the solver declined: {message.why}")
+        elif deal.lifecycle == State.RUNNING:
+            self._solver_lost(deal, f"the solver gave up: {message.why}")
+
+    def on_receipt(self, peer: bytes, message: ReceiptOffer) -> None:
+        """A segment done: check the chain, fetch its checkpoint, then co-sign and pay."""
+        record, receipt_id, signers = open_record(message.receipt, network=self.desk.network.id)
+        if not isinstance(record, Receipt) or signers != {peer}:
+            raise VerificationFailed("a receipt comes from its solver, with its signature alone")
+        deal = self.deals.get(record.agreement)
+        if deal is None or peer != self.solver_of(deal):
+            raise VerificationFailed("receipt on an agreement this peer does not have")
+        if record.sequence < deal.receipts:
+            self._send_back(deal, record.sequence)
+            return
+        if deal.lifecycle != State.RUNNING or deal.ended_early:
+            self._send_proof(deal)
+            return
+        if record.sequence > deal.receipts:
+            return
+        if deal.id in self.waiting and self.waiting[deal.id][2] == receipt_id:
+            return
+        self._check_receipt(deal, record)
+        deal.news_ns = self.desk.now_ns
+        self.waiting[deal.id] = (record.checkpoint, message, receipt_id)
+        job = self.jobs.jobs[deal.job]
+        self.desk.add(
+            Fetch(
+                record.checkpoint,
+                deal.id,
+                (peer,),
+                job.checkpoint_bytes,
+                state_root=record.out_root,
+                program=task_of(deal.task).program,
+            )
+        )
+
+    def _check_receipt(self, deal: Deal, record: Receipt) -> None:
+        """Raises VerificationFailed unless the receipt is the next link of this deal's chain."""
+        agreement, task = agreement_of(deal, self.desk.network.id), task_of(deal.task)
+        segment = agreement.first_segment + deal.receipts
+        operations = task.operations_per_step * len(task.steps_of(segment))
+        wanted = (deal.last_receipt or bytes(32), segment, deal.last_root, operations)
+        given = (record.previous, record.segment, record.in_root, record.operations)
+        if wanted != given:
+            raise VerificationFailed("receipt does not continue the chain of its deal", why=f"at segment {segment}")
+        if record.amount_micro != amount_for(operations, agreement.unit_price):
+            raise VerificationFailed(f"receipt asks {record.amount_micro} micro-credits, the price says otherwise")
+
+    def on_fetched(self, event: Fetched) -> None:
+        """The checkpoint of the awaited receipt is here (or is not what it claims to be)."""
+        deal = self.deals.get(event.token)
+        if deal is None or deal.id not in self.waiting or self.waiting[deal.id][0] != event.blob:
+            return
+        _, message, _ = self.waiting.pop(deal.id)
+        if event.error:
+            self.desk.emit("problem", deal.job, what=f"checkpoint not accepted: {event.error}")
+            if event.forged:
+                self.desk.penalise(self.solver_of(deal), "checkpoint does not have the root its receipt claims")
+                self._solver_lost(deal, "a checkpoint does not match its receipt")
+            return
+        if deal.lifecycle == State.RUNNING and not deal.ended_early:
+            self._pay_receipt(deal, message.receipt)
+
+    def _pay_receipt(self, deal: Deal, envelope: bytes) -> None:
+        record, receipt_id, _ = open_record(envelope, network=self.desk.network.id)
+        assert isinstance(record, Receipt)
+        agreement = agreement_of(deal, self.desk.network.id)
+        both = add_signature(envelope, self.desk.key, network=self.desk.network.id)
+        deal.cumulative_micro += record.amount_micro
+        deal.cumulative_operations += record.operations
+        assert deal.cumulative_micro <= agreement.channel_micro
+        voucher = Voucher(
+            network=self.desk.network.id,
+            agreement=deal.id,
+            epoch=0,
+            sequence=record.sequence,
+            cumulative_micro=deal.cumulative_micro,
+            cumulative_operations=deal.cumulative_operations,
+            receipt=receipt_id,
+            submitter=self.desk.me,
+        )
+        deal.voucher = self.desk.seal(voucher)
+        deal.receipts += 1
+        deal.last_receipt, deal.last_root, deal.last_blob = receipt_id, record.out_root, record.checkpoint
+        deal.news_ns = self.desk.now_ns
+        self.receipts[deal.id].append(both)
+        self.desk.save("receipts", receipt_key(deal.id, record.sequence), both)
+        self.desk.save("vouchers", receipt_key(deal.id, record.sequence), deal.voucher)
+        self._save(deal)
+        self._send_back(deal, record.sequence, voucher=deal.voucher)
+        self.desk.emit(
+            "paid",
+            deal.job,
+            deal=deal.id,
+            segment=record.segment,
+            amount_micro=record.amount_micro,
+            cumulative_micro=deal.cumulative_micro,
+            out_root=record.out_root,
+        )
+
+    def _send_back(self, deal: Deal, sequence: int, *, voucher: bytes = b"") -> None:
+        # The newest voucher pays for every earlier receipt too: cumulative.
+        receipt = self.receipts[deal.id][sequence]
+        self.desk.send(self.solver_of(deal), ReceiptBack(receipt, voucher or deal.voucher))
+
+    def on_proof(self, peer: bytes, message: ProofOffer) -> None:
+        """The solver's commitment to all checkpoints: check it against the receipts and reveal our seed."""
+        record, proof_id, _ = open_record(message.proof, network=self.desk.network.id)
+        if not isinstance(record, Proof) or record.author != peer:
+            raise VerificationFailed("a proof comes from its solver")
+        deal = self.deals.get(record.agreement)
+        if deal is None or peer != self.solver_of(deal):
+            raise VerificationFailed("proof of an agreement this peer does not have")
+        if deal.proof:
+            if deal.proof_id != proof_id and not deal.ended_early:
+                self.desk.penalise(peer, "a second proof for one agreement")
+            elif deal.own_reveal:
+                self.desk.send(peer, RevealOffer(deal.own_reveal))
+            return
+        agreement = agreement_of(deal, self.desk.network.id)
+        if deal.lifecycle != State.RUNNING or deal.receipts != agreement.last_segment - agreement.first_segment:
+            return
+        if (record.root, record.receipts, record.last_receipt) != (
+            self._proof_root(deal),
+            deal.receipts,
+            deal.last_receipt,
+        ):
+            raise VerificationFailed("the proof is not over the roots of its receipts")
+        self._prove(deal, message.proof, proof_id, Event.PROOF_COMMITTED)
+
+    def _proof_root(self, deal: Deal) -> bytes:
+        roots = []
+        for envelope in self.receipts[deal.id]:
+            record, _, _ = open_record(envelope, network=self.desk.network.id)
+            assert isinstance(record, Receipt)
+            roots.append(record.out_root)
+        return merkle_root(roots)
+
+    def _prove(self, deal: Deal, proof: bytes, proof_id: bytes, event: Event) -> None:
+        deal.proof, deal.proof_id, deal.news_ns = proof, proof_id, self.desk.now_ns
+        reveal = Reveal(
+            network=self.desk.network.id,
+            agreement=deal.id,
+            proof=proof_id,
+            author=self.desk.me,
+            seed=deal.seed,
+        )
+        deal.own_reveal = self.desk.seal(reveal)
+        self._move(deal, event)
+        self._send_proof(deal)
+        self.desk.emit("proof", deal.job, deal=deal.id, proof=proof_id, receipts=deal.receipts)
+
+    def _send_proof(self, deal: Deal) -> None:
+        """What the solver needs to reveal its seed: our proof where it gave none, and our own seed."""
+        if deal.own_reveal and deal.ended_early:
+            self.desk.send(self.solver_of(deal), ProofOffer(deal.proof))
+        if deal.own_reveal:
+            self.desk.send(self.solver_of(deal), RevealOffer(deal.own_reveal))
+
+    def on_reveal(self, peer: bytes, message: RevealOffer) -> None:
+        """The solver's seed: now the segments and the checkers are drawn."""
+        record, _, _ = open_record(message.reveal, network=self.desk.network.id)
+        if not isinstance(record, Reveal) or record.author != peer:
+            raise VerificationFailed("a reveal comes from its author")
+        deal = self.deals.get(record.agreement)
+        if deal is None or peer != self.solver_of(deal) or record.proof != deal.proof_id:
+            return
+        agreement = agreement_of(deal, self.desk.network.id)
+        check_reveal(record.seed, agreement.solver_commitment, agreement_salt=peer)
+        if deal.lifecycle == State.PROVED:
+            deal.other_reveal, deal.other_seed = message.reveal, record.seed
+            self._draw(deal)
+
+    def _draw(self, deal: Deal) -> None:
+        self._move(deal, Event.SEEDS_KNOWN)
+        self.checks.begin(deal, agreement_of(deal, self.desk.network.id), self.receipts[deal.id])
+        self._save(deal)
+
+    def _rest(self, job: Job, solver: bytes) -> None:
+        """Try others first: this solver may have the job again later, when it may be well again."""
+        job.resting[solver] = self.desk.now_ns + params.SOLVER_REST_NS
+        self.jobs.save(job)
+
+    # --- endings -------------------------------------------------------------------------------------------
+    def _solver_lost(self, deal: Deal, why: str) -> None:
+        """End a running deal early: what both signed is proved, checked and paid; the rest goes back to market."""
+        job = self.jobs.jobs[deal.job]
+        deal.ended_early, deal.note = True, why
+        self.waiting.pop(deal.id, None)
+        self.desk.send(self.solver_of(deal), Cancel(deal.id))
+        self.desk.emit("lost", deal.job, deal=deal.id, solver=self.solver_of(deal), why=why, receipts=deal.receipts)
+        self._rest(job, self.solver_of(deal))
+        if not deal.receipts:
+            self._move(deal, Event.NOTHING_DONE)
+            self.checks.claim(deal)
+            self._continue_job(deal)  # nothing was done, so nothing has to be checked before going on
+            return
+        proof = Proof(
+            network=self.desk.network.id,
+            agreement=deal.id,
+            author=self.desk.me,
+            receipts=deal.receipts,
+            root=self._proof_root(deal),
+            last_receipt=deal.last_receipt,
+            program=task_of(deal.task).program,
+        )
+        envelope = self.desk.seal(proof)
+        self._prove(deal, envelope, open_record(envelope, network=self.desk.network.id)[1], Event.SOLVER_LOST)
+
+    def checked_right(self, deal: Deal) -> None:
+        """CheckDesk: the work of an ended deal is verified, so the job can go on from its last checkpoint."""
+        if deal.ended_early:
+            self._continue_job(deal)
+
+    def closed(self, agreement_id: bytes, how: str) -> None:
+        """The settler closed this channel: finish the deal and move its job."""
+        deal = self.deals.get(agreement_id)
+        if deal is None or deal.lifecycle in TERMINAL:
+            return
+        job = self.jobs.jobs[deal.job]
+        channel = self.settler.channels[agreement_id]
+        if how == "slashed":
+            self._move(deal, Event.FOUND_WRONG)
+            job.slashed_micro += channel.agreement.lock_micro
+            job.culprits.append(channel.agreement.solver)
+            job.retried += 1
+            self.desk.emit(
+                "slashed",
+                job.id,
+                deal=deal.id,
+                solver=channel.agreement.solver,
+                lock_micro=channel.agreement.lock_micro,
+            )
+            if job.deal == deal.id:
+                self.jobs.reoffer(job, "the work was wrong and its solver is slashed")
+            self.jobs.save(job)
+            return
+        # A solver may claim alone while its work is still being checked: it is paid, but nothing builds on it.
+        verified = deal.lifecycle in (State.SETTLING, State.CLAIMING)
+        self._move(deal, Event.COSIGNED if how == "settled" else Event.WINDOW_CLOSED)
+        job.spent_micro += channel.paid_micro + sum(micro for _, micro in channel.fees)
+        self.desk.emit(
+            how,
+            job.id,
+            deal=deal.id,
+            solver=channel.agreement.solver,
+            paid_micro=channel.paid_micro,
+            fees=[{"peer": peer, "micro": micro} for peer, micro in channel.fees],
+        )
+        self.jobs.save(job)
+        if job.deal == deal.id and verified:
+            self._continue_job(deal)
+        elif job.deal == deal.id:
+            self.jobs.reoffer(job, "the solver closed the channel before its work was checked")
+
+    def _continue_job(self, deal: Deal) -> None:
+        """After a deal's work is known to be right (or none): go on from its end, or finish."""
+        job, task = self.jobs.jobs[deal.job], task_of(deal.task)
+        if job.deal != deal.id or not job.open:
+            return
+        job.segment = agreement_of(deal, self.desk.network.id).first_segment + deal.receipts
+        job.base_root, job.base_blob = deal.last_root, deal.last_blob
+        if job.segment >= task.segments:
+            self.jobs.end(job, JobState.DONE, "")
+        else:
+            job.retried += 1
+            self.jobs.reoffer(job, deal.note or "the deal ended early")
+
+    # --- time ----------------------------------------------------------------------------------------------
+    def tick(self) -> None:
+        """Everything about a deal that is overdue."""
+        for deal in list(self.deals.values()):
+            if deal.lifecycle not in TERMINAL:
+                self._tick_deal(deal)
+
+    def _tick_deal(self, deal: Deal) -> None:
+        now, rules = self.desk.now_ns, self.desk.network.rules
+        agreement = agreement_of(deal, self.desk.network.id)
+        gone = agreement.solver not in self.desk.peers
+        match deal.lifecycle:
+            case State.PROPOSED:
+                if now >= agreement.accept_before_ns:
+                    self._decline(deal, "expired", "no answer in time")
+                    self.jobs.reoffer(self.jobs.jobs[deal.job], "the solver did not answer in time")
+                elif now >= self.proposals.get(deal.id, 0):
+                    self._send_proposal(deal)
+            case State.RUNNING:
+                if now - deal.news_ns > agreement.segment_deadline_ns:
+                    self._solver_lost(deal, f"no receipt for {(now - deal.news_ns) // 10**9} s")
+                elif gone and now - max(deal.news_ns, self.checks.left(agreement.solver)) > rules.lost_grace_ms * 10**6:
+                    self._solver_lost(deal, "the connection to the solver is gone")
+            case State.PROVED:
+                if now - deal.entered_ns > rules.reveal_ms * 10**6 or (gone and deal.ended_early):
+                    self.desk.emit("forfeit", deal.job, deal=deal.id, why="the solver did not reveal its seed")
+                    self._draw(deal)
+                elif now >= self.proposals.get(deal.id, 0):
+                    self.proposals[deal.id] = now + params.RESEND_NS
+                    self._send_proof(deal)
+            case State.CHECKING | State.SETTLING:
+                self.checks.tick(deal, agreement, self.receipts[deal.id])
+            case _:
+                pass
+
+    # --- rows ----------------------------------------------------------------------------------------------
+    def restore(self, rows: Callable[[str], Iterable[tuple[bytes, bytes]]]) -> None:
+        """Rebuild the deals from the store."""
+        for key, value in rows("deals"):
+            deal = msgspec.msgpack.decode(value, type=Deal)
+            if deal.side == "submitter":
+                deal.news_ns = max(deal.news_ns, self.desk.now_ns)  # we were away, not the solver
+                self.deals[key], self.receipts[key] = deal, []
+        for key, value in sorted(rows("receipts")):
+            if key[:32] in self.deals:
+                self.receipts[key[:32]].append(value)
+
+    def _move(self, deal: Deal, event: Event) -> None:
+        deal.state, deal.entered_ns = step(deal.lifecycle, event), self.desk.now_ns
+        self._save(deal)
+
+    def _save(self, deal: Deal) -> None:
+        self.desk.save("deals", deal.id, msgspec.msgpack.encode(deal))
+
+    def solver_of(self, deal: Deal) -> bytes:
+        """The solver's key."""
+        return agreement_of(deal, self.desk.network.id).solver

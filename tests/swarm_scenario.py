@@ -1,0 +1,89 @@
+"""A five-peer swarm for the simulator: one submitter, two solvers, one verifier, one whistleblower."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from peer.desk import Means
+from peer.simulator import Faults, Simulation, initial_root
+from protocol.codec import blake, encode
+from protocol.keys import SigningKey, peer_name
+from protocol.network import Deposit, Network, Rules
+from protocol.task import ArrayRef, BatchRule, Initial, Schedule, TaskSpec
+
+RULES = Rules(
+    lost_grace_ms=6_000,
+    segment_silence_ms=60_000,
+    reveal_ms=10_000,
+    check_silence_ms=60_000,
+    settle_silence_ms=20_000,
+    claim_window_ms=10_000,
+    audit_permille=1000,
+)
+ROLES = {"alice": 0, "bob": 1, "carol": 1, "victor": 2, "wendy": 4}
+SEGMENTS = 6
+
+
+def make_task(network: Network, *, seed: int = 7, segments: int = SEGMENTS) -> TaskSpec:
+    """A task of `segments` segments of ten steps; its blobs exist only as ids."""
+    return TaskSpec(
+        network=network.id,
+        program=blake("test/program", b"p"),
+        program_bytes=1000,
+        arrays=(ArrayRef("tokens", "uint8", (1000,), blake("test/array", b"a"), 1000),),
+        batch=BatchRule("windows", 4, 16),
+        initial=Initial("seed", bytes(32), bytes(32)),
+        seed=seed,
+        steps=segments * 10,
+        steps_per_segment=10,
+        mode="exact",
+        width=15,
+        schedule=Schedule("constant", 1_000_000, 0, 0),
+        operations_per_step=10**9,
+        name="test",
+    )
+
+
+def make_swarm(seed: int, faults: Faults, *, cheat: str = "", rules: Rules = RULES) -> Simulation:
+    """The swarm, with funds for everyone; `bob` cheats if asked to (and is the cheaper solver)."""
+    rng = random.Random(seed)
+    keys = {name: SigningKey.from_seed(rng.randbytes(32)) for name in ROLES}
+    deposits = tuple(
+        Deposit(peer_name(keys[name].public), 100_000_000 if name == "alice" else 0, 50_000_000) for name in ROLES
+    )
+    network = Network("test", rules, deposits)
+    means = {
+        name: Means(roles=role, unit_price=1000 if name == "bob" else 1100, memory_bytes=2**30, sandbox=4)
+        for name, role in ROLES.items()
+    }
+    means["bob"] = replace(means["bob"], cheat=cheat)
+    return Simulation(seed=seed, keys=keys, peers=means, network=network, faults=faults)
+
+
+def submit(simulation: Simulation, *, budget_micro: int = 10_000_000, unit_price_max: int = 2000) -> str:
+    """Alice submits; her store has the blobs. Returns the job id."""
+    task = make_task(simulation.network)
+    alice = simulation.peers["alice"]
+    alice.blobs |= {task.program, task.arrays[0].blob}
+    reply = simulation.command(
+        "alice",
+        "submit",
+        {
+            "task": encode(task).hex(),
+            "budget_micro": budget_micro,
+            "unit_price_max": unit_price_max,
+            "base_root": initial_root(task.seed).hex(),
+            "checkpoint_bytes": 10_000,
+            "memory_bytes": 2**20,
+        },
+    )
+    assert reply.error is None, reply.error
+    return str(reply.result["job"])
+
+
+def job_state(simulation: Simulation, job: str) -> dict[str, object]:
+    """What `ichiba job show` would say; {} while alice is down."""
+    if simulation.peers["alice"].node is None:
+        return {}
+    return simulation.command("alice", "job", {"job": job}).result

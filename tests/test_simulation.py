@@ -1,0 +1,87 @@
+"""Five peers under drawn faults: whatever is lost, doubled, late or killed, the job ends and the money adds up."""
+
+from __future__ import annotations
+
+import pytest
+
+from peer.simulator import Faults, Simulation
+from tests.swarm_scenario import job_state, make_swarm, submit
+
+SEEDS = 200
+CALM = Faults(until_ns=0)
+
+
+def finish(simulation: Simulation, job: str, *, seconds: int = 900) -> dict[str, object]:
+    """Run until the job ended, then until everything is at rest."""
+    simulation.run(seconds=seconds, until=lambda: job_state(simulation, job).get("state") in ("done", "failed"))
+    state = job_state(simulation, job)
+    simulation.run(seconds=240)
+    simulation.check_quiet()
+    return state
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_no_seed_breaks_the_swarm(seed: int) -> None:
+    cheat = "skip-step" if seed % 3 == 0 else ""
+    simulation = make_swarm(seed, Faults.drawn_from(seed), cheat=cheat)
+    simulation.run(seconds=3)
+    while simulation.peers["alice"].node is None:
+        simulation.run(seconds=3)
+    job = submit(simulation)
+    state = finish(simulation, job)
+    assert state["state"] == "done", f"seed {seed}: {state['state']} {state['reason']}"
+    assert state["segments_done"] == 6
+
+
+def test_an_honest_job_is_paid_and_checked_and_nobody_is_slashed() -> None:
+    simulation = make_swarm(1, CALM)
+    simulation.run(seconds=3)
+    state = finish(simulation, submit(simulation))
+    assert (state["state"], state["slashed_micro"], state["retried"]) == ("done", 0, 0)
+    assert state["paid_micro"] == 60_000  # 60 Gop at bob's 1000, the cheaper of two
+
+
+def test_a_cheat_is_slashed_paid_nothing_and_the_honest_solver_finishes() -> None:
+    simulation = make_swarm(2, CALM, cheat="skip-step")
+    simulation.run(seconds=3)
+    state = finish(simulation, submit(simulation))
+    assert (state["state"], state["slashed_micro"], state["retried"]) == ("done", 600_000, 1)
+    assert state["paid_micro"] == 66_000
+    honest = make_swarm(3, CALM)
+    honest.run(seconds=3)
+    assert finish(honest, submit(honest))["final_root"] == state["final_root"]
+
+
+def test_a_killed_solver_is_paid_for_what_it_did_and_another_finishes_from_there() -> None:
+    simulation = make_swarm(4, CALM)
+    simulation.run(seconds=3)
+    job = submit(simulation)
+    simulation.run(seconds=60, until=lambda: job_state(simulation, job).get("segments_done") == 3)
+    simulation.crash("bob", for_ns=0)
+    state = finish(simulation, job)
+    assert (state["state"], state["retried"], state["slashed_micro"]) == ("done", 1, 0)
+    deals = state["deals"]
+    assert isinstance(deals, list)
+    assert [deal["paid_micro"] for deal in deals] == [30_000, 33_000]
+
+
+def test_a_cancelled_job_pays_its_receipts_and_returns_the_rest() -> None:
+    simulation = make_swarm(5, CALM)
+    simulation.run(seconds=3)
+    job = submit(simulation)
+    simulation.run(seconds=60, until=lambda: job_state(simulation, job).get("segments_done") == 2)
+    simulation.command("alice", "cancel", {"job": job})
+    simulation.run(seconds=240)
+    simulation.check_quiet()
+    state = job_state(simulation, job)
+    assert state["state"] == "cancelled"
+    assert state["paid_micro"] == 20_000
+
+
+def test_one_seed_gives_one_history() -> None:
+    first, second = (make_swarm(12, Faults(loss=0.1, duplication=0.3, crash=0.0)) for _ in range(2))
+    for simulation in (first, second):
+        simulation.run(seconds=3)
+        submit(simulation)
+        simulation.run(seconds=60)
+    assert first.log == second.log
