@@ -1,0 +1,246 @@
+"""Runs a Program step by step, in exact or native arithmetic.
+
+The plan is made once: constants are decoded, and each value is dropped after its last use. Every result is
+compared with the dtype and shape its node declares, so a kernel that differs from protocol/operations.py stops
+the run. Nothing of a Program is code: an op name selects one of our kernels, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from protocol.errors import IchibaError, LimitExceeded, LocalProtocolError, MalformedRecord
+from protocol.operations import OPERATIONS
+from protocol.program import NODE_STREAM, STATE_ROLES, Arg, Items, Program, Real, Ref, Type, peak_bytes
+from worker import exact
+
+__all__ = ["DTYPES", "Diverged", "Executor", "native_kernels"]
+
+aten = torch.ops.aten
+Kernel = Callable[..., Tensor]
+OnNode = Callable[[int, Tensor], None]
+
+DTYPES = {
+    "float32": torch.float32, "int64": torch.int64, "int32": torch.int32, "uint8": torch.uint8, "bool": torch.bool,
+}
+
+
+class Diverged(IchibaError):
+    """A state tensor holds NaN or infinity after step `step`: the task ends there. DESIGN §6."""
+
+    code = "diverged"
+
+    def __init__(self, step: int, name: str) -> None:
+        self.step = step
+        super().__init__(f"training diverged at step {step}: {name} holds NaN or infinity",
+                         next_step="lower the learning rate or lengthen the warmup in job.toml")
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One node ready to run. template: arguments with values' numbers left in; drops: values last used here."""
+
+    kernel: Kernel
+    op: str
+    template: tuple[Any, ...]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    drops: tuple[int, ...]
+
+
+class Executor:
+    """One Program, ready to step.
+
+    mode: `exact` gives the same bits on every machine (DESIGN §6) at `width` bits, whichever `backend` (float64,
+    int8, auto) multiplies; `native` is torch's own arithmetic with the same random numbers. threads: CPU threads
+    of torch, set for the whole process.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        mode: Literal["exact", "native"] = "exact",
+        *,
+        width: int = 15,
+        threads: int = 1,
+        backend: str = "auto",
+    ) -> None:
+        self.program = program
+        self.threads = threads
+        if mode == "exact":
+            kernels: Mapping[str, Kernel] = exact.kernels(width=width, backend=backend)
+        else:
+            kernels = native_kernels()
+        torch.set_flush_denormal(False)
+        self._plan = self._planned(kernels)
+        self._constants = [
+            torch.from_numpy(np.frombuffer(constant.data, constant.dtype).copy()).reshape(constant.shape)
+            for constant in program.constants
+        ]
+
+    def _planned(self, kernels: Mapping[str, Kernel]) -> list[_Planned]:
+        program = self.program
+        first = program.first_node
+        last = {ref: number for number, node in enumerate(program.nodes) for ref in node.refs()}
+        kept = {program.loss, *(update.value for update in program.updates)}
+        drops: list[list[int]] = [[] for _ in program.nodes]
+        for value, number in last.items():
+            if value not in kept:
+                drops[number].append(value)
+        for number in range(len(program.nodes)):
+            if first + number not in last and first + number not in kept:
+                drops[number].append(first + number)
+        return [
+            _Planned(
+                kernels[node.op], node.op, tuple(_template(arg) for arg in node.args), DTYPES[node.dtype], node.shape,
+                tuple(drops[number]),
+            )
+            for number, node in enumerate(program.nodes)
+        ]
+
+    def step(
+        self,
+        state: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor],
+        learning_rate: float,
+        seed: int,
+        step: int,
+        *,
+        on_node: OnNode | None = None,
+    ) -> tuple[dict[str, Tensor], float]:
+        """One training step: the new state, in name order, and the loss before the update.
+
+        learning_rate: float32 value. seed, step: below 2**63. on_node: called with each node's number and result.
+        Raises MalformedRecord if tensors do not fit the inputs or an index is out of range, Diverged if the new
+        state is not finite.
+        """
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        values: list[Tensor | None] = [*self._inputs(state, batch, learning_rate, seed, step), *self._constants]
+        with torch.no_grad():
+            for number, planned in enumerate(self._plan):
+                result = self._run(number, planned, values)
+                if on_node is not None:
+                    on_node(number, result)
+                values.append(result)
+                for value in planned.drops:
+                    values[value] = None
+        new: dict[str, Tensor] = {}
+        for update in self.program.updates:
+            tensor = values[update.value]
+            assert tensor is not None
+            if tensor.is_floating_point() and tensor.numel():
+                low, high = torch.aminmax(tensor)
+                if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                    raise Diverged(step, update.name)
+            new[update.name] = tensor
+        loss = values[self.program.loss]
+        assert loss is not None
+        return new, float(loss)
+
+    def _run(self, number: int, planned: _Planned, values: Sequence[Tensor | None]) -> Tensor:
+        args = [_filled(item, values) for item in planned.template]
+        try:
+            result = planned.kernel(*args)
+        except (IndexError, RuntimeError, TypeError, ValueError, MemoryError) as error:
+            node = self.program.nodes[number]
+            if isinstance(error, MemoryError) or "allocate memory" in str(error):
+                raise LimitExceeded(
+                    f"no memory for node {number} ({planned.op}) of {planned.shape}",
+                    why=f"the program needs about {peak_bytes(self.program)} bytes",
+                    next_step="give the worker more memory or make the batch smaller",
+                ) from error
+            raise MalformedRecord(
+                f"node {number} ({planned.op}, {node.source or 'line unknown'}) failed: {error}"[:300],
+                why="its operands do not fit it",
+                next_step="check that the data's labels and tokens are in the range the model was built for",
+            ) from error
+        if result.dtype != planned.dtype or tuple(result.shape) != planned.shape:
+            raise LocalProtocolError(
+                f"node {number} ({planned.op}) gave {result.dtype} {tuple(result.shape)}, "
+                f"the program declares {planned.dtype} {planned.shape}",
+                next_step="report this: the kernel differs from protocol/operations.py",
+            )
+        return result
+
+    def _inputs(
+        self, state: Mapping[str, Tensor], batch: Mapping[str, Tensor], learning_rate: float, seed: int, step: int
+    ) -> list[Tensor]:
+        found = []
+        for item in self.program.inputs:
+            if item.role == "learning_rate":
+                found.append(torch.tensor(learning_rate, dtype=torch.float32))
+                continue
+            if item.role == "step_key":
+                found.append(torch.tensor([seed, step], dtype=torch.int64))
+                continue
+            source = state if item.role in STATE_ROLES else batch
+            if item.name not in source:
+                raise MalformedRecord(f"{item.role} {item.name} is missing")
+            tensor = source[item.name]
+            if tensor.dtype != DTYPES[item.dtype] or tuple(tensor.shape) != item.shape:
+                raise MalformedRecord(
+                    f"{item.role} {item.name} is {tensor.dtype} {tuple(tensor.shape)}, "
+                    f"the program takes {item.dtype} {item.shape}"
+                )
+            found.append(tensor)
+        return found
+
+
+class _Slot(int):
+    """The number of a value, told apart from an integer constant by its type."""
+
+
+def _template(arg: Arg) -> Any:
+    if isinstance(arg, Ref):
+        return _Slot(arg.value)
+    if isinstance(arg, Real):
+        return arg.value
+    if isinstance(arg, Type):
+        return DTYPES[arg.name]
+    if isinstance(arg, Items):
+        return [_Slot(item.value) if isinstance(item, Ref) else item for item in arg.items]
+    return arg
+
+
+def _filled(item: Any, values: Sequence[Tensor | None]) -> Any:
+    if type(item) is _Slot:
+        return values[item]
+    if type(item) is list:
+        return [values[part] if type(part) is _Slot else part for part in item]
+    return item
+
+
+def _checked_embedding_backward(
+    grad: Tensor, index: Tensor, rows: int, padding: int, scale: bool
+) -> Tensor:
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows):
+        raise IndexError(f"index out of range of {rows} rows")
+    return aten.embedding_dense_backward.default(grad, index, rows, padding, scale)
+
+
+def _uniform(step_key: Tensor, number: int, shape: Sequence[int]) -> Tensor:
+    seed, step = step_key.tolist()
+    return exact.uniform(seed, step, NODE_STREAM + number, tuple(shape))
+
+
+def native_kernels() -> dict[str, Kernel]:
+    """torch's own kernel of each operation. They are fast, and their bits depend on the machine."""
+    special: dict[str, Kernel] = {
+        "full.default": lambda shape, value, dtype: aten.full.default(shape, value, dtype=dtype),
+        "arange.start_step": lambda start, end, step: aten.arange.start_step(start, end, step, dtype=torch.int64),
+        "embedding_dense_backward.default": _checked_embedding_backward,
+        "ichiba.uniform": _uniform,
+    }
+    for name in OPERATIONS.keys() - special.keys():
+        stem, overload = name.split(".")
+        packet = getattr(aten, stem)
+        # Comparisons and sums with a Python number have an overload of their own.
+        special[name] = packet if overload == "Tensor" and stem != "slice" else getattr(packet, overload)
+    return special

@@ -1,0 +1,195 @@
+"""SGD, Adam and AdamW as functions of their state, so that an update is part of the graph.
+
+The learning rate is an input of the step, and bias correction reads running powers of the betas kept as state:
+`pow(beta, step)` gives other bits on other machines (a public bit-reproducible run forked there at its step 15,
+NOTES), a product repeated each step does not. The formulas are those of torch.optim; the roundings are not, as
+torch computes the scalars of a step in double precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from protocol.errors import UnsupportedModel
+from protocol.program import Init
+
+__all__ = ["FunctionalOptimizer", "functional"]
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One parameter group: its options, and the names of its parameters in the state."""
+
+    number: int
+    options: Mapping[str, Any]
+    names: tuple[str, ...]
+    rate: float  # its learning rate relative to that of the first group
+
+
+class FunctionalOptimizer:
+    """An optimizer whose state is a flat dict of float32 tensors named `optimizer.<kind>.<parameter>`."""
+
+    def __init__(self, groups: list[_Group]) -> None:
+        self.groups = groups
+
+    def initial(self, parameters: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Init]]:
+        """The state before the first step, each tensor with its init rule."""
+        state: dict[str, tuple[Tensor, Init]] = {}
+        for group in self.groups:
+            for name in group.names:
+                for kind in self._slots(group):
+                    zeros = torch.zeros_like(parameters[name], requires_grad=False)
+                    state[f"optimizer.{kind}.{name}"] = (zeros, Init.of("constant", 0.0))
+            for kind in self._powers():
+                state[f"optimizer.{kind}.{group.number}"] = (torch.ones(()), Init.of("constant", 1.0))
+        return state
+
+    def update(
+        self, parameters: Mapping[str, Tensor], grads: Mapping[str, Tensor], state: State, rate: Tensor
+    ) -> tuple[State, State]:
+        """New parameters and new state. `rate`: float32 scalar, the first group's. A parameter without a
+        gradient keeps its value and its state, as in torch.optim."""
+        new, kept = dict(parameters), dict(state)
+        for group in self.groups:
+            own_rate = rate if group.rate == 1 else rate * group.rate
+            powers = self._advance(group, kept)
+            for name in group.names:
+                if name in grads:
+                    grad = -grads[name] if group.options.get("maximize") else grads[name]
+                    new[name] = self._step(group, name, new[name], grad, kept, own_rate, powers)
+        return new, kept
+
+    def _slots(self, group: _Group) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def _powers(self) -> tuple[str, ...]:
+        return ()
+
+    def _advance(self, group: _Group, state: State) -> tuple[Tensor, ...]:
+        return ()
+
+    def _step(
+        self,
+        group: _Group,
+        name: str,
+        weight: Tensor,
+        grad: Tensor,
+        state: State,
+        rate: Tensor,
+        powers: tuple[Tensor, ...],
+    ) -> Tensor:
+        raise NotImplementedError
+
+
+class _SGD(FunctionalOptimizer):
+    """w -= rate * g, with momentum v = m v + g. Sutskever et al. 2013, as torch.optim.SGD states it."""
+
+    def _slots(self, group: _Group) -> tuple[str, ...]:
+        return ("momentum",) if group.options["momentum"] else ()
+
+    def _step(
+        self,
+        group: _Group,
+        name: str,
+        weight: Tensor,
+        grad: Tensor,
+        state: State,
+        rate: Tensor,
+        powers: tuple[Tensor, ...],
+    ) -> Tensor:
+        decay, momentum = group.options["weight_decay"], group.options["momentum"]
+        if decay:
+            grad = grad + weight * decay
+        if momentum:
+            slot = f"optimizer.momentum.{name}"
+            state[slot] = state[slot] * momentum + grad
+            grad = grad + state[slot] * momentum if group.options["nesterov"] else state[slot]
+        return weight - grad * rate
+
+
+class _Adam(FunctionalOptimizer):
+    """Kingma and Ba 2015, Algorithm 1; with `decoupled`, weight decay of Loshchilov and Hutter 2019."""
+
+    def __init__(self, groups: list[_Group], *, decoupled: bool) -> None:
+        super().__init__(groups)
+        self.decoupled = decoupled
+
+    def _slots(self, group: _Group) -> tuple[str, ...]:
+        return ("mean", "square")
+
+    def _powers(self) -> tuple[str, ...]:
+        return ("beta1_power", "beta2_power")
+
+    def _advance(self, group: _Group, state: State) -> tuple[Tensor, ...]:
+        corrections = []
+        for kind, beta in zip(self._powers(), group.options["betas"], strict=True):
+            slot = f"optimizer.{kind}.{group.number}"
+            state[slot] = state[slot] * beta
+            corrections.append(1 - state[slot])
+        # The two scalars every weight of the group shares: step size over the first, root of the second.
+        return corrections[0], torch.sqrt(corrections[1])
+
+    def _step(
+        self,
+        group: _Group,
+        name: str,
+        weight: Tensor,
+        grad: Tensor,
+        state: State,
+        rate: Tensor,
+        powers: tuple[Tensor, ...],
+    ) -> Tensor:
+        (beta1, beta2), decay = group.options["betas"], group.options["weight_decay"]
+        if decay and self.decoupled:
+            weight = weight * (1 - rate * decay)
+        elif decay:
+            grad = grad + weight * decay
+        mean_slot, square_slot = f"optimizer.mean.{name}", f"optimizer.square.{name}"
+        mean = state[mean_slot] = state[mean_slot] * beta1 + grad * (1 - beta1)
+        square = state[square_slot] = state[square_slot] * beta2 + grad * grad * (1 - beta2)
+        first, root = powers
+        return weight - mean * (rate / first) / (torch.sqrt(square) / root + group.options["eps"])
+
+
+def functional(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> FunctionalOptimizer:
+    """`optimizer` as a function. names: the state name of each parameter by its id().
+
+    Raises UnsupportedModel for another optimizer, for one that has already stepped, and for options whose
+    arithmetic is not implemented.
+    """
+    kinds = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+    if type(optimizer) not in kinds:
+        raise UnsupportedModel(
+            f"optimizer {type(optimizer).__name__} is not supported", next_step="use torch.optim.SGD, Adam or AdamW"
+        )
+    if optimizer.state:
+        raise UnsupportedModel("the optimizer has already taken steps", next_step="return a fresh one from build()")
+    groups = []
+    first_rate = float(optimizer.param_groups[0]["lr"])
+    for number, options in enumerate(optimizer.param_groups):
+        for option in ("amsgrad", "dampening", "differentiable"):
+            if options.get(option):
+                raise UnsupportedModel(
+                    f"option {option}={options[option]} of {type(optimizer).__name__} is not supported",
+                    next_step=f"leave {option} out",
+                )
+        unknown = [p for p in options["params"] if id(p) not in names]
+        if unknown:
+            raise UnsupportedModel(f"the optimizer holds a parameter of shape {tuple(unknown[0].shape)} that is "
+                                   "not the model's", next_step="pass model.parameters() to the optimizer")
+        rate = float(options["lr"])
+        if rate != first_rate and first_rate == 0:
+            raise UnsupportedModel("the first parameter group has the learning rate 0 and others do not")
+        members = tuple(names[id(p)] for p in options["params"])
+        groups.append(_Group(number, options, members, 1.0 if rate == first_rate else rate / first_rate))
+    if isinstance(optimizer, torch.optim.SGD):
+        return _SGD(groups)
+    return _Adam(groups, decoupled=isinstance(optimizer, torch.optim.AdamW) or bool(
+        optimizer.param_groups[0].get("decoupled_weight_decay")))

@@ -1,0 +1,254 @@
+"""Training by segments: from a task, its Program and its data to checkpoints, roots and losses. DESIGN §5.3.
+
+Everything a step reads follows from the task: the batch from (seed, step), the learning rate from the schedule,
+the random numbers from (seed, step, node). So a verifier that starts from the same checkpoint gets the same roots,
+and no caller can slip other inputs in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from protocol import philox
+from protocol.errors import LocalProtocolError, MalformedRecord, VerificationFailed
+from protocol.program import BATCH_STREAM, INIT_STREAM, Input, Program, operations_per_step, program_id, state_layout
+from protocol.task import TaskSpec, learning_rate
+from worker import cheats, checkpoint, exact
+from worker.executor import DTYPES, Diverged, Executor
+
+__all__ = ["Batches", "SegmentResult", "check_task", "initial_root", "initial_state", "rate_of", "run_segments"]
+
+Data = bytes | memoryview
+
+
+@dataclass(frozen=True)
+class SegmentResult:
+    """What one segment gave. last_step is exclusive; after divergence it is the step that diverged.
+
+    losses: of each step done, before its update. operations: charged for them. checkpoint: the end state as
+    safetensors, whose root is out_root.
+    """
+
+    segment: int
+    first_step: int
+    last_step: int
+    in_root: bytes
+    out_root: bytes
+    losses: tuple[float, ...]
+    operations: int
+    checkpoint: bytes
+    diverged_step: int | None
+
+
+class Batches:
+    """The batches of a task: step number in, tensors out, by the batch rule of protocol/task.py."""
+
+    def __init__(self, task: TaskSpec, program: Program, arrays: Mapping[str, Data]) -> None:
+        """Raises MalformedRecord if the arrays do not fit the task, or the task the program."""
+        self._task = task
+        self._inputs = program.inputs_of("batch")
+        self._arrays: dict[str, NDArray[Any]] = {}
+        for ref in task.arrays:
+            if ref.name not in arrays:
+                raise MalformedRecord(f"array {ref.name} is missing")
+            data = memoryview(arrays[ref.name])
+            if data.nbytes != ref.size_bytes:
+                raise MalformedRecord(f"array {ref.name} has {data.nbytes} bytes, the task says {ref.size_bytes}")
+            dtype = np.dtype(ref.dtype).newbyteorder("<")
+            self._arrays[ref.name] = np.frombuffer(data, dtype).reshape(ref.shape)
+        for item in self._inputs:
+            self._check(item)
+
+    def _check(self, item: Input) -> None:
+        rule = self._task.batch
+        if rule.rule == "windows":
+            if item.name not in ("x", "y"):
+                raise MalformedRecord(f"the batch rule `windows` has no input {item.name}, only x and y")
+            (array,) = self._arrays.values()
+            shape: tuple[int, ...] = (rule.size, rule.length)
+        else:
+            if item.name not in self._arrays:
+                raise MalformedRecord(
+                    f"input {item.name} has no array", next_step="name arrays after the example batch: x, y"
+                )
+            array = self._arrays[item.name]
+            shape = (rule.size, *array.shape[1:])
+        if item.shape != shape:
+            raise MalformedRecord(
+                f"input {item.name} has shape {item.shape}, the batch rule gives {shape}",
+                next_step="make the example batch of build() as large as the batch in job.toml",
+            )
+        if not _fits(array.dtype.name, item.dtype):
+            raise MalformedRecord(f"input {item.name} is {item.dtype}, its array is {array.dtype.name}")
+
+    def of(self, step: int, *, seed: int | None = None) -> dict[str, Tensor]:
+        """The batch of `step`, by input name. seed: the task's, unless a demonstration of fraud says otherwise."""
+        rule = self._task.batch
+        drawn_with = self._task.seed if seed is None else seed
+        arrays = self._arrays
+        if rule.rule == "windows":
+            (text,) = arrays.values()
+            starts = philox.integers(drawn_with, step, BATCH_STREAM, rule.size, text.shape[0] - rule.length)
+            places = starts[:, None] + np.arange(rule.length)
+            cut = {"x": text[places], "y": text[places + 1]}
+        else:
+            count = next(iter(arrays.values())).shape[0]
+            rows = philox.integers(drawn_with, step, BATCH_STREAM, rule.size, count)
+            cut = {name: array[rows] for name, array in arrays.items()}
+        return {
+            item.name: torch.from_numpy(np.ascontiguousarray(cut[item.name].astype(item.dtype)))
+            for item in self._inputs
+        }
+
+
+def _fits(stored: str, wanted: str) -> bool:
+    if stored == wanted or wanted == "float32":
+        return True
+    return wanted == "int64" and stored in ("uint8", "int32")
+
+
+def check_task(task: TaskSpec, program: Program) -> None:
+    """Refuse a task that does not speak of `program`. Raises VerificationFailed, MalformedRecord."""
+    if program_id(program.to_bytes()) != task.program:
+        raise VerificationFailed("the program is not the one the task names")
+    if operations_per_step(program) != task.operations_per_step:
+        raise MalformedRecord(
+            f"the task states {task.operations_per_step} operations a step, the program has "
+            f"{operations_per_step(program)}"
+        )
+
+
+def initial_state(task: TaskSpec, program: Program, base: Data | None) -> dict[str, Tensor]:
+    """The state before step 0: drawn from the seed by the init rules, or read from `base`.
+
+    Raises MalformedRecord if a rule says `given` and no checkpoint is, or if `base` does not fit the program;
+    VerificationFailed if `base` is not the state the task names.
+    """
+    if task.initial.kind == "state":
+        if base is None:
+            raise MalformedRecord("the task starts from a checkpoint, and none is given")
+        state = checkpoint.load(base, state_layout(program))
+        if checkpoint.state_root(state) != task.initial.root:
+            raise VerificationFailed("the checkpoint is not the state the task starts from")
+        return state
+    rules = {item.name: item for item in program.inputs if item.init is not None}
+    return {name: _drawn(rules[name], task.seed, index) for index, name in enumerate(state_layout(program))}
+
+
+def _drawn(item: Input, seed: int, index: int) -> Tensor:
+    init = item.init
+    assert init is not None
+    if init.kind == "given":
+        raise MalformedRecord(
+            f"{item.name} has no init rule a stranger can follow",
+            why="it was filled by something else than a constant, normal or uniform draw",
+            next_step='set initial = "model" in job.toml, which uploads the weights',
+        )
+    if init.kind == "constant":
+        return torch.full(item.shape, init.a if item.dtype == "float32" else int(init.a), dtype=DTYPES[item.dtype])
+    stream = INIT_STREAM + index
+    if init.kind == "normal":
+        return exact.normal(seed, 0, stream, item.shape) * init.b + init.a
+    return exact.uniform(seed, 0, stream, item.shape) * (init.b - init.a) + init.a
+
+
+def initial_root(task: TaskSpec, program: Program, base: Data | None) -> bytes:
+    """The root of the state before step 0: 32 bytes. Raises as `initial_state`."""
+    return checkpoint.state_root(initial_state(task, program, base))
+
+
+def rate_of(task: TaskSpec, step: int) -> float:
+    """The learning rate of `step` as the float32 a step reads."""
+    return float(np.float32(learning_rate(task.schedule, step=step, steps=task.steps) / 1e9))
+
+
+def run_segments(
+    *,
+    task: TaskSpec,
+    program: Program,
+    arrays: Mapping[str, Data],
+    base: Data | None,
+    segments: range,
+    threads: int = 1,
+    cheat: str | None = None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Iterator[SegmentResult]:
+    """Run `segments` one after the other and yield each result.
+
+    base: the checkpoint at the start of segments.start as safetensors; None if the task starts from its seed and
+    segments.start is 0. cheat: a fraud of worker/cheats.py. on_step: called with each step's number and loss.
+    After a step that diverges, the segment's result says so and is the last.
+    Raises MalformedRecord, VerificationFailed for a task, program, data or base that do not fit each other.
+    """
+    cheats.check(cheat)
+    check_task(task, program)
+    if not len(segments) or segments.step != 1 or segments.start < 0 or segments.stop > task.segments:
+        raise LocalProtocolError(f"segments {segments} of a task of {task.segments}")
+    if cheats.copies(cheat):
+        other = msgspec.structs.replace(task, seed=task.seed ^ 1)
+        true_root = checkpoint.state_root(_start(task, program, base, segments))
+        for result in _run(other, program, arrays, base, segments, threads, None, on_step):
+            first = result.segment == segments.start
+            yield replace(result, in_root=true_root) if first else result
+        return
+    yield from _run(task, program, arrays, base, segments, threads, cheat, on_step)
+
+
+def _start(task: TaskSpec, program: Program, base: Data | None, segments: range) -> dict[str, Tensor]:
+    if segments.start == 0:
+        return initial_state(task, program, base)
+    if base is None:
+        raise MalformedRecord(f"segment {segments.start} needs the checkpoint it starts from")
+    return checkpoint.load(base, state_layout(program))
+
+
+def _run(
+    task: TaskSpec,
+    program: Program,
+    arrays: Mapping[str, Data],
+    base: Data | None,
+    segments: range,
+    threads: int,
+    cheat: str | None,
+    on_step: Callable[[int, float], None],
+) -> Iterator[SegmentResult]:
+    batches = Batches(task, program, arrays)
+    executor = Executor(program, task.mode, width=task.width, threads=threads)
+    state = _start(task, program, base, segments)
+    root = checkpoint.state_root(state)
+    for segment in segments:
+        steps = task.steps_of(segment)
+        start_state, in_root = state, root
+        losses: list[float] = []
+        diverged: int | None = None
+        for step in cheats.steps_done(cheat, segment, steps):
+            if cheats.is_stale(cheat, segment):
+                break
+            batch = batches.of(step, seed=cheats.batch_seed(cheat, segment, task.seed))
+            try:
+                state, loss = executor.step(state, batch, rate_of(task, step), task.seed, step)
+            except Diverged as error:
+                diverged = error.step
+                break
+            losses.append(loss)
+            on_step(step, loss)
+        last = steps.stop if diverged is None else diverged
+        if state is not start_state:
+            root = checkpoint.state_root(state)
+        missing = last - steps.start - len(losses)  # only a fraud leaves steps out: it repeats the loss it had
+        losses.extend([losses[-1] if losses else 0.0] * missing)
+        done = last - steps.start
+        yield SegmentResult(
+            segment, steps.start, last, in_root, root, tuple(losses), done * task.operations_per_step,
+            checkpoint.dump(state), diverged,
+        )
+        if diverged is not None:
+            return
