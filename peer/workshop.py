@@ -1,0 +1,472 @@
+"""Runs jobs in sandboxed workers: one fresh process for each job, watched, bounded, and proven dead at the end.
+
+A job starts in about 50 ms in a worker that was warmed by `prewarm`, in some seconds without. Every way a worker
+can fail or cheat ends as a WorkFailed with a code of its own. It knows nothing of bids, money or peers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import stat
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Literal, TypeVar
+
+import trio
+
+from protocol import params
+from protocol.codec import decode
+from protocol.errors import IchibaError, LocalProtocolError, RemoteProtocolError
+from protocol.task import TaskSpec
+from worker.cage import Cage, CageFailed
+from worker.cgroups import sweep
+from worker.frames import (
+    BadReply,
+    CheckpointBytes,
+    Conversation,
+    Failed,
+    Frames,
+    Ready,
+    Reply,
+    Request,
+    Root,
+    Segment,
+    Step,
+    Work,
+)
+from worker.sandbox import Level, SandboxReport, SandboxTooWeak, admit, probe
+
+__all__ = ["SegmentDone", "WorkDone", "WorkFailed", "WorkOrder", "Workshop"]
+
+_WORK_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")  # becomes a file name
+_LAST_BREATH_SECONDS: Final = 1.0  # how long a worker that ended its replies may take to exit by itself
+
+Failure = TypeVar("Failure", bound=BaseException)
+OnStep = Callable[[int, float | None], None]
+OnSegment = Callable[["SegmentDone"], Awaitable[None]]
+
+
+class WorkFailed(IchibaError):
+    """A job that came to no end. `log_tail` is the end of what the worker printed: a stranger's words.
+
+    Codes: deadline, out-of-memory, killed, filter, no-reply, short-checkpoint, oversize-checkpoint, bad-frame,
+    oversize-frame, wrong-reply, extra-bytes, log-flood, disk, missing-input, sandbox-failed; and, told by the worker
+    itself, bad-task, bad-program, bad-data, cannot-start, internal.
+    """
+
+    def __init__(self, code: str, what: str, why: str = "", log_tail: str = "", *, next_step: str = "") -> None:
+        self.code, self.log_tail = code, log_tail
+        super().__init__(what, why=why, next_step=next_step)
+
+
+@dataclass(frozen=True)
+class WorkOrder:
+    """One job for one worker.
+
+    task: canonical TaskSpec. program, arrays (by the names of the task), base: regular files, read-only inside.
+    Segments first_segment to last_segment (exclusive) when want is "train". memory_bytes caps what the worker
+    allocates beside its inputs. wall_seconds counts from the hand-over to a warm worker.
+    """
+
+    work_id: str
+    task: bytes
+    program: Path
+    arrays: dict[str, Path]
+    base: Path | None
+    first_segment: int
+    last_segment: int
+    threads: int
+    memory_bytes: int
+    wall_seconds: float
+    checkpoint_bytes_max: int
+    cheat: str | None = None
+    want: Literal["train", "initial-root"] = "train"
+
+
+@dataclass(frozen=True)
+class SegmentDone:
+    """A finished segment, steps first_step to last_step (exclusive).
+
+    losses: of each step (the last SANDBOX_LOSSES_KEPT_MAX), None where it is no finite number. checkpoint: a file in
+    the scratch folder, now the caller's; its bytes are unchecked. diverged_step: where the state stopped being
+    finite, which ends the task.
+    """
+
+    segment: int
+    first_step: int
+    last_step: int
+    in_root: bytes
+    out_root: bytes
+    losses: tuple[float | None, ...]
+    operations: int
+    checkpoint: Path
+    checkpoint_bytes: int
+    diverged_step: int | None
+
+
+@dataclass(frozen=True)
+class WorkDone:
+    """A job that ended as it should. root is set for want="initial-root" only."""
+
+    work_id: str
+    segments: int
+    root: bytes | None
+    seconds: float
+    memory_peak_bytes: int
+    log_tail: str
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A place in the pool: a worker on its way or warm, until somebody takes it."""
+
+    ready: trio.Event = field(default_factory=trio.Event)
+    taken: trio.Event = field(default_factory=trio.Event)
+    reserved: bool = False
+    cage: Cage | None = None
+
+
+@dataclass
+class _Progress:
+    """What one job has brought so far, and the file that its current checkpoint goes to."""
+
+    order: WorkOrder
+    folder: Path
+    on_step: OnStep
+    on_segment: OnSegment
+    segments: int = 0
+    root: bytes | None = None
+    _header: Segment | None = None
+    _losses: tuple[float | None, ...] = ()
+    _file: FileIO | None = None
+
+    async def take(self, event: Reply | CheckpointBytes, conversation: Conversation) -> None:
+        """Act on one checked event. Raises WorkFailed for what the worker itself gave up on, or a full disk."""
+        if isinstance(event, Step):
+            self.on_step(event.step, event.loss)
+        elif isinstance(event, Segment):
+            self._header, self._losses = event, tuple(conversation.losses)
+            self._file = FileIO(self._part, "xb")
+        elif isinstance(event, CheckpointBytes):
+            await self._write(event)
+        elif isinstance(event, Root):
+            self.root = event.root
+        elif isinstance(event, Failed):
+            raise WorkFailed(event.code, f"the worker gave up: {event.what}", event.why)
+
+    @property
+    def _part(self) -> Path:
+        return self.folder / f"{self.order.work_id}.part"
+
+    async def _write(self, event: CheckpointBytes) -> None:
+        file, header = self._file, self._header
+        assert file is not None, "checkpoint bytes come after their header"
+        assert header is not None, "checkpoint bytes come after their header"
+        left = memoryview(event.part)
+        while left:
+            left = left[await trio.to_thread.run_sync(file.write, left) :]
+        if not event.last:
+            return
+        file.close()
+        self._file = None
+        path = self.folder / f"{self.order.work_id}-{header.segment}.safetensors"
+        os.replace(self._part, path)
+        self.segments += 1
+        await self.on_segment(
+            SegmentDone(
+                segment=header.segment,
+                first_step=header.first_step,
+                last_step=header.last_step,
+                in_root=header.in_root,
+                out_root=header.out_root,
+                losses=self._losses,
+                operations=header.operations,
+                checkpoint=path,
+                checkpoint_bytes=header.checkpoint_bytes,
+                diverged_step=header.diverged_step,
+            )
+        )
+
+    def close(self) -> None:
+        """Leave no half checkpoint behind."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        with suppress(FileNotFoundError):
+            self._part.unlink()
+
+
+class Workshop:
+    """The workers of this machine. Use as an async context manager; entering proves the sandbox.
+
+    scratch_dir: where checkpoints appear. pool: how many workers `prewarm` keeps warm, 0 to SANDBOX_POOL_MAX, each
+    about 300 MB. minimum: entering raises SandboxTooWeak below it, and below what graph jobs need in any case.
+    """
+
+    def __init__(self, scratch_dir: Path, pool: int = 1, minimum: Level = Level.FILTERED) -> None:
+        if not 0 <= pool <= params.SANDBOX_POOL_MAX:
+            raise LocalProtocolError(f"a pool of {pool} workers, 0 to {params.SANDBOX_POOL_MAX} are kept")
+        self.scratch_dir, self.pool, self.minimum = scratch_dir, pool, minimum
+        self.warm_failure = ""  # why the last warm-up failed; the next job tries for itself
+        self._report: SandboxReport | None = None
+        self._slots: list[_Slot] = []
+        self._scope = trio.open_nursery()
+        self._nursery: trio.Nursery | None = None
+
+    async def __aenter__(self) -> Workshop:
+        self.scratch_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        sweep()  # what a killed daemon left, here and below
+        for part in self.scratch_dir.glob("*.part"):
+            part.unlink()
+        report = await probe()
+        try:
+            admit("graph", report.level, minimum=self.minimum)
+        except SandboxTooWeak as error:
+            raise SandboxTooWeak(error.what, why="; ".join(report.hints), next_step=error.next_step) from None
+        self._report = report
+        self._nursery = await self._scope.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        assert self._nursery is not None, "entered"
+        self._nursery.cancel_scope.cancel()
+        return await self._scope.__aexit__(kind, error, trace)
+
+    @property
+    def report(self) -> SandboxReport:
+        """What the sandbox was proven to be on entering."""
+        if self._report is None:
+            raise LocalProtocolError("the workshop is not open: use it as `async with`")
+        return self._report
+
+    @property
+    def warm(self) -> int:
+        """Workers that are warm now."""
+        return sum(slot.cage is not None and not slot.reserved for slot in self._slots)
+
+    def prewarm(self) -> None:
+        """Fill the pool in the background: call it when a job is likely, as after a bid. An idle worker is stopped
+        after SANDBOX_WARM_SECONDS_MAX, so a daemon without work stays small."""
+        assert self._nursery is not None, "the workshop is open"
+        while sum(not slot.reserved for slot in self._slots) < self.pool:
+            slot = _Slot()
+            self._slots.append(slot)
+            self._nursery.start_soon(self._keep_warm, slot)
+
+    async def _keep_warm(self, slot: _Slot) -> None:
+        cage = None
+        try:
+            cage = slot.cage = await self._start()
+            slot.ready.set()
+            with trio.move_on_after(params.SANDBOX_WARM_SECONDS_MAX):
+                await slot.taken.wait()
+        except CageFailed as error:
+            self.warm_failure = str(error)
+        finally:
+            slot.ready.set()
+            self._slots.remove(slot)
+            if cage is not None and not slot.taken.is_set():
+                slot.cage = None
+                await cage.kill()
+
+    async def _start(self) -> Cage:
+        """A worker that is confined and warm. Raises CageFailed."""
+        cage = await Cage.start(self.report.level)
+        said: Reply | CheckpointBytes | None = None
+        try:
+            with trio.move_on_after(params.SANDBOX_START_SECONDS_MAX) as patience:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(cage.drain_log)
+                    said = await _first_reply(cage)
+                    nursery.cancel_scope.cancel()
+        except* (BadReply, CageFailed):
+            said = None
+        finally:
+            if not isinstance(said, Ready):
+                await cage.kill()
+        if isinstance(said, Ready):
+            return cage
+        late = f"it was not ready in {params.SANDBOX_START_SECONDS_MAX:.0f} s" if patience.cancelled_caught else ""
+        told = said.what if isinstance(said, Failed) else ""
+        last_words = cage.log.tail().strip().rpartition("\n")[2][-500:]
+        raise CageFailed("a worker did not start", why=late or told or last_words, next_step="run `ichiba doctor`")
+
+    async def _take(self) -> Cage:
+        """A warm worker, or one on its way, or a new one."""
+        for slot in sorted(self._slots, key=lambda slot: slot.cage is None):
+            if slot.reserved:
+                continue
+            slot.reserved = True
+            try:
+                await slot.ready.wait()
+            except trio.Cancelled:
+                slot.reserved = False
+                raise
+            slot.taken.set()
+            if slot.cage is not None and slot.cage.process.poll() is None:
+                return slot.cage
+            if slot.cage is not None:
+                await slot.cage.kill()
+        return await self._start()
+
+    async def run(self, order: WorkOrder, *, on_step: OnStep, on_segment: OnSegment) -> WorkDone:
+        """Run `order` to its end in a worker of its own.
+
+        Raises WorkFailed; CageFailed if a worker's death cannot be proven. Cancelling kills the worker and returns
+        only once it is dead. Calls `on_step(step, loss)` (None: no finite number) and awaits `on_segment`.
+        """
+        steps = _check(order)
+        conversation = Conversation(order.want, order.first_segment, steps, order.checkpoint_bytes_max)
+        with ExitStack() as opened:
+            descriptors, input_bytes = _open_inputs(order, opened)
+            try:
+                cage = await self._take()
+            except CageFailed as error:
+                raise WorkFailed("sandbox-failed", error.what, error.why, next_step="run `ichiba doctor`") from None
+            progress = _Progress(order, self.scratch_dir, on_step, on_segment)
+            opened.callback(progress.close)
+            return await self._attend(cage, _request(order, input_bytes), descriptors, conversation, progress)
+
+    async def _attend(
+        self, cage: Cage, request: Request, descriptors: list[int], conversation: Conversation, progress: _Progress
+    ) -> WorkDone:
+        """Talk with the worker to the end, whatever it does, then see it dead. Raises WorkFailed."""
+        order, started = progress.order, trio.current_time()
+        failure: WorkFailed | None = None
+        try:
+            with trio.fail_after(order.wall_seconds):
+                await _converse(cage, request, descriptors, conversation, progress)
+        except* trio.TooSlowError:
+            failure = WorkFailed("deadline", f"the job did not end in {order.wall_seconds:g} s")
+        except* WorkFailed as group:
+            failure = _first(group)
+        except* (BadReply, CageFailed) as group:
+            error = _first(group)
+            failure = WorkFailed(error.code, error.what, error.why)
+        except* OSError as group:
+            failure = WorkFailed("disk", f"cannot write a checkpoint: {_first(group)}", next_step="free some disk")
+        finally:
+            status = await cage.kill()
+        tail = cage.log.tail()
+        if cage.oom_kills or (failure is None and not conversation.finished):
+            failure = _obituary(status, cage, conversation)
+        if failure is not None:
+            failure.log_tail = tail
+            raise failure
+        seconds = trio.current_time() - started
+        return WorkDone(order.work_id, progress.segments, progress.root, seconds, cage.memory_peak_bytes, tail)
+
+
+async def _first_reply(cage: Cage) -> Reply | CheckpointBytes | None:
+    frames = Frames()
+    while data := await cage.receive():
+        for reply in frames.feed(data):
+            return reply
+    return None
+
+
+async def _converse(
+    cage: Cage, request: Request, descriptors: list[int], conversation: Conversation, progress: _Progress
+) -> None:
+    """Hand over the job and take its replies until it has ended or died; keep its log drained meanwhile."""
+    cage.limit_memory(progress.order.memory_bytes + progress.order.memory_bytes // 8)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cage.drain_log)
+        await cage.send(request, descriptors)
+        while data := await cage.receive():
+            for event in conversation.take(data):
+                await progress.take(event, conversation)
+            if conversation.finished:
+                break
+        with trio.move_on_after(_LAST_BREATH_SECONDS):
+            while data := await cage.receive():
+                list(conversation.take(data))  # raises: nothing may follow
+            await trio.lowlevel.wait_readable(cage.pidfd)  # so that its own exit status is seen, not our kill
+        nursery.cancel_scope.cancel()
+
+
+def _first(group: BaseExceptionGroup[Failure]) -> Failure:
+    """The first error of a nursery's group: they all come of one."""
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def _check(order: WorkOrder) -> list[range]:
+    """The steps of each segment asked for. Raises LocalProtocolError for what our own daemon got wrong."""
+    if not _WORK_ID.fullmatch(order.work_id):
+        raise LocalProtocolError(f"work id {order.work_id[:140]!r} is no plain name")
+    if not 1 <= order.threads <= (os.cpu_count() or 1):
+        raise LocalProtocolError(f"{order.threads} threads, this machine has {os.cpu_count()} cores")
+    if order.memory_bytes < params.SANDBOX_MEMORY_BYTES_MIN:
+        raise LocalProtocolError(
+            f"{order.memory_bytes} bytes of memory, a worker needs {params.SANDBOX_MEMORY_BYTES_MIN}"
+        )
+    try:
+        task = decode(TaskSpec, order.task, bytes_max=params.MESSAGE_BYTES_MAX)
+        if order.want == "initial-root":
+            return []
+        if not order.first_segment < order.last_segment:
+            raise LocalProtocolError(f"segments {order.first_segment} to {order.last_segment} are none")
+        return [task.steps_of(segment) for segment in range(order.first_segment, order.last_segment)]
+    except RemoteProtocolError as error:
+        raise WorkFailed("bad-task", error.what, error.why) from None
+
+
+def _open_inputs(order: WorkOrder, opened: ExitStack) -> tuple[list[int], int]:
+    """Read-only descriptors of the program, the arrays and the base, in this order, and their size in bytes."""
+    descriptors, size = [], 0
+    for path in (order.program, *order.arrays.values(), *([order.base] if order.base else [])):
+        try:
+            number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            raise WorkFailed("missing-input", f"cannot read {path.name}: {error.strerror}") from None
+        opened.callback(os.close, number)
+        status = os.fstat(number)
+        if not stat.S_ISREG(status.st_mode):
+            raise WorkFailed("missing-input", f"{path.name} is no regular file")
+        descriptors.append(number)
+        size += status.st_size
+    return descriptors, size
+
+
+def _request(order: WorkOrder, input_bytes: int) -> Work:
+    return Work(
+        want=order.want,
+        task=order.task,
+        arrays=tuple(order.arrays),
+        has_base=order.base is not None,
+        first_segment=order.first_segment,
+        last_segment=order.last_segment,
+        threads=order.threads,
+        cpu_seconds=int(order.wall_seconds * order.threads) + 10,
+        memory_bytes=order.memory_bytes,
+        input_bytes=input_bytes,
+        checkpoint_bytes_max=order.checkpoint_bytes_max,
+        cheat=order.cheat,
+    )
+
+
+def _obituary(status: int | None, cage: Cage, conversation: Conversation) -> WorkFailed:
+    """Why a worker ended without ending its job. status: as of Cage.kill; bubblewrap says 128 + signal."""
+    if cage.oom_kills:
+        return WorkFailed("out-of-memory", "the kernel killed the worker at its memory limit")
+    if status is None:
+        return WorkFailed("no-reply", "the worker closed its replies and went on running")
+    number = -status if status < 0 else status - 128 if cage.namespaced and status > 128 else 0
+    if number == signal.SIGSYS:
+        return WorkFailed("filter", "the worker made a forbidden system call and was killed")
+    if number:
+        cause = "its limit of processor time" if number in (signal.SIGXCPU, signal.SIGKILL) else ""
+        return WorkFailed("killed", f"the worker died of signal {number}", cause)
+    left = conversation.frames.raw_left
+    if left:
+        return WorkFailed("short-checkpoint", f"the worker ended with {left} bytes of a checkpoint to come")
+    return WorkFailed("no-reply", f"the worker ended with status {status} before its job was done")

@@ -1,0 +1,267 @@
+"""The first and only program inside the sandbox: confines itself further, warms torch, takes one job, ends.
+
+Order is everything. Trusted code runs first: limits, Landlock, the base filter, torch and one warm-up step. Then
+the request arrives with its descriptors, unread; then the graph filter closes; only then are a stranger's bytes
+parsed. What it says goes through one pipe as frames (worker/frames.py). One job per process, never two.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import resource
+import socket
+import sys
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":  # `python -I -S boot.py CONFIG`: no site packages, no current folder, until we say so
+    _config: dict[str, Any] = json.loads(sys.argv[1])
+    sys.path[:0] = [_config["code"], *_config["libraries"]]
+    # Landlock hides the folder above our packages, so the packages themselves are found now.
+    import protocol  # noqa: F401
+    import worker  # noqa: F401
+
+from protocol import params
+from protocol.codec import decode
+from protocol.errors import IchibaError
+from protocol.task import TaskSpec
+from worker import canary, frames, landlock, seccomp
+
+if TYPE_CHECKING:
+    from worker.training import SegmentResult
+
+
+class _Mouth:
+    """The pipe of replies. Writes block while the daemon is slow: memory here stays bounded."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def say(self, reply: frames.Reply) -> None:
+        self.write(memoryview(frames.frame(reply)))
+
+    def write(self, data: memoryview) -> None:
+        while data:
+            data = data[os.write(self.descriptor, data) :]
+
+
+class _Refused(Exception):
+    """The job cannot be done; `code` says whose part of it is wrong."""
+
+    def __init__(self, code: frames.WorkerCode, error: BaseException) -> None:
+        self.code, self.error = code, error
+        super().__init__(str(error))
+
+
+def limit(name: str, value: int) -> None:
+    """Lower one rlimit, soft and hard, never above what already holds."""
+    which = getattr(resource, f"RLIMIT_{name}")
+    hard = resource.getrlimit(which)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(which, (value, value))
+
+
+def confine(config: dict[str, Any]) -> int:
+    """Limits, then Landlock, then (without namespaces) the base filter. The Landlock version; 0 for none."""
+    for name, value in config["limits"].items():
+        limit(name, value)
+    version = 0
+    if config["filters"]:
+        try:
+            version = landlock.restrict(
+                readable=config["readable"], writable=config["writable"], devices=["/dev/null", "/dev/urandom"]
+            )
+        except landlock.LandlockUnavailable:
+            if not config["namespaces"]:
+                raise  # nothing else hides the owner's files
+        if not config["namespaces"]:  # bubblewrap has installed it already otherwise
+            seccomp.install(seccomp.filter_program(seccomp.Tier.BASE, only_pid=os.getpid()))
+    return version
+
+
+def warm_up() -> frames.Ready:
+    """Load torch and all that it loads at a first step, while opening files is still allowed.
+
+    One AdamW update written out, not torch.optim's: that one imports the compiler, which takes another second and
+    wants a folder to write to, and no Program needs it.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        weight, moment, variance = torch.ones(3, 64, 64).unbind()
+        gradient = (weight @ weight).relu_().sub_(weight).softmax(-1)
+        moment = moment.lerp(gradient, 0.1)
+        variance = variance.mul(0.999).addcmul(gradient, gradient, value=0.001)
+        weight = weight.mul(0.99) - 0.001 * moment / (variance.sqrt() + 1e-8)
+        (weight.double() @ weight.double()).to(torch.int64).sum()
+    import worker.training  # noqa: F401
+
+    return frames.Ready(str(torch.__version__), 0, torch.backends.cpu.get_cpu_capability())
+
+
+def receive(descriptor: int) -> tuple[bytes, list[int]]:
+    """The body of the request, unparsed, and the descriptors that came with it. Ends if the daemon has gone."""
+    with socket.socket(fileno=descriptor) as ear:
+        head, descriptors, flags, _ = socket.recv_fds(ear, 4, params.SANDBOX_ARRAYS_MAX + 2)
+        if flags & socket.MSG_CTRUNC:
+            raise SystemExit("descriptors were lost on the way: raise RLIMIT_NOFILE")
+        body = bytearray()
+        while len(head) < 4 or len(body) < int.from_bytes(head, "little"):
+            missing = 4 - len(head) or int.from_bytes(head, "little") - len(body)
+            part = ear.recv(min(missing, 1 << 20))
+            if not part:
+                raise SystemExit(0)
+            if len(head) < 4:
+                head += part
+            else:
+                body += part
+            if len(head) == 4 and int.from_bytes(head, "little") > params.SANDBOX_REQUEST_BYTES_MAX:
+                raise SystemExit("the request is too long")
+    return bytes(body), descriptors
+
+
+def view(descriptor: int) -> memoryview:
+    """A read-only view of the whole file, uint8, mapped: no copy, and the kernel may drop its pages again."""
+    size = os.fstat(descriptor).st_size
+    mapped = memoryview(mmap.mmap(descriptor, size, prot=mmap.PROT_READ)) if size else memoryview(b"")
+    os.close(descriptor)
+    return mapped
+
+
+def work(job: frames.Work, descriptors: list[int], mouth: _Mouth) -> None:
+    """Run one job and say its replies, all but the last. Raises _Refused, MemoryError."""
+    import torch
+
+    from protocol.program import Program
+    from worker import training
+
+    limit("CPU", job.cpu_seconds)
+    limit("DATA", job.memory_bytes)
+    limit("AS", job.memory_bytes + job.input_bytes + params.SANDBOX_ADDRESS_SLACK_BYTES)
+    torch.set_num_threads(job.threads)
+    views = [view(descriptor) for descriptor in descriptors]
+    try:
+        loose = decode(TaskSpec, job.task, bytes_max=params.MESSAGE_BYTES_MAX)
+        task = TaskSpec.from_bytes(job.task, network=loose.network)
+    except IchibaError as error:
+        raise _Refused("bad-task", error) from error
+    try:
+        program = Program.from_bytes(bytes(views[0]))
+    except IchibaError as error:
+        raise _Refused("bad-program", error) from error
+    base = views[-1] if job.has_base else None
+    arrays = dict(zip(job.arrays, views[1 : 1 + len(job.arrays)], strict=True))
+    try:
+        if job.want == "initial-root":
+            mouth.say(frames.Root(training.initial_root(task, program, base)))
+            return
+        told = _Steps(mouth, task.steps_of(job.first_segment).start)
+        for result in training.run_segments(
+            task=task,
+            program=program,
+            arrays=arrays,
+            base=base,
+            segments=range(job.first_segment, job.last_segment),
+            threads=job.threads,
+            cheat=job.cheat,
+            on_step=told.step,
+        ):
+            told.rest_of(result)
+            say_segment(result, mouth)
+    except IchibaError as error:
+        raise _Refused("bad-data", error) from error
+
+
+class _Steps:
+    """Says each step once and in order, as it is done. A demonstrated fraud leaves steps out: then with its lie."""
+
+    def __init__(self, mouth: _Mouth, due: int) -> None:
+        self.mouth, self.due = mouth, due
+
+    def step(self, step: int, loss: float) -> None:
+        if step == self.due:
+            self.mouth.say(frames.Step(step, loss if math.isfinite(loss) else None))
+            self.due += 1
+
+    def rest_of(self, result: SegmentResult) -> None:
+        for step in range(self.due, result.last_step):
+            self.step(step, result.losses[step - result.first_step])
+
+
+def say_segment(result: SegmentResult, mouth: _Mouth) -> None:
+    """The frame of a segment, then its checkpoint's bytes."""
+    mouth.say(
+        frames.Segment(
+            segment=result.segment,
+            first_step=result.first_step,
+            last_step=result.last_step,
+            in_root=result.in_root,
+            out_root=result.out_root,
+            operations=result.operations,
+            checkpoint_bytes=len(result.checkpoint),
+            diverged_step=result.diverged_step,
+        )
+    )
+    mouth.write(memoryview(result.checkpoint))
+
+
+def serve(request: frames.Request, descriptors: list[int], mouth: _Mouth) -> Iterator[frames.Reply]:
+    """The last replies of a request: work says its own on the way, because they carry raw bytes."""
+    if isinstance(request, frames.Rehearsal):
+        yield from canary.rehearse(request.attempts, request.decoys | {"replies": mouth.descriptor})
+        yield frames.Done()
+        return
+    try:
+        work(request, descriptors, mouth)
+    except _Refused as refused:
+        yield _failed(refused.code, refused.error)
+    except MemoryError as error:
+        yield _failed("out-of-memory", error)
+    else:
+        yield frames.Done()
+
+
+def _failed(code: frames.WorkerCode, error: BaseException) -> frames.Failed:
+    what = error.what if isinstance(error, IchibaError) else str(error) or type(error).__name__
+    why = error.why if isinstance(error, IchibaError) else ""
+    most = params.SANDBOX_TEXT_CHARS_MAX
+    return frames.Failed(code, what[:most], why[:most])
+
+
+def main(config: dict[str, Any]) -> None:
+    """Become the worker of `config` (worker/cage.py writes it)."""
+    mouth = _Mouth(config["replies"])
+
+    def last_words(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """An unforeseen error: torch raises what it likes. Told, printed, and the process ends."""
+        text = f"{kind.__name__}: {error}"
+        starved = issubclass(kind, MemoryError) or "can't allocate memory" in text or "not enough memory" in text
+        sys.__excepthook__(kind, error, trace)
+        sys.stderr.flush()
+        code: frames.WorkerCode = "out-of-memory" if starved else "internal"
+        mouth.say(frames.Failed(code, text[: params.SANDBOX_TEXT_CHARS_MAX], "see the last lines of the log"))
+        os._exit(1)
+
+    sys.excepthook = last_words
+    version = confine(config)
+    warm = warm_up() if config["torch"] else frames.Ready("", 0, "")
+    mouth.say(frames.Ready(warm.torch, version, warm.instructions))
+    body, descriptors = receive(config["job"])
+    if config["tier"] == seccomp.Tier.GRAPH.value:
+        seccomp.install(
+            seccomp.filter_program(seccomp.Tier.GRAPH, only_pid=None if config["namespaces"] else os.getpid())
+        )
+    for reply in serve(frames.read_request(body), descriptors, mouth):
+        mouth.say(reply)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # no interpreter shutdown: torch's takes 100 ms and nothing is left to save
+
+
+if __name__ == "__main__":
+    main(_config)
