@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import msgspec
-
-from peer.deals import Check, Deal, task_of
+from peer.deals import Check, Deal, move, save, task_of
 from peer.desk import SETTLEMENT, Desk
 from peer.messages import CheckAccept, CheckDecline, CheckRequest, SettleBack, SettleOffer
 from peer.settler import Settler
 from protocol import params
 from protocol.errors import RemoteProtocolError, VerificationFailed
-from protocol.lifecycle import Event, State, step
+from protocol.lifecycle import Event, State
 from protocol.records import (
     ROLE_VERIFIER,
     ROLE_WHISTLEBLOWER,
@@ -102,7 +100,7 @@ class CheckDesk:
         )
         deal.checks.append(check)
         self._request(deal, receipts, check)
-        self._save(deal)
+        save(self.desk, deal)
         self.desk.emit("check", deal.job, deal=deal.id, checker=check.peer, role=role, segments=check.segments)
         return True
 
@@ -128,14 +126,14 @@ class CheckDesk:
         for check in deal.checks:
             if check.peer == peer and check.state == "asked":
                 check.state = "accepted"
-                self._save(deal)
+                save(self.desk, deal)
 
     def on_decline(self, deal: Deal, peer: bytes, message: CheckDecline) -> None:
         """The checker will not: the next tick asks another."""
         for check in deal.checks:
             if check.peer == peer and check.state in ("asked", "accepted"):
                 check.state = "gone"
-                self._save(deal)
+                save(self.desk, deal)
                 self.desk.emit("refused", deal.job, checker=peer, code=message.code, why=message.why)
 
     def on_verdict(self, deal: Deal, verdict: Verdict, envelope: bytes) -> None:
@@ -155,7 +153,7 @@ class CheckDesk:
         check.operations = min(verdict.operations, most)
         check.state, check.verdict = verdict.finding, envelope
         check.wrong_segment = verdict.wrong_segment
-        self._save(deal)
+        save(self.desk, deal)
         self.desk.emit(
             "verdict",
             deal.job,
@@ -183,7 +181,7 @@ class CheckDesk:
             )
             if silent or left:
                 check.state = "gone"
-                self._save(deal)
+                save(self.desk, deal)
                 self.desk.emit("refused", deal.job, checker=check.peer, code="silent", why="the checker is gone")
             elif now >= self.resend.get((deal.id, check.peer), 0):
                 self._request(deal, receipts, check)
@@ -260,8 +258,7 @@ class CheckDesk:
             proof=deal.proof_id,
         )
         deal.settlement = self.desk.seal(settlement)
-        deal.state, deal.entered_ns = step(deal.lifecycle, Event.FOUND_RIGHT), self.desk.now_ns
-        self._save(deal)
+        move(self.desk, deal, Event.FOUND_RIGHT)
         self._offer_settlement(deal, agreement)
         self.on_right(deal)
 
@@ -273,8 +270,7 @@ class CheckDesk:
         now, rules = self.desk.now_ns, self.desk.network.rules
         gone = agreement.solver not in self.desk.peers
         if now - deal.entered_ns > rules.settle_silence_ms * 10**6 or (gone and deal.ended_early):
-            deal.state, deal.entered_ns = step(deal.lifecycle, Event.PARTNER_SILENT), now
-            self._save(deal)
+            move(self.desk, deal, Event.PARTNER_SILENT)
             self.claim(deal)
         elif now >= self.resend.get((deal.id, agreement.solver), 0):
             self._offer_settlement(deal, agreement)
@@ -303,6 +299,3 @@ class CheckDesk:
     def left(self, peer: bytes) -> int:
         """When `peer` was last seen leaving, in ns."""
         return self.desk.left_ns(peer)
-
-    def _save(self, deal: Deal) -> None:
-        self.desk.save("deals", deal.id, msgspec.msgpack.encode(deal))

@@ -10,11 +10,24 @@ from typing import Literal
 
 import msgspec
 
-from protocol.lifecycle import State
-from protocol.records import Agreement, Envelope, decode_body
+from peer.desk import Desk
+from protocol.lifecycle import Event, State, step
+from protocol.merkle import merkle_root
+from protocol.records import Agreement, Envelope, Receipt, decode_body
 from protocol.task import TaskSpec
 
-__all__ = ["Check", "Deal", "Job", "JobState", "agreement_of", "receipt_key"]
+__all__ = [
+    "Check",
+    "Deal",
+    "Job",
+    "JobState",
+    "agreement_of",
+    "move",
+    "proof_root",
+    "receipt_key",
+    "save",
+    "task_of",
+]
 
 
 class JobState(IntEnum):
@@ -52,6 +65,7 @@ class Job(msgspec.Struct, kw_only=True):
     deal: bytes = b""
     deals: list[bytes] = msgspec.field(default_factory=list)
     retried: int = 0
+    diverged: int = 0  # solvers that say the task diverges
     slashed_micro: int = 0
     culprits: list[bytes] = msgspec.field(default_factory=list)
     cancelled: bool = False
@@ -132,3 +146,24 @@ def receipt_key(deal_id: bytes, sequence: int) -> bytes:
 def task_of(encoded: bytes) -> TaskSpec:
     """A task that was checked when it came in."""
     return msgspec.msgpack.decode(encoded, type=TaskSpec)
+
+
+def save(desk: Desk, deal: Deal) -> None:
+    """Journal a deal."""
+    desk.save("deals", deal.id, msgspec.msgpack.encode(deal))
+
+
+def move(desk: Desk, deal: Deal, event: Event) -> None:
+    """Take one row of the lifecycle table. Raises LocalProtocolError where there is none."""
+    deal.state, deal.entered_ns = step(deal.lifecycle, event), desk.now_ns
+    save(desk, deal)
+
+
+def proof_root(receipts: list[bytes], network: bytes) -> bytes:
+    """The Merkle root of the end states of co-signed receipts, which were checked when they came in."""
+    roots = []
+    for envelope in receipts:
+        receipt = decode_body(msgspec.msgpack.decode(envelope, type=Envelope).body, network=network)
+        assert isinstance(receipt, Receipt)
+        roots.append(receipt.out_root)
+    return merkle_root(roots)

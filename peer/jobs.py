@@ -18,7 +18,7 @@ from peer.settler import Settler
 from protocol import params
 from protocol.codec import blake
 from protocol.errors import InsufficientFunds, LimitExceeded
-from protocol.records import Bid, Offer, amount_for, open_record
+from protocol.records import Agreement, Bid, Offer, amount_for, open_record
 from protocol.task import task_id
 
 __all__ = ["JobDesk"]
@@ -161,11 +161,46 @@ class JobDesk:
         if choice.winner is not None:
             self.on_choice(job, offer, dict(book.live_bids(job.offer_id, now_ns=now))[choice.winner.bid_id], choice)
 
+    def agreement(self, job: Job, offer: Offer, bid: Bid, bid_id: bytes, seed_commitment: bytes) -> Agreement:
+        """The terms of a deal on `bid`, from the job's next segment to its end."""
+        task, rules, now = task_of(job.task), self.desk.network.rules, self.desk.now_ns
+        return Agreement(
+            network=self.desk.network.id,
+            offer=job.offer_id,
+            bid=bid_id,
+            task=task_id(task),
+            submitter=self.desk.me,
+            solver=bid.solver,
+            sequence=now,
+            first_segment=job.segment,
+            last_segment=task.segments,
+            base_root=job.base_root,
+            operations=offer.operations,
+            unit_price=bid.unit_price,
+            channel_micro=channel_micro(
+                rules,
+                operations=offer.operations,
+                segments=task.segments - job.segment,
+                unit_price=bid.unit_price,
+                operations_per_segment=task.operations_per_step * task.steps_per_segment,
+            ),
+            lock_micro=bid.lock_micro,
+            check_permille=offer.check_permille,
+            submitter_commitment=seed_commitment,
+            solver_commitment=bid.seed_commitment,
+            accept_before_ns=now + rules.proposal_ms * 10**6,
+            segment_deadline_ns=rules.segment_silence_ms * 10**6,
+            created_ns=now,
+        )
+
     def reoffer(self, job: Job, why: str) -> None:
         """Back to the market after a deal that did not finish the job."""
         job.deal = b""
         if job.cancelled:
             self.end(job, JobState.CANCELLED, why)
+            return
+        if job.diverged >= params.DIVERGED_SOLVERS:
+            self.end(job, JobState.FAILED, f"the task diverges ({why}); lower the learning rate and submit it again")
             return
         self.desk.emit("reoffer", job.id, why=why, segment=job.segment)
         self.offer(job)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from peer.bidding import Bidder
-from peer.deals import Deal, agreement_of, receipt_key, task_of
+from peer.deals import Deal, agreement_of, move, proof_root, receipt_key, save, task_of
 from peer.desk import Desk
 from peer.events import Fetch, Fetched, SegmentMade, StartWork, StepMade, StopWork, WorkEnded
 from peer.messages import (
@@ -34,8 +34,7 @@ from peer.settler import Settler
 from protocol import params
 from protocol.codec import blake
 from protocol.errors import VerificationFailed
-from protocol.lifecycle import TERMINAL, Event, State, step
-from protocol.merkle import merkle_root
+from protocol.lifecycle import TERMINAL, Event, State
 from protocol.records import (
     Agreement,
     Claim,
@@ -114,7 +113,7 @@ class Solver:
             entered_ns=self.desk.now_ns,
         )
         self.deals[deal.id], self.receipts[deal.id], self.made[deal.id] = deal, [], []
-        self._save(deal)
+        save(self.desk, deal)
         self.resend[deal.id] = self.desk.now_ns + params.RESEND_NS
         self.desk.send(peer, Accept(deal.agreement))
 
@@ -122,7 +121,7 @@ class Solver:
         """The submitter withdrew: the slot is free again."""
         deal = self.deals.get(message.agreement)
         if deal is not None and peer == self._submitter(deal) and deal.lifecycle == State.PROPOSED:
-            self._move(deal, Event.REFUSED)
+            move(self.desk, deal, Event.REFUSED)
 
     def on_opened(self, peer: bytes, message: Opened) -> None:
         """The channel is funded: the log takes the agreement, and `opened` starts the work."""
@@ -139,8 +138,8 @@ class Solver:
         deal = self.deals.get(agreement_id)
         if deal is None or deal.lifecycle != State.PROPOSED:
             return
-        self._move(deal, Event.ACCEPTED)
-        self._move(deal, Event.STARTED)
+        move(self.desk, deal, Event.ACCEPTED)
+        move(self.desk, deal, Event.STARTED)
         self.desk.emit("started", deal=deal.id, submitter=self._submitter(deal))
         self._gather(deal)
 
@@ -231,7 +230,7 @@ class Solver:
         self.desk.save("made", receipt_key(deal.id, deal.made), envelope)
         deal.made += 1
         deal.last_blob = event.checkpoint
-        self._save(deal)
+        save(self.desk, deal)
         self._offer_receipt(deal)
 
     def _made_root(self, deal: Deal) -> bytes:
@@ -255,15 +254,17 @@ class Solver:
             return
         deal.failures += 1
         self.desk.emit("problem", deal=deal.id, what=f"the worker failed: {event.error}")
-        if deal.failures >= params.WORK_FAILURES_MAX:
+        if event.error.startswith("diverged"):
+            self._give_up(deal, "diverged", event.error[:300])  # trying again would diverge again
+        elif deal.failures >= params.WORK_FAILURES_MAX:
             self._give_up(deal, "work-failed", event.error[:300])
         else:
-            self._save(deal)
+            save(self.desk, deal)
             self._gather(deal)
 
     def _give_up(self, deal: Deal, code: str, why: str) -> None:
         deal.ended_early, deal.note = True, why
-        self._save(deal)
+        save(self.desk, deal)
         self.desk.add(StopWork(deal.id))
         self.desk.emit("gave-up", deal=deal.id, code=code, why=why)
         self.desk.send(self._submitter(deal), Decline(deal.id, code, why))
@@ -293,7 +294,7 @@ class Solver:
         deal.news_ns = self.desk.now_ns
         self.receipts[deal.id].append(message.receipt)
         self.desk.save("receipts", receipt_key(deal.id, record.sequence), message.receipt)
-        self._save(deal)
+        save(self.desk, deal)
         self.desk.emit("earned", deal=deal.id, segment=record.segment, cumulative_micro=due)
         self._offer_receipt(deal)
         agreement = agreement_of(deal, self.desk.network.id)
@@ -306,22 +307,14 @@ class Solver:
             agreement=deal.id,
             author=self.desk.me,
             receipts=deal.receipts,
-            root=self._proof_root(deal),
+            root=proof_root(self.receipts[deal.id], self.desk.network.id),
             last_receipt=deal.last_receipt,
             program=task_of(deal.task).program,
         )
         deal.proof = self.desk.seal(proof)
         deal.proof_id = open_record(deal.proof, network=self.desk.network.id)[1]
-        self._move(deal, Event.PROOF_COMMITTED)
+        move(self.desk, deal, Event.PROOF_COMMITTED)
         self._send_proof(deal)
-
-    def _proof_root(self, deal: Deal) -> bytes:
-        roots = []
-        for envelope in self.receipts[deal.id]:
-            record, _, _ = open_record(envelope, network=self.desk.network.id)
-            assert isinstance(record, Receipt)
-            roots.append(record.out_root)
-        return merkle_root(roots)
 
     def _send_proof(self, deal: Deal) -> None:
         self.resend[deal.id] = self.desk.now_ns + params.RESEND_NS
@@ -339,12 +332,12 @@ class Solver:
             raise VerificationFailed("the submitter proves fewer receipts than it co-signed")
         if record.receipts > deal.receipts:
             return  # the last ReceiptBack was lost; it is repeated before the reveal counts
-        if record.root != self._proof_root(deal):
+        if record.root != proof_root(self.receipts[deal.id], self.desk.network.id):
             raise VerificationFailed("the proof is not over the roots of its receipts")
         self.desk.add(StopWork(deal.id))
         deal.ended_early = True
         deal.proof, deal.proof_id = message.proof, proof_id
-        self._move(deal, Event.SOLVER_LOST)
+        move(self.desk, deal, Event.SOLVER_LOST)
 
     def on_reveal(self, peer: bytes, message: RevealOffer) -> None:
         """The submitter's seed, after the proof: reveal ours."""
@@ -367,7 +360,7 @@ class Solver:
             )
             deal.own_reveal, deal.other_reveal = self.desk.seal(own), message.reveal
             deal.other_seed = record.seed
-            self._move(deal, Event.SEEDS_KNOWN)
+            move(self.desk, deal, Event.SEEDS_KNOWN)
         self.desk.send(peer, RevealOffer(deal.own_reveal))
 
     def on_settle(self, peer: bytes, message: SettleOffer) -> None:
@@ -390,7 +383,7 @@ class Solver:
         both = add_signature(message.settlement, self.desk.key, network=self.desk.network.id)
         deal.settlement = both
         self.settler.accept(both, publish=True)
-        self._save(deal)
+        save(self.desk, deal)
         self.desk.send(peer, SettleBack(both))
 
     def closed(self, agreement_id: bytes, how: str) -> None:
@@ -403,7 +396,7 @@ class Solver:
         # The log is the truth: whatever this side had heard so far, the deal ends as the channel did.
         deal.state = {"settled": State.SETTLED, "slashed": State.SLASHED, "claimed": State.CLAIMED}[how]
         deal.entered_ns = self.desk.now_ns
-        self._save(deal)
+        save(self.desk, deal)
         self.desk.emit(how, deal=deal.id, paid_micro=channel.paid_micro)
 
     def on_cancel(self, peer: bytes, message: Cancel) -> None:
@@ -411,7 +404,7 @@ class Solver:
         deal = self.deals.get(message.agreement)
         if deal is not None and peer == self._submitter(deal) and deal.lifecycle == State.RUNNING:
             deal.ended_early = True
-            self._save(deal)
+            save(self.desk, deal)
             self.desk.add(StopWork(deal.id))
 
     # --- time ----------------------------------------------------------------------------------------------
@@ -428,7 +421,7 @@ class Solver:
             case State.PROPOSED:
                 agreement = agreement_of(deal, self.desk.network.id)
                 if now >= agreement.accept_before_ns + 2 * rules.proposal_ms * 10**6:
-                    self._move(deal, Event.REFUSED)
+                    move(self.desk, deal, Event.REFUSED)
                 elif again:
                     self.resend[deal.id] = now + params.RESEND_NS
                     self.desk.send(self._submitter(deal), Accept(deal.agreement))
@@ -450,7 +443,7 @@ class Solver:
 
     def _claim(self, deal: Deal) -> None:
         """Nobody answers: publish the last voucher; after the window it is paid and the stake is free."""
-        self._move(deal, Event.PARTNER_SILENT)
+        move(self.desk, deal, Event.PARTNER_SILENT)
         claim = Claim(
             network=self.desk.network.id,
             agreement=deal.id,
@@ -476,13 +469,6 @@ class Solver:
         for deal in self.deals.values():
             if deal.lifecycle == State.RUNNING and not deal.ended_early:
                 self._gather(deal)
-
-    def _move(self, deal: Deal, event: Event) -> None:
-        deal.state, deal.entered_ns = step(deal.lifecycle, event), self.desk.now_ns
-        self._save(deal)
-
-    def _save(self, deal: Deal) -> None:
-        self.desk.save("deals", deal.id, msgspec.msgpack.encode(deal))
 
     def _submitter(self, deal: Deal) -> bytes:
         return agreement_of(deal, self.desk.network.id).submitter

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from market.matching import Choice
-from market.quoting import channel_micro
 from peer.checking import CheckDesk
-from peer.deals import Deal, Job, JobState, agreement_of, receipt_key, task_of
+from peer.deals import Deal, Job, JobState, agreement_of, move, proof_root, receipt_key, save, task_of
 from peer.desk import Desk
 from peer.events import Fetch, Fetched
 from peer.jobs import JobDesk
@@ -32,8 +31,7 @@ from peer.messages import (
 from peer.settler import Settler
 from protocol import params
 from protocol.errors import NotFound, VerificationFailed
-from protocol.lifecycle import TERMINAL, Event, State, step
-from protocol.merkle import merkle_root
+from protocol.lifecycle import TERMINAL, Event, State
 from protocol.records import (
     Agreement,
     Bid,
@@ -47,7 +45,6 @@ from protocol.records import (
     open_record,
 )
 from protocol.sampling import check_reveal, commitment
-from protocol.task import task_id
 
 __all__ = ["Submitter"]
 
@@ -88,35 +85,10 @@ class Submitter:
     def propose(self, job: Job, offer: Offer, bid: Bid, choice: Choice) -> None:
         """JobDesk chose a bid: sign the agreement and send it."""
         assert choice.winner is not None
-        task, rules, now = task_of(job.task), self.desk.network.rules, self.desk.now_ns
+        now = self.desk.now_ns
         seed = self.desk.rng.randbytes(32)
-        agreement = Agreement(
-            network=self.desk.network.id,
-            offer=job.offer_id,
-            bid=choice.winner.bid_id,
-            task=task_id(task),
-            submitter=self.desk.me,
-            solver=bid.solver,
-            sequence=now,
-            first_segment=job.segment,
-            last_segment=task.segments,
-            base_root=job.base_root,
-            operations=offer.operations,
-            unit_price=bid.unit_price,
-            channel_micro=channel_micro(
-                rules,
-                operations=offer.operations,
-                segments=task.segments - job.segment,
-                unit_price=bid.unit_price,
-                operations_per_segment=task.operations_per_step * task.steps_per_segment,
-            ),
-            lock_micro=bid.lock_micro,
-            check_permille=offer.check_permille,
-            submitter_commitment=commitment(seed, agreement_salt=self.desk.me),
-            solver_commitment=bid.seed_commitment,
-            accept_before_ns=now + rules.proposal_ms * 10**6,
-            segment_deadline_ns=rules.segment_silence_ms * 10**6,
-            created_ns=now,
+        agreement = self.jobs.agreement(
+            job, offer, bid, choice.winner.bid_id, commitment(seed, agreement_salt=self.desk.me)
         )
         envelope = self.desk.seal(agreement)
         deal = Deal(
@@ -138,7 +110,7 @@ class Submitter:
         self.receipts[deal.id] = []
         job.deal, job.state = deal.id, JobState.RUNNING
         job.deals.append(deal.id)
-        self._save(deal)
+        save(self.desk, deal)
         self.jobs.save(job)
         self._send_proposal(deal)
         self.desk.emit("matched", job.id, deal=deal.id, solver=bid.solver, unit_price=bid.unit_price)
@@ -148,7 +120,7 @@ class Submitter:
         self.desk.send(self.solver_of(deal), Propose(deal.agreement, deal.task, deal.base_blob))
 
     def _decline(self, deal: Deal, code: str, why: str) -> None:
-        self._move(deal, Event.REFUSED)
+        move(self.desk, deal, Event.REFUSED)
         self.proposals.pop(deal.id, None)
         self.desk.send(self.solver_of(deal), Decline(deal.id, code, why))
 
@@ -175,8 +147,8 @@ class Submitter:
                 )
                 return
             self.proposals.pop(deal.id, None)
-            self._move(deal, Event.ACCEPTED)
-            self._move(deal, Event.STARTED)
+            move(self.desk, deal, Event.ACCEPTED)
+            move(self.desk, deal, Event.STARTED)
             self.desk.book.remove_offer(self.jobs.jobs[deal.job].offer_id)
             self.desk.emit("agreed", deal.job, deal=deal.id, solver=peer, after_ns=self._since_offer(deal))
         self.desk.send(peer, Opened(deal.agreement))
@@ -192,11 +164,12 @@ class Submitter:
         self.desk.emit("refused", deal.job, solver=peer, code=message.code, why=message.why)
         job = self.jobs.jobs[deal.job]
         if deal.lifecycle == State.PROPOSED:
-            self._move(deal, Event.REFUSED)
+            move(self.desk, deal, Event.REFUSED)
             self.proposals.pop(deal.id, None)
             self._rest(job, peer)
             self.jobs.reoffer(job, f"the solver declined: {message.why}")
         elif deal.lifecycle == State.RUNNING:
+            job.diverged += message.code == "diverged"
             self._solver_lost(deal, f"the solver gave up: {message.why}")
 
     def on_receipt(self, peer: bytes, message: ReceiptOffer) -> None:
@@ -284,7 +257,7 @@ class Submitter:
         self.receipts[deal.id].append(both)
         self.desk.save("receipts", receipt_key(deal.id, record.sequence), both)
         self.desk.save("vouchers", receipt_key(deal.id, record.sequence), deal.voucher)
-        self._save(deal)
+        save(self.desk, deal)
         self._send_back(deal, record.sequence, voucher=deal.voucher)
         self.desk.emit(
             "paid",
@@ -319,20 +292,12 @@ class Submitter:
         if deal.lifecycle != State.RUNNING or deal.receipts != agreement.last_segment - agreement.first_segment:
             return
         if (record.root, record.receipts, record.last_receipt) != (
-            self._proof_root(deal),
+            proof_root(self.receipts[deal.id], self.desk.network.id),
             deal.receipts,
             deal.last_receipt,
         ):
             raise VerificationFailed("the proof is not over the roots of its receipts")
         self._prove(deal, message.proof, proof_id, Event.PROOF_COMMITTED)
-
-    def _proof_root(self, deal: Deal) -> bytes:
-        roots = []
-        for envelope in self.receipts[deal.id]:
-            record, _, _ = open_record(envelope, network=self.desk.network.id)
-            assert isinstance(record, Receipt)
-            roots.append(record.out_root)
-        return merkle_root(roots)
 
     def _prove(self, deal: Deal, proof: bytes, proof_id: bytes, event: Event) -> None:
         deal.proof, deal.proof_id, deal.news_ns = proof, proof_id, self.desk.now_ns
@@ -344,7 +309,7 @@ class Submitter:
             seed=deal.seed,
         )
         deal.own_reveal = self.desk.seal(reveal)
-        self._move(deal, event)
+        move(self.desk, deal, event)
         self._send_proof(deal)
         self.desk.emit("proof", deal.job, deal=deal.id, proof=proof_id, receipts=deal.receipts)
 
@@ -370,9 +335,9 @@ class Submitter:
             self._draw(deal)
 
     def _draw(self, deal: Deal) -> None:
-        self._move(deal, Event.SEEDS_KNOWN)
+        move(self.desk, deal, Event.SEEDS_KNOWN)
         self.checks.begin(deal, agreement_of(deal, self.desk.network.id), self.receipts[deal.id])
-        self._save(deal)
+        save(self.desk, deal)
 
     def _rest(self, job: Job, solver: bytes) -> None:
         """Try others first: this solver may have the job again later, when it may be well again."""
@@ -389,7 +354,7 @@ class Submitter:
         self.desk.emit("lost", deal.job, deal=deal.id, solver=self.solver_of(deal), why=why, receipts=deal.receipts)
         self._rest(job, self.solver_of(deal))
         if not deal.receipts:
-            self._move(deal, Event.NOTHING_DONE)
+            move(self.desk, deal, Event.NOTHING_DONE)
             self.checks.claim(deal)
             self._continue_job(deal)  # nothing was done, so nothing has to be checked before going on
             return
@@ -398,7 +363,7 @@ class Submitter:
             agreement=deal.id,
             author=self.desk.me,
             receipts=deal.receipts,
-            root=self._proof_root(deal),
+            root=proof_root(self.receipts[deal.id], self.desk.network.id),
             last_receipt=deal.last_receipt,
             program=task_of(deal.task).program,
         )
@@ -418,7 +383,7 @@ class Submitter:
         job = self.jobs.jobs[deal.job]
         channel = self.settler.channels[agreement_id]
         if how == "slashed":
-            self._move(deal, Event.FOUND_WRONG)
+            move(self.desk, deal, Event.FOUND_WRONG)
             job.slashed_micro += channel.agreement.lock_micro
             job.culprits.append(channel.agreement.solver)
             job.retried += 1
@@ -435,7 +400,7 @@ class Submitter:
             return
         # A solver may claim alone while its work is still being checked: it is paid, but nothing builds on it.
         verified = deal.lifecycle in (State.SETTLING, State.CLAIMING)
-        self._move(deal, Event.COSIGNED if how == "settled" else Event.WINDOW_CLOSED)
+        move(self.desk, deal, Event.COSIGNED if how == "settled" else Event.WINDOW_CLOSED)
         job.spent_micro += channel.paid_micro + sum(micro for _, micro in channel.fees)
         self.desk.emit(
             how,
@@ -510,13 +475,6 @@ class Submitter:
         for key, value in sorted(rows("receipts")):
             if key[:32] in self.deals:
                 self.receipts[key[:32]].append(value)
-
-    def _move(self, deal: Deal, event: Event) -> None:
-        deal.state, deal.entered_ns = step(deal.lifecycle, event), self.desk.now_ns
-        self._save(deal)
-
-    def _save(self, deal: Deal) -> None:
-        self.desk.save("deals", deal.id, msgspec.msgpack.encode(deal))
 
     def solver_of(self, deal: Deal) -> bytes:
         """The solver's key."""

@@ -66,6 +66,7 @@ NEWCOMER_DEALS: Final = 10  # below this many verified deals a solver is a newco
 # --- sandboxed worker (DESIGN §12) ----------------------------------------------------------------------------
 SANDBOX_FRAME_BYTES_MAX: Final = 64 * 1024  # one reply frame; checkpoints follow their header as raw bytes
 SANDBOX_REQUEST_BYTES_MAX: Final = MESSAGE_BYTES_MAX + 64 * 1024  # the task as it travels, plus names and numbers
+SANDBOX_LOSSES_KEPT_MAX: Final = 100_000  # of one segment, for people's curves: a stranger may ask for 10M steps in one
 SANDBOX_ARRAYS_MAX: Final = 64  # as many as a TaskSpec holds; with program and base far below SCM_MAX_FD (253)
 SANDBOX_TEXT_CHARS_MAX: Final = 2000  # one sentence a worker says about its failure
 SANDBOX_LOG_KEPT_BYTES: Final = 64 * 1024  # the last of stdout and stderr: where the cause of a failure stands
@@ -76,7 +77,7 @@ SANDBOX_PROBE_SECONDS_MAX: Final = 20.0  # one canary; it takes 0.2-0.7 s
 SANDBOX_POOL_MAX: Final = 2  # warm workers of about 300 MB each
 SANDBOX_WARM_SECONDS_MAX: Final = 600.0  # an unused warm worker is stopped: an idle daemon must stay small
 SANDBOX_SCRATCH_BYTES: Final = 16 * 1024 * 1024  # /scratch inside; a graph writes nothing there
-SANDBOX_PROCESSES_MAX: Final = 64  # processes and threads together
+SANDBOX_PROCESSES_MAX: Final = 64  # processes and threads together, beside a thread for each core
 SANDBOX_FILES_MAX: Final = 256  # open descriptors: 66 inputs and what Python and torch open
 SANDBOX_MEMORY_BYTES_MIN: Final = 1024 * 1024 * 1024  # torch alone takes 300 MB, its libraries mapped 1 GB
 SANDBOX_ADDRESS_SLACK_BYTES: Final = 16 * 1024**3  # libraries and arenas reserve addresses they never fill
@@ -179,3 +180,10 @@ CONTROL_DEPTH_MAX: Final = 16  # nesting of a command's JSON; our deepest has 2
 
 # --- exact arithmetic --------------------------------------------------------------------------------------
 FREED_MEMORY_KEPT_BYTES_MAX: Final = 512 * 1024**2  # by a worker: page faults cost exact products 3 times their work
+
+DIVERGED_SOLVERS: Final = 2  # a job fails as diverged when this many solvers say so: one could lie
+
+# --- preparing a job (worker/prepare.py) -------------------------------------------------------------------
+WORKER_BASE_BYTES: Final = 512 * 1024**2  # torch and its libraries, beside what a step holds
+TRIAL_OPERATIONS_MAX: Final = 20 * 10**9  # a step up to this is tried before money is spent: seconds on one core
+JOB_FILE_BYTES_MAX: Final = 64 * 1024

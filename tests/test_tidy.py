@@ -19,10 +19,17 @@ ALLOWED_IMPORTS = {
     "worker": {"worker", "protocol"},
     "peer": set(PACKAGES),
 }
+SANS_IO = {  # everything the simulator runs as the daemon does, and the simulator itself
+    f"peer/{name}.py"
+    for name in (
+        "bidding", "checker", "checking", "commands", "deals", "desk", "events", "jobs", "messages",
+        "node", "settler", "simulator", "solver", "submitter",
+    )
+}  # fmt: skip
 BANNED_NAMES = {"utils", "helpers", "common", "misc"}
 MODULE_LINES_MAX = 500
 FUNCTION_LINES_MAX = 70
-PURE_FORBIDDEN = {"trio", "socket", "threading", "time", "random", "secrets", "sqlite3", "subprocess", "asyncio"}
+PURE_FORBIDDEN = {"trio", "socket", "threading", "time", "secrets", "sqlite3", "subprocess", "asyncio"}
 
 
 def name_of(path: Path) -> str:
@@ -56,15 +63,19 @@ def test_imports_point_downwards(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [p for p in SOURCES if p.parts[-2] in ("protocol", "market") or name_of(p) in ("peer/node.py",)
-     or "/node" in name_of(p)],
+    [p for p in SOURCES if p.parts[-2] in ("protocol", "market") or name_of(p) in SANS_IO],
     ids=name_of,
 )
 def test_pure_layers_touch_no_world(path: Path) -> None:
     used = {module.split(".")[0] for module in imports_of(ast.parse(path.read_text()))}
     if "sqlite" not in path.name:
         assert not used & PURE_FORBIDDEN, f"{name_of(path)} imports {used & PURE_FORBIDDEN}"
-    assert "open(" not in re.sub(r"\w+open\(|\.open\(", "", path.read_text()), f"{name_of(path)} opens files"
+    # A generator may be named as the type of an argument, never made or used as the global one.
+    for call in re.findall(r"\brandom\.(\w+)\(", path.read_text()):
+        assert path.name == "simulator.py" and call == "Random", f"{name_of(path)} calls random.{call}"
+    for node in ast.walk(ast.parse(path.read_text())):
+        opens = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "open"
+        assert not opens, f"{name_of(path)} opens files"
 
 
 @pytest.mark.parametrize("path", SOURCES + TESTS + OTHERS, ids=name_of)

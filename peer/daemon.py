@@ -1,0 +1,376 @@
+"""The daemon: one node, its disk, its network and its workers, run by trio.
+
+The loop is the crash rule: take inputs, let the node handle them, commit everything they changed in one
+transaction, and only then perform what leaves the machine. A store that cannot commit stops the daemon, because a
+node that knows more than its disk would promise what it cannot keep.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from peer.blobs import PROTOCOL as BLOB_PROTOCOL
+from peer.blobs import BlobStore
+from peer.control import serve_control
+from peer.desk import MARKET, SETTLEMENT, Means
+from peer.effects import Performer
+from peer.events import Command, Effect, Emit, Input, Post, Reply, Save, Tick
+from peer.home import Home
+from peer.host import Host, HostConfig, open_host
+from peer.invite import decode_invite, encode_invite
+from peer.node import Node
+from peer.store import Batch, Store
+from peer.store import Event as LogLine
+from peer.workshop import Workshop
+from protocol import params
+from protocol.errors import IchibaError, NotFound, RemoteProtocolError
+from protocol.keys import SigningKey, peer_name
+from protocol.network import Network
+from protocol.task import TaskSpec
+from worker.sandbox import Level, SandboxTooWeak, doctor_lines
+
+__all__ = ["CommandFailed", "Daemon", "DaemonConfig", "run_daemon"]
+
+log = logging.getLogger(__name__)
+PEER_FIELDS = frozenset(("solver", "submitter", "checker", "peer"))
+
+
+class CommandFailed(IchibaError):
+    """The node refused a command; carries its error as it was."""
+
+    def __init__(self, error: dict[str, Any]) -> None:
+        super().__init__(error["what"], why=error["why"], next_step=error["next"])
+        self.code, self.exit_code = error["code"], error["exit_code"]
+
+
+@dataclass(frozen=True)
+class DaemonConfig:
+    """What `ichiba up` is told. `roles` is a bit set (protocol.records); prices in micro-credits per Gop."""
+
+    data_dir: Path
+    network_file: Path
+    listen: list[str]
+    peers: tuple[str, ...] = ()
+    mdns: bool = True
+    roles: int = 0
+    unit_price: int = 0
+    memory_bytes: int = 2 << 30
+    slots: int = 1
+    cheat: str = ""
+
+
+@dataclass
+class Daemon:
+    """The running daemon, as the control socket sees it."""
+
+    config: DaemonConfig
+    network: Network
+    store: Store
+    blobs: BlobStore
+    host: Host
+    node: Node
+    workshop: Workshop | None
+    performer: Performer
+    inbox: trio.MemorySendChannel[Input]
+    sandbox_note: str = ""
+    stopped: trio.Event = field(default_factory=trio.Event)
+    replies: dict[int, tuple[trio.Event, list[Reply]]] = field(default_factory=dict)
+    listeners: dict[int, tuple[str | None, trio.MemorySendChannel[dict[str, Any]]]] = field(default_factory=dict)
+    general: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=1000))  # events of no job
+    token: int = 0
+    last_seq: int = 0
+
+    # --- for the control socket ----------------------------------------------------------------------------
+    async def command(self, verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """One verb of peer/commands.py. Raises CommandFailed."""
+        if verb == "submit":
+            self._require_blobs(arguments)
+        self.token += 1
+        token, ready, box = self.token, trio.Event(), list[Reply]()
+        self.replies[token] = (ready, box)
+        try:
+            await self.inbox.send(Command(token, verb, arguments))
+            await ready.wait()
+        finally:
+            del self.replies[token]
+        if box[0].error is not None:
+            raise CommandFailed(box[0].error)
+        result: dict[str, Any] = box[0].result
+        if verb == "status":
+            result = result | {"addresses": self.host.addresses, "network_stats": self.host.stats()}
+        return result
+
+    def _require_blobs(self, arguments: dict[str, Any]) -> None:
+        """A job whose program or data is not here could never be served to a solver: refuse it at once."""
+        try:
+            task = TaskSpec.from_bytes(bytes.fromhex(str(arguments.get("task", ""))), network=self.network.id)
+        except ValueError:
+            raise NotFound("the task is not hex") from None
+        wanted = {task.program, *(array.blob for array in task.arrays)}
+        if task.initial.kind == "state":
+            wanted.add(task.initial.blob)
+        for blob in wanted:
+            if not self.blobs.has(blob):
+                raise NotFound(f"blob {blob.hex()[:12]} of the task is not here", next_step="upload it first")
+            self.blobs.pin(blob)
+
+    @asynccontextmanager
+    async def subscribe(self, job: str | None) -> AsyncIterator[trio.MemoryReceiveChannel[dict[str, Any]]]:
+        """Live events, of one job (hex) or all. A listener that does not read loses the newest, never the daemon."""
+        send, receive = trio.open_memory_channel[dict[str, Any]](params.LISTENER_EVENTS_MAX)
+        self.token += 1
+        token = self.token
+        self.listeners[token] = (job, send)
+        try:
+            yield receive
+        finally:
+            del self.listeners[token]
+            send.close()
+
+    def history(self, job: str | None, since: int = 0) -> list[dict[str, Any]]:
+        """Past events with a `seq` above `since`, oldest first."""
+        if job is None:
+            return [event for event in self.general if event["seq"] > since]
+        found: list[dict[str, Any]] = []
+        cursor = 0
+        while True:
+            page = self.store.events(job, since=cursor)
+            found += [event for line in page if (event := json.loads(line.line))["seq"] > since]
+            if not page:
+                return found
+            cursor = page[-1].seq
+
+    async def connect(self, address_or_invite: str) -> dict[str, Any]:
+        """Dial a multiaddr or every address of an invite. Raises the first error if none answers."""
+        addresses = [address_or_invite]
+        if address_or_invite.startswith("ichiba1"):
+            addresses = decode_invite(address_or_invite, network=self.network.id).addresses
+        failure: IchibaError | None = None
+        for address in addresses:
+            try:
+                await self.host.connect(address)
+            except IchibaError as error:
+                failure = failure or error
+            else:
+                return {"connected": address}
+        assert failure is not None
+        raise failure
+
+    def invite(self) -> str:
+        """A string another peer's `--peer` takes."""
+        return encode_invite(self.network.id, self.host.addresses)
+
+    def doctor(self) -> list[dict[str, Any]]:
+        """The checks of `ichiba doctor` that need the running daemon."""
+        lines = []
+        if self.workshop is not None:
+            keys = ("what", "level", "explanation", "fix")
+            lines = [dict(zip(keys, map(str, line), strict=True)) for line in doctor_lines(self.workshop.report)]
+        elif self.sandbox_note:
+            lines = [{"what": "sandbox", "level": "bad", "explanation": self.sandbox_note, "fix": "see above"}]
+        peers = len(self.host.peers())
+        lines.append(
+            {
+                "what": "peers",
+                "level": "ok" if peers else "warn",
+                "explanation": f"{peers} peers are connected",
+                "fix": "" if peers else "ichiba up --peer INVITE, with an invite from `ichiba status` of another peer",
+            }
+        )
+        return lines
+
+    def stop(self) -> None:
+        """Ask the daemon to end cleanly."""
+        self.stopped.set()
+
+    # --- the loop ------------------------------------------------------------------------------------------
+    async def run(self, inputs: trio.MemoryReceiveChannel[Input]) -> None:
+        """Handle inputs until stopped; see the module docstring."""
+        while True:
+            batch = [await inputs.receive()]
+            while len(batch) < params.INPUTS_PER_COMMIT_MAX:
+                try:
+                    batch.append(inputs.receive_nowait())
+                except trio.WouldBlock:
+                    break
+            effects: list[Effect] = []
+            for one in batch:
+                effects += self.node.handle(one, time.time_ns())
+            if effects:
+                await self._commit(effects)
+                for effect in effects:
+                    self._perform(effect)
+
+    async def _commit(self, effects: list[Effect]) -> None:
+        puts, entries, lines = [], [], []
+        for effect in effects:
+            match effect:
+                case Save(table=table, key=key, value=value):
+                    puts.append((table, key, value))
+                case Post(entry=entry):
+                    entries.append(entry)
+                case Emit():
+                    if effect.kind in ("bid", "case") and self.workshop is not None:
+                        self.workshop.prewarm()  # work is likely: have a worker ready when it comes
+                    event = self._event(effect)
+                    if effect.job:
+                        lines.append(LogLine(effect.job.hex(), event["time_ns"], json.dumps(event)))
+                    self._tell(event)
+                case _:
+                    pass
+        if puts or entries or lines:
+            one = Batch(puts=tuple(puts), entries=tuple(entries), events=tuple(lines))
+            await trio.to_thread.run_sync(self.store.commit, [one])
+
+    def _perform(self, effect: Effect) -> None:
+        match effect:
+            case Save() | Post() | Emit():
+                pass
+            case Reply(token=token):
+                if token in self.replies:
+                    self.replies[token][1].append(effect)
+                    self.replies[token][0].set()
+            case _:
+                self.performer.perform(effect)
+
+    # --- events --------------------------------------------------------------------------------------------
+    def _event(self, effect: Emit) -> dict[str, Any]:
+        now = time.time_ns()
+        self.last_seq = max(self.last_seq + 1, now)
+        job = effect.job.hex() if effect.job else None
+        return {"seq": self.last_seq, "time_ns": now, "kind": effect.kind, "job": job} | dict(readable(effect.data))
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        if event["job"] is None:
+            self.general.append(event)
+            if event["kind"] not in ("offer-seen",):
+                log.info("%s %s", event["kind"], {k: v for k, v in event.items() if k not in ("seq", "time_ns", "job")})
+        for job, channel in self.listeners.values():
+            if job is None or job == event["job"]:
+                try:
+                    channel.send_nowait(event)
+                except trio.WouldBlock:
+                    self.performer.counters["events-dropped"] += 1
+
+
+def readable(data: Any, name: str = "") -> Any:
+    """Event data for people and JSON: peers by name, other bytes in hex."""
+    if isinstance(data, bytes):
+        return peer_name(data) if name in PEER_FIELDS else data.hex()
+    if isinstance(data, dict):
+        return {key: readable(value, key) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [readable(value, name) for value in data]
+    return data
+
+
+async def _open_workshop(stack: AsyncExitStack, config: DaemonConfig) -> tuple[Workshop | None, str]:
+    """The workshop where the sandbox holds; else None and why. A submitter needs none."""
+    if not config.roles:
+        return None, ""
+    try:
+        workshop = await stack.enter_async_context(Workshop(config.data_dir / "scratch", pool=1))
+    except SandboxTooWeak as error:
+        log.error("no work is taken: %s", error)
+        return None, str(error)
+    return workshop, ""
+
+
+def refuse_oversize(_topic: str, _author: bytes, data: bytes) -> None:
+    """The transport's cheap check; the node checks every record."""
+    if len(data) > params.GOSSIP_RECORD_BYTES_MAX + 4096:
+        raise RemoteProtocolError(f"gossip of {len(data)} bytes")
+
+
+async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+    """Run one peer until it is stopped or cancelled. Starts with a Daemon once it serves its control socket.
+
+    Raises IchibaError for what a person can mend (a port in use, a locked data directory, a damaged store).
+    """
+    home = Home(config.data_dir)
+    network, seed = home.network(config.network_file), home.seed()
+    key = SigningKey.from_seed(seed)
+    async with AsyncExitStack() as stack:
+        store = stack.enter_context(await trio.to_thread.run_sync(Store.open, config.data_dir, network.id, key.public))
+        blobs = BlobStore(config.data_dir / "blobs", params.BLOB_STORE_BYTES_MAX)
+        workshop, note = await _open_workshop(stack, config)
+        level = workshop.report.level if workshop is not None else Level.NONE
+        means = Means(
+            roles=config.roles if workshop is not None else 0,
+            unit_price=config.unit_price,
+            memory_bytes=config.memory_bytes,
+            sandbox=int(level),
+            slots=config.slots,
+            cheat=config.cheat,
+        )
+        host = await stack.enter_async_context(
+            open_host(
+                HostConfig(
+                    seed=seed,
+                    listen=config.listen,
+                    topics=(MARKET, SETTLEMENT),
+                    mdns=config.mdns,
+                    network_tag=network.id.hex()[:16],
+                    validator=refuse_oversize,
+                )
+            )
+        )
+        node = Node(
+            key=key,
+            network=network,
+            rng=random.SystemRandom(),
+            means=means,
+            ledger=store.ledger(),
+            rows=lambda table: list(store.rows(table)),
+            now_ns=time.time_ns(),
+        )
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        send, receive = trio.open_memory_channel[Input](params.INBOX_MAX)
+        performer = Performer(host, blobs, workshop, nursery, put=lambda event: nursery.start_soon(send.send, event))
+        daemon = Daemon(config, network, store, blobs, host, node, workshop, performer, send, note)
+        host.serve(BLOB_PROTOCOL, blobs.serve)
+        nursery.start_soon(daemon.run, receive)
+        nursery.start_soon(_pump, host, send)
+        nursery.start_soon(_tick, send)
+        for address in (*network.bootstrap, *config.peers):
+            nursery.start_soon(_dial, daemon, address)
+        await nursery.start(serve_control, daemon, home.control_socket)
+        task_status.started(daemon)
+        await daemon.stopped.wait()
+        nursery.cancel_scope.cancel()
+
+
+async def _pump(host: Host, send: trio.MemorySendChannel[Input]) -> None:
+    async for event in host.events:
+        await send.send(event)
+
+
+async def _tick(send: trio.MemorySendChannel[Input]) -> None:
+    while True:
+        await trio.sleep(params.TICK_MS / 1000)
+        await send.send(Tick())
+
+
+async def _dial(daemon: Daemon, address: str) -> None:
+    """Reach a peer given by hand, for as long as it takes; the host keeps the connection afterwards."""
+    delay_s = params.DIAL_DELAY_S_MIN
+    while True:
+        try:
+            await daemon.connect(address)
+        except IchibaError as error:
+            log.warning("cannot reach %s: %s", address, error)
+        else:
+            return
+        await trio.sleep(delay_s)
+        delay_s = min(2 * delay_s, params.DIAL_DELAY_S_MAX)

@@ -1,0 +1,211 @@
+"""The effects of the node, performed: sends, fetches and work, each in its own bounded task.
+
+Called only after the commit that explains them (peer/daemon.py). A failed effect becomes an input of the node or a
+counter, never an exception: the node repeats what matters.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from peer.blobs import BlobStore
+from peer.deals import task_of
+from peer.events import (
+    Fetch,
+    Fetched,
+    Input,
+    Penalise,
+    Publish,
+    SegmentMade,
+    Send,
+    StartWork,
+    StepMade,
+    StopWork,
+    WorkEnded,
+)
+from peer.host import Host, PeerUnreachable
+from peer.workshop import SegmentDone, WorkFailed, WorkOrder, Workshop
+from protocol import params
+from protocol.codec import encode
+from protocol.errors import IchibaError, VerificationFailed
+from protocol.merkle import state_root
+from protocol.program import Program, state_layout
+from protocol.safetensors import parse
+
+__all__ = ["Performer", "check_checkpoint"]
+
+log = logging.getLogger(__name__)
+
+
+def check_checkpoint(path: Path, program: Path, root: bytes) -> None:
+    """Raise a RemoteProtocolError unless the file is a checkpoint of this Program with this state root.
+
+    Reads the whole file: call it in a thread. Raises OSError if a file is gone.
+    """
+    layout = state_layout(Program.from_bytes(program.read_bytes()))
+    found = state_root(parse(memoryview(path.read_bytes()), layout))
+    if found != root:
+        raise VerificationFailed(f"checkpoint has state root {found.hex()[:12]}, its receipt says {root.hex()[:12]}")
+
+
+@dataclass
+class Performer:
+    """Performs effects in `nursery`; results go to `put`, a bounded queue into the node."""
+
+    host: Host
+    blobs: BlobStore
+    workshop: Workshop | None
+    nursery: trio.Nursery
+    put: Callable[[Input], object]
+    counters: Counter[str] = field(default_factory=Counter)
+    outgoing: dict[bytes, trio.MemorySendChannel[bytes]] = field(default_factory=dict)
+    working: dict[bytes, trio.CancelScope] = field(default_factory=dict)
+    turn: trio.Lock = field(default_factory=trio.Lock)  # one worker at a time: the slot of this machine
+
+    def perform(self, effect: object) -> None:
+        """Start one effect; returns at once."""
+        match effect:
+            case Send(peer=peer, data=data):
+                self._send(peer, data)
+            case Publish(topic=topic, data=data):
+                self.nursery.start_soon(self._publish, topic, data)
+            case Fetch():
+                self.nursery.start_soon(self._fetch, effect)
+            case StartWork():
+                self._start_work(effect)
+            case StopWork(work=work):
+                if work in self.working:
+                    self.working[work].cancel()
+            case Penalise(peer=peer, reason=reason):
+                self.host.penalise(peer, reason)
+            case _:
+                raise AssertionError(effect)
+
+    # --- messages ------------------------------------------------------------------------------------------
+    def _send(self, peer: bytes, data: bytes) -> None:
+        """Queue for the one task that writes to `peer`, so that messages keep their order."""
+        if peer not in self.outgoing:
+            channel, receive = trio.open_memory_channel[bytes](params.OUTGOING_MESSAGES_MAX)
+            self.outgoing[peer] = channel
+            self.nursery.start_soon(self._sender, peer, receive)
+        try:
+            self.outgoing[peer].send_nowait(data)
+        except trio.WouldBlock:
+            self.counters["messages-dropped"] += 1
+
+    async def _sender(self, peer: bytes, receive: trio.MemoryReceiveChannel[bytes]) -> None:
+        async for data in receive:
+            try:
+                await self.host.send(peer, data)
+            except PeerUnreachable as error:
+                self.counters["messages-unsent"] += 1
+                log.debug("message not sent: %s", error)
+
+    async def _publish(self, topic: str, data: bytes) -> None:
+        await self.host.publish(topic, data)
+
+    # --- blobs ---------------------------------------------------------------------------------------------
+    async def _fetch(self, effect: Fetch) -> None:
+        error, forged = "", False
+        try:
+            if not self.blobs.has(effect.blob):
+                await self.blobs.fetch(self.host, effect.blob, effect.peers, size_max=effect.size_max)
+            self.blobs.pin(effect.blob)
+            if effect.state_root:
+                check = partial(
+                    check_checkpoint, self.blobs.path(effect.blob), self.blobs.path(effect.program), effect.state_root
+                )
+                await trio.to_thread.run_sync(check)
+        except VerificationFailed as failure:
+            error, forged = str(failure), True
+        except (IchibaError, OSError) as failure:
+            error = str(failure)
+        self.put(Fetched(effect.blob, effect.token, error, forged))
+
+    # --- work ----------------------------------------------------------------------------------------------
+    def _start_work(self, order: StartWork) -> None:
+        if order.work in self.working:
+            return
+        self.working[order.work] = trio.CancelScope()
+        self.nursery.start_soon(self._work, order)
+
+    async def _work(self, order: StartWork) -> None:
+        error = ""
+        with self.working[order.work] as scope:
+            try:
+                if self.workshop is None:
+                    raise WorkFailed("sandbox-failed", "this machine has no sandbox", next_step="run `ichiba doctor`")
+                async with self.turn:
+                    await self.workshop.run(
+                        self._work_order(order),
+                        on_step=lambda step, loss: self._step(order.work, step, loss),
+                        on_segment=partial(self._segment, order.work),
+                    )
+            except WorkFailed as failure:
+                error = f"{failure.code}: {failure}"
+                log.warning("work failed: %s\n%s", error, failure.log_tail)
+            except (IchibaError, OSError) as failure:
+                error = str(failure) or type(failure).__name__
+                log.warning("work failed: %s", error)
+        del self.working[order.work]
+        if not scope.cancelled_caught:
+            self.put(WorkEnded(order.work, error))
+
+    def _work_order(self, order: StartWork) -> WorkOrder:
+        task = order.task
+        segments = order.last_segment - order.first_segment
+        return WorkOrder(
+            work_id=order.work.hex()[:32],
+            task=encode(task),
+            program=self.blobs.path(task.program),
+            arrays={array.name: self.blobs.path(array.blob) for array in task.arrays},
+            base=self.blobs.path(order.base) if order.base else None,
+            first_segment=order.first_segment,
+            last_segment=order.last_segment,
+            threads=1,
+            memory_bytes=order.memory_bytes,
+            wall_seconds=float(params.SEGMENT_SECONDS_MAX * segments),
+            checkpoint_bytes_max=min(order.checkpoint_bytes, self._checkpoint_size(task_of(encode(task)).program)),
+            cheat=order.cheat or None,
+        )
+
+    def _checkpoint_size(self, program: bytes) -> int:
+        layout = state_layout(Program.from_bytes(self.blobs.path(program).read_bytes()))
+        sizes = {"float32": 4, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
+        total = 0
+        for dtype, shape in layout.values():
+            elements = 1
+            for side in shape:
+                elements *= side
+            total += elements * sizes[dtype]
+        return total + params.SAFETENSORS_HEADER_BYTES_MAX
+
+    def _step(self, work: bytes, step: int, loss: float | None) -> None:
+        if loss is not None:
+            self.put(StepMade(work, step, loss))
+
+    async def _segment(self, work: bytes, done: SegmentDone) -> None:
+        blob = await self.blobs.put_file(done.checkpoint)
+        self.blobs.pin(blob)
+        done.checkpoint.unlink(missing_ok=True)
+        if done.diverged_step is not None:
+            raise WorkFailed("diverged", f"diverged at step {done.diverged_step}: the loss or a weight is not finite")
+        self.put(
+            SegmentMade(
+                work,
+                done.segment,
+                done.in_root,
+                done.out_root,
+                tuple(loss for loss in done.losses if loss is not None),
+                done.operations,
+                blob,
+                done.checkpoint_bytes,
+            )
+        )
