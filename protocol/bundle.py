@@ -1,0 +1,303 @@
+"""The evidence of one job, checked offline: what its signatures, hashes and amounts prove, and what they do not.
+
+A bundle is the proof.json that `ichiba job get` writes: the network file, the task, and for each deal the agreement,
+receipts, voucher, proof, reveals, verdicts and closing records, all in hex. `verify_bundle` believes none of it: it
+follows the chain of receipts from the first root to the last, draws the segments again, and recomputes every amount.
+It asks no peer and runs no step. What was re-executed is what signed verdicts of drawn, staked checkers say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Annotated, Any
+
+import msgspec
+
+from protocol import merkle, params, safetensors
+from protocol.bundle_deal import Deal, DealReport, Refused, check_deal, unhex
+from protocol.credits import credits_of
+from protocol.errors import IchibaError
+from protocol.network import Network, load
+from protocol.task import TaskSpec, task_id
+
+__all__ = ["SCHEMA", "BundleReport", "make_bundle", "verify_bundle", "verify_checkpoint", "verify_weights"]
+
+SCHEMA = "ichiba.bundle/1"
+
+_Hex32 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class _Bundle(msgspec.Struct, forbid_unknown_fields=True):
+    """proof.json as decoded JSON. `final_root` is empty while the job is not done; `state` maps names to roots."""
+
+    schema: str
+    network: Annotated[str, msgspec.Meta(max_length=params.NETWORK_FILE_BYTES_MAX)]
+    job: _Hex32
+    task: Annotated[str, msgspec.Meta(max_length=2 * params.MESSAGE_BYTES_MAX)]
+    final_root: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")]
+    deals: Annotated[list[Deal], msgspec.Meta(max_length=params.BUNDLE_DEALS_MAX)]
+    state: dict[str, _Hex32] = {}
+
+
+@dataclass(frozen=True)
+class BundleReport:
+    """What a bundle proves. Operations and micro-credits are integers; segments are numbered from 0.
+
+    complete: every segment of the task is done in deals whose drawn segments were found right. operations_checked:
+    of the counted segments that a right verdict re-executed.
+    """
+
+    job: bytes
+    network: str
+    name: str
+    task: bytes
+    program: bytes
+    seeded: bool
+    seed: int
+    segments: int
+    segments_done: int
+    complete: bool
+    base_root: bytes
+    final_root: bytes
+    operations: int
+    operations_checked: int
+    segments_checked: tuple[int, ...]
+    deals: tuple[DealReport, ...]
+    state: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def checked_permille(self) -> int:
+        """The share of the counted operations that was re-executed, rounded down."""
+        return self.operations_checked * 1000 // self.operations if self.operations else 0
+
+    @property
+    def paid_micro(self) -> int:
+        """Paid to solvers, over all deals."""
+        return sum(deal.paid_micro for deal in self.deals)
+
+    @property
+    def fees_micro(self) -> int:
+        """Paid to checkers, over all deals, but for what a slashed stake paid them."""
+        return sum(deal.fees_micro for deal in self.deals)
+
+    def proved(self) -> list[str]:
+        """What follows from the evidence, in sentences."""
+        counted = [deal for deal in self.deals if deal.counted]
+        lines = []
+        if counted:
+            solvers = len({deal.solver for deal in counted})
+            lines.append(
+                f"{self.segments_done} of {self.segments} segments were done by {solvers} solver(s), in one chain of "
+                f"co-signed receipts from state {self.base_root.hex()[:12]} to state {self.final_root.hex()[:12]}"
+            )
+            checkers = {peer for deal in counted for peer in deal.checkers}
+            percent = f"{self.checked_permille // 10}.{self.checked_permille % 10}"
+            lines.append(
+                f"{len(self.segments_checked)} of them, {percent} % of the operations, were drawn after the proof "
+                f"and re-executed by {len(checkers)} staked checker(s), who found them right"
+            )
+        closed = [deal for deal in self.deals if deal.closed in ("settled", "claimed")]
+        if closed:
+            lines.append(
+                f"{len(closed)} channel(s) closed: {credits_of(self.paid_micro)} credits to solvers and "
+                f"{credits_of(self.fees_micro)} to checkers, as operations and prices say"
+            )
+        lines += [
+            f"deal {deal.number}: its solver's work was found wrong by a quorum and its stake of "
+            f"{credits_of(deal.lock_micro)} credits slashed; nothing was built on it"
+            for deal in self.deals
+            if deal.closed == "slashed"
+        ]
+        return lines
+
+    def not_proved(self) -> list[str]:
+        """What the evidence leaves open, in sentences."""
+        lines = []
+        unchecked = self.segments_done - len(self.segments_checked)
+        if unchecked:
+            lines.append(f"{unchecked} segment(s) that nobody re-executed: a solver's stake vouches for them")
+        undone = sum(len(set(deal.drawn) - set(deal.checked)) for deal in self.deals if deal.counted)
+        if undone:
+            lines.append(f"{undone} drawn segment(s) that a refuted verdict left unfinished")
+        if not self.complete:
+            lines.append(f"the job is not finished: {self.segments_done} of {self.segments} segments count")
+        if self.seeded and 0 not in self.segments_checked and self.deals:
+            lines.append(f"that seed {self.seed} gives state {self.base_root.hex()[:12]}: no checker ran segment 0")
+        unchecked_micro = sum(deal.paid_micro for deal in self.deals if not deal.verified and deal.closed == "claimed")
+        if unchecked_micro:
+            lines.append(
+                f"that {credits_of(unchecked_micro)} credits bought right work: it was paid without a check, "
+                "on a solver's own claim, and nothing was built on it"
+            )
+        still_open = sum(deal.closed == "open" for deal in self.deals)
+        if still_open:
+            lines.append(f"{still_open} channel(s) without a closing record: who was paid is not shown")
+        lines.append("that the checkers were the first of those drawn: who else was connected leaves no trace")
+        return lines
+
+
+def make_bundle(evidence: Mapping[str, Any], *, network: str, state: Mapping[str, bytes]) -> dict[str, Any]:
+    """proof.json from the daemon's `bundle` answer (bytes as hex), the network file's text and the tensor roots."""
+    return {
+        "schema": SCHEMA,
+        "network": network,
+        "job": evidence["job"],
+        "task": evidence["task"],
+        "final_root": evidence["final_root"],
+        "deals": list(evidence["deals"]),
+        "state": {name: root.hex() for name, root in sorted(state.items())},
+    }
+
+
+def verify_bundle(bundle: Mapping[str, Any], network_id: bytes) -> BundleReport:
+    """Check all of a decoded proof.json against the network it must belong to (id, 32 bytes).
+
+    Raises VerificationFailed (a Refused that names the failed check) for anything that does not follow; a bundle
+    of a job that is still running, or failed, is no error: `complete` is False.
+    """
+    try:
+        given = msgspec.convert(dict(bundle), _Bundle)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise Refused("format", f"not a bundle: {error}"[:300]) from None
+    if given.schema != SCHEMA:
+        raise Refused("format", f"a bundle of schema {given.schema[:40]!r}, this program reads {SCHEMA}")
+    network = _network(given.network, network_id)
+    try:
+        task = TaskSpec.from_bytes(unhex(given.task, "task"), network=network_id)
+    except IchibaError as error:
+        raise Refused("task", error.what, why=error.why) from None
+    reports, ends = _chain(given.deals, task, network)
+    _, last_root, done = ends
+    complete = done == task.segments
+    if given.final_root and (not complete or bytes.fromhex(given.final_root) != last_root):
+        raise Refused(
+            "final-root",
+            f"the bundle claims final root {given.final_root[:12]}, its deals end at {last_root.hex()[:12]} "
+            f"after {done} of {task.segments} segments",
+        )
+    state = {name: bytes.fromhex(root) for name, root in given.state.items()}
+    if state and merkle.state_root_of(state) != last_root:
+        raise Refused("state", "the tensor roots do not combine to the final state root")
+    return _report(given, network, task, reports, ends, state)
+
+
+def _network(text: str, network_id: bytes) -> Network:
+    try:
+        network = load(text)
+    except IchibaError as error:
+        raise Refused("network", error.what, why=error.why) from None
+    if network.id != network_id:
+        raise Refused(
+            "network",
+            f"the bundle is of network {network.name!r} ({network.id.hex()[:12]}), not {network_id.hex()[:12]}",
+            next_step="name the network file you trust with --network FILE",
+        )
+    return network
+
+
+def _chain(deals: list[Deal], task: TaskSpec, network: Network) -> tuple[list[DealReport], tuple[bytes, bytes, int]]:
+    """Follow the deals: reports, and (root before segment 0, root after the last counted segment, segments done).
+
+    A deal begins where the one before it ended, if that one's work was found right, or else where it began.
+    """
+    reports: list[DealReport] = []
+    first_root = root = b""
+    segment = 0
+    for number, deal in enumerate(deals):
+        report = check_deal(deal, number=number, task=task, task_id=task_id(task), network=network)
+        if not reports:
+            first_root = root = report.base_root
+        _check_pairs(reports, report)
+        ends = [(segment, root)]
+        if reports and reports[-1].verified:
+            ends.append((reports[-1].end_segment, reports[-1].end_root))
+        if (report.first_segment, report.base_root) not in ends:
+            raise Refused(
+                "deal-chain",
+                f"deal {number} starts at segment {report.first_segment} from root {report.base_root.hex()[:12]}, "
+                f"the work before it ends at segment {ends[-1][0]} with root {ends[-1][1].hex()[:12]}",
+            )
+        segment, root = report.first_segment, report.base_root
+        reports.append(report)
+    for earlier, later in pairwise(reports):
+        earlier.counted = earlier.verified and later.first_segment == earlier.end_segment
+    if reports and reports[-1].verified:
+        reports[-1].counted = True
+        segment, root = reports[-1].end_segment, reports[-1].end_root
+    if reports and task.initial.kind == "state" and first_root != task.initial.root:
+        raise Refused("base-root", "the first deal does not start from the state the task names")
+    return reports, (first_root, root, segment)
+
+
+def _check_pairs(before: list[DealReport], report: DealReport) -> None:
+    """What one deal may not share with another."""
+    for other in before:
+        if other.submitter != report.submitter:
+            raise Refused("parties", "two deals of one job have different submitters")
+        if other.id == report.id or other.sequence == report.sequence:
+            raise Refused("sequence", "two deals of one sequence number: one balance was reserved twice")
+
+
+def _report(
+    given: _Bundle,
+    network: Network,
+    task: TaskSpec,
+    deals: list[DealReport],
+    ends: tuple[bytes, bytes, int],
+    state: Mapping[str, bytes],
+) -> BundleReport:
+    first_root, last_root, done = ends
+    counted = [deal for deal in deals if deal.counted]
+    checked = tuple(sorted({segment for deal in counted for segment in deal.checked}))
+    return BundleReport(
+        job=bytes.fromhex(given.job),
+        network=network.name,
+        name=task.name,
+        task=task_id(task),
+        program=task.program,
+        seeded=task.initial.kind == "seed",
+        seed=task.seed,
+        segments=task.segments,
+        segments_done=done,
+        complete=done == task.segments,
+        base_root=first_root,
+        final_root=last_root,
+        operations=sum(deal.operations for deal in counted),
+        operations_checked=sum(len(task.steps_of(segment)) for segment in checked) * task.operations_per_step,
+        segments_checked=checked,
+        deals=tuple(deals),
+        state=state,
+    )
+
+
+def verify_checkpoint(report: BundleReport, data: bytes | memoryview) -> None:
+    """Raise VerificationFailed unless `data` (safetensors) is the whole state at the end of the proved work."""
+    found = merkle.state_root(_tensors(data, "checkpoint"))
+    if found != report.final_root:
+        raise Refused(
+            "checkpoint",
+            f"the checkpoint has state root {found.hex()[:12]}, the proved work ends at {report.final_root.hex()[:12]}",
+        )
+
+
+def verify_weights(report: BundleReport, data: bytes | memoryview) -> int:
+    """Raise VerificationFailed unless each tensor of `data` (safetensors) is that of the proved final state.
+
+    Returns how many there are. Needs the tensor roots that the bundle carries in `state`.
+    """
+    tensors = _tensors(data, "weights")
+    for name, array in tensors.items():
+        if name not in report.state:
+            raise Refused("weights", f"tensor {name[:80]!r} is not in the proved final state")
+        if merkle.tensor_root(array) != report.state[name]:
+            raise Refused("weights", f"tensor {name[:80]!r} is not the proved one")
+    return len(tensors)
+
+
+def _tensors(data: bytes | memoryview, noun: str) -> dict[str, Any]:
+    try:
+        return safetensors.parse(data)
+    except IchibaError as error:
+        raise Refused(noun, f"the {noun} file does not read: {error.what}") from None

@@ -1,0 +1,235 @@
+"""job.toml: what a submitter writes down about a job. Read strictly, explained kindly, without torch.
+
+An unknown key is refused with the nearest known one, because a misspelt limit must never become no limit. Rates are
+read as decimals, not floats: they become integers in units of 1e-9 (protocol/task.py) without a rounding between.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+from protocol import params
+from protocol.credits import micro_of
+from protocol.errors import IchibaError
+from protocol.task import BatchRule, Schedule
+
+__all__ = ["BadJobFile", "JobFile", "read_job_file"]
+
+_T = TypeVar("_T", str, int)
+_KEYS: Final = (
+    "name", "model", "data", "initial", "mode", "width", "seed", "steps", "steps_per_segment", "budget", "price",
+    "batch", "learning_rate",
+)  # fmt: skip
+_BATCH_KEYS: Final = ("rule", "size", "length")
+_RATE_KEYS: Final = ("kind", "peak", "floor", "warmup_steps")
+
+
+class BadJobFile(IchibaError):
+    """job.toml, or what it names, does not describe a job."""
+
+    code = "bad-job-file"
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """A checked job.toml. budget_micro and unit_price_max are None if the file leaves them to the command line.
+
+    initial: "seed", "model", or the path of a checkpoint. model: (file, function); data: the same, or (file, "")
+    for a file whose bytes are the data. Paths are absolute.
+    """
+
+    path: Path
+    name: str
+    model: tuple[Path, str]
+    data: tuple[Path, str]
+    initial: Literal["seed", "model"] | Path
+    mode: Literal["exact", "native"]
+    width: Literal[8, 15, 22]
+    seed: int
+    steps: int
+    steps_per_segment: int
+    batch: BatchRule
+    schedule: Schedule
+    budget_micro: int | None
+    unit_price_max: int | None
+
+
+class _Table:
+    """A table of the file, from which each key is taken once."""
+
+    def __init__(self, raw: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+        self.raw, self.where = raw, where
+        for key in raw:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                raise BadJobFile(
+                    f"unknown key {key!r} in {where}",
+                    next_step=f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}",
+                )
+
+    def take(self, key: str, kind: type[_T], default: _T | None = None) -> _T:
+        """The value of `key`; without a default it must be there."""
+        value = self.raw.get(key, default)
+        if value is None:
+            raise BadJobFile(f"{self.where} has no {key!r}", next_step="see examples/mlp/job.toml")
+        if type(value) is not kind:  # bool is an int to Python, and steps = true is a mistake
+            raise BadJobFile(f"{key} in {self.where} is {value!r}, it must be {_ARTICLE[kind]}")
+        return value
+
+    def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
+        """An integer in [low, high]."""
+        value = self.take(key, int, default)
+        if not low <= value <= high:
+            raise BadJobFile(f"{key} in {self.where} is {value}, it must be from {low} to {high}")
+        return value
+
+    def choice(self, key: str, choices: tuple[str, ...], default: str | None = None) -> Any:
+        """One of a few words."""
+        value = self.take(key, str, default)
+        if value not in choices:
+            near = difflib.get_close_matches(value, choices, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(map(repr, choices))}"
+            raise BadJobFile(f"{key} in {self.where} is {value!r}", next_step=hint)
+        return value
+
+    def nano(self, key: str, default: int | None = None) -> int:
+        """A rate in units of 1e-9, exactly."""
+        value = self.raw.get(key, default)
+        if value is None:
+            raise BadJobFile(f"{self.where} has no {key!r}", next_step="give it as in peak = 0.001")
+        if isinstance(value, bool) or not isinstance(value, int | Decimal):
+            raise BadJobFile(f"{key} in {self.where} is {value!r}, it must be a number such as 0.001")
+        scaled = Decimal(value) * 10**9
+        if not scaled.is_finite() or not 0 <= scaled <= 2**62 or scaled != scaled.to_integral_value():
+            raise BadJobFile(f"{key} in {self.where} is {value}, it must be a positive multiple of 0.000000001")
+        return int(scaled)
+
+    def table(self, key: str, known: tuple[str, ...]) -> _Table:
+        """A table inside this one."""
+        value = self.raw.get(key)
+        if not isinstance(value, dict):
+            raise BadJobFile(f"{self.where} has no [{key}] table", next_step="see examples/mlp/job.toml")
+        return _Table(value, known, f"[{key}]")
+
+
+_ARTICLE: Final = {str: "text in quotes", int: "a whole number"}
+
+
+def read_job_file(path: Path) -> JobFile:
+    """Read and check a job.toml, or the one in the directory `path`. Runs no code of the user's. Raises BadJobFile."""
+    if path.is_dir():
+        path = path / "job.toml"
+    try:
+        if path.stat().st_size > params.JOB_FILE_BYTES_MAX:
+            raise BadJobFile(
+                f"{path} has {path.stat().st_size} bytes", why=f"at most {params.JOB_FILE_BYTES_MAX} are read"
+            )
+        raw = tomllib.loads(path.read_text(), parse_float=Decimal)
+    except OSError as error:
+        raise BadJobFile(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadJobFile(f"{path} is not TOML: {error}") from None
+    top = _Table(raw, _KEYS, path.name)
+    folder = path.resolve().parent
+    steps = top.integer("steps", 1, params.TASK_STEPS_MAX)
+    per_segment = top.integer("steps_per_segment", 1, params.TASK_STEPS_MAX, default=min(steps, 100))
+    if -(-steps // per_segment) > params.TASK_SEGMENTS_MAX:
+        raise BadJobFile(
+            f"{steps} steps in segments of {per_segment} are more than {params.TASK_SEGMENTS_MAX} segments",
+            next_step=f"set steps_per_segment to at least {-(-steps // params.TASK_SEGMENTS_MAX)}",
+        )
+    width = top.integer("width", 8, 22, default=15)
+    if width not in (8, 15, 22):
+        raise BadJobFile(f"width is {width}, it must be 8, 15 or 22 bits", next_step="width = 15")
+    return JobFile(
+        path=path,
+        name=top.take("name", str, default=folder.name)[:256] or "job",
+        model=_function(folder, top.take("model", str, default="model.py:build"), "model"),
+        data=_data(folder, top.take("data", str, default="model.py:data")),
+        initial=_initial(folder, top.take("initial", str, default="seed")),
+        mode=top.choice("mode", ("exact", "native"), default="exact"),
+        width=width,  # type: ignore[arg-type]
+        seed=top.integer("seed", 0, 2**63 - 1, default=0),
+        steps=steps,
+        steps_per_segment=per_segment,
+        batch=_batch(top.table("batch", _BATCH_KEYS)),
+        schedule=_schedule(top.table("learning_rate", _RATE_KEYS), steps),
+        budget_micro=_money(top, "budget"),
+        unit_price_max=_money(top, "price"),
+    )
+
+
+def _function(folder: Path, text: str, key: str) -> tuple[Path, str]:
+    file, colon, function = text.partition(":")
+    if not colon or not file.endswith(".py") or not function.isidentifier():
+        raise BadJobFile(f"{key} is {text!r}", next_step=f'write {key} = "model.py:function"')
+    return _inside(folder, file, key), function
+
+
+def _data(folder: Path, text: str) -> tuple[Path, str]:
+    if ".py:" in text:
+        return _function(folder, text, "data")
+    return _inside(folder, text, "data"), ""
+
+
+def _initial(folder: Path, text: str) -> Literal["seed", "model"] | Path:
+    if text in ("seed", "model"):
+        return text  # type: ignore[return-value]
+    if not text.endswith(".safetensors"):
+        raise BadJobFile(
+            f"initial is {text!r}", next_step='one of "seed", "model", or the path of a .safetensors checkpoint'
+        )
+    return _inside(folder, text, "initial")
+
+
+def _inside(folder: Path, name: str, key: str) -> Path:
+    path = folder / name
+    if not path.is_file():
+        raise BadJobFile(f"{key} names {name!r}, and {path} is no file")
+    return path
+
+
+def _batch(table: _Table) -> BatchRule:
+    rule = table.choice("rule", ("windows", "rows"))
+    size = table.integer("size", 1, 2**20)
+    if rule == "rows" and "length" in table.raw:
+        raise BadJobFile("length in [batch] belongs to the rule `windows`", next_step="remove it")
+    return BatchRule(rule, size, table.integer("length", 1, 2**24) if rule == "windows" else 0)
+
+
+def _schedule(table: _Table, steps: int) -> Schedule:
+    kind = table.choice("kind", ("constant", "warmup-cosine"), default="constant")
+    peak = table.nano("peak")
+    if kind == "constant":
+        for key in ("floor", "warmup_steps"):
+            if key in table.raw:
+                raise BadJobFile(f"{key} in [learning_rate] belongs to the kind `warmup-cosine`", next_step="remove it")
+        return Schedule("constant", peak, 0, 0)
+    floor = table.nano("floor", default=0)
+    if floor > peak:
+        raise BadJobFile("floor in [learning_rate] is above peak")
+    return Schedule("warmup-cosine", peak, floor, table.integer("warmup_steps", 0, steps, default=0))
+
+
+def _money(table: _Table, key: str) -> int | None:
+    """Credits as text or a decimal, or, for the price alone, micro-credits as a whole number."""
+    value = table.raw.get(key)
+    if value is None:
+        return None
+    if key == "price" and type(value) is int:
+        if not 1 <= value <= 10**12:
+            raise BadJobFile(f"price is {value} micro-credits per giga-operation")
+        return value
+    if isinstance(value, bool) or not isinstance(value, str | int | Decimal):
+        raise BadJobFile(f'{key} is {value!r}, it must be credits such as "1.50"')
+    try:
+        return micro_of(str(value))
+    except IchibaError as error:
+        raise BadJobFile(f"{key}: {error.what}", next_step=error.next_step) from None
