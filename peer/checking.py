@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from peer.deals import Check, Deal, move, save, task_of
-from peer.desk import SETTLEMENT, Desk
+from peer.desk import Desk
 from peer.messages import CheckAccept, CheckDecline, CheckRequest, SettleBack, SettleOffer
 from peer.settler import Settler
 from protocol import params
@@ -39,6 +39,7 @@ class CheckDesk:
     desk: Desk
     settler: Settler
     on_right: Callable[[Deal], None] = lambda _: None
+    on_paid_and_wrong: Callable[[Deal], None] = lambda _: None
     resend: dict[tuple[bytes, bytes], int] = field(default_factory=dict)  # (deal, peer) -> next request at
     told: dict[bytes, str] = field(default_factory=dict)  # deal -> the last reason to wait
 
@@ -74,7 +75,10 @@ class CheckDesk:
         asked = {
             check.peer
             for check in deal.checks
-            if check.state in ("asked", "accepted", "gone", "wrong") or set(segments) <= set(check.segments)
+            if check.state in ("asked", "accepted", "wrong")
+            or (check.state == "right" and set(segments) <= set(check.segments))
+            # Who declined or vanished may be well again later; without this one crash can strand a deal.
+            or (check.state == "gone" and self.desk.now_ns - check.asked_ns < params.CHECKER_REST_NS)
         }
         stake_min = self.desk.network.rules.checker_stake_min_micro
         able = [
@@ -92,13 +96,17 @@ class CheckDesk:
         candidates = self._candidates(deal, agreement, role, segments)
         if not candidates:
             return False
-        check = Check(
-            peer=candidates[0],
-            role="verifier" if role == "verifier" else "whistleblower",
-            segments=list(segments),
-            asked_ns=self.desk.now_ns,
-        )
-        deal.checks.append(check)
+        again = (c for c in deal.checks if (c.peer, c.role, c.segments) == (candidates[0], role, segments))
+        check = next(again, None)
+        if check is None:
+            check = Check(
+                peer=candidates[0],
+                role="verifier" if role == "verifier" else "whistleblower",
+                segments=list(segments),
+                asked_ns=self.desk.now_ns,
+            )
+            deal.checks.append(check)
+        check.state, check.asked_ns = "asked", self.desk.now_ns
         self._request(deal, receipts, check)
         save(self.desk, deal)
         self.desk.emit("check", deal.job, deal=deal.id, checker=check.peer, role=role, segments=check.segments)
@@ -206,6 +214,9 @@ class CheckDesk:
     ) -> None:
         """Some checker found a wrong segment: ask others until a quorum convicts, or as many clear it."""
         quorum = self.desk.network.rules.wrong_quorum
+        if len({c.peer for c in wrong}) >= quorum and deal.paid_out:
+            self.on_paid_and_wrong(deal)
+            return
         if len({c.peer for c in wrong}) >= quorum:
             slash = Slash(
                 network=self.desk.network.id,
@@ -223,7 +234,11 @@ class CheckDesk:
         segment = wrong[0].wrong_segment
         against = {c.peer for c in deal.checks if c.state == "right" and segment in c.segments}
         if len(against) >= quorum:
-            self._found_right(deal, agreement)
+            # That segment is cleared; the rest of the draw still needs somebody who ran all of it.
+            if any(c.state == "right" and c.segments == deal.drawn for c in deal.checks):
+                self._found_right(deal, agreement)
+            elif not self._ask(deal, agreement, receipts, "verifier", deal.drawn):
+                self._wait(deal, "no other verifier with a stake is here to run all drawn segments")
             return
         for role in ("whistleblower", "verifier"):
             if self._ask(deal, agreement, receipts, role, [segment]):
@@ -259,7 +274,8 @@ class CheckDesk:
         )
         deal.settlement = self.desk.seal(settlement)
         move(self.desk, deal, Event.FOUND_RIGHT)
-        self._offer_settlement(deal, agreement)
+        if not deal.paid_out:
+            self._offer_settlement(deal, agreement)
         self.on_right(deal)
 
     def _offer_settlement(self, deal: Deal, agreement: Agreement) -> None:
@@ -294,7 +310,7 @@ class CheckDesk:
             fees=self.fees(deal, channel.agreement),
         )
         self.settler.accept(self.desk.seal(claim), publish=True)
-        self.desk.emit("claim", deal.job, deal=deal.id, why="the other party does not answer", topic=SETTLEMENT)
+        self.desk.emit("claim", deal.job, deal=deal.id, why=deal.note or "the solver does not answer")
 
     def left(self, peer: bytes) -> int:
         """When `peer` was last seen leaving, in ns."""

@@ -261,6 +261,8 @@ class Commands:
         try:
             operations = msgspec.convert(arguments.get("operations"), int)
             limit = msgspec.convert(arguments.get("unit_price_max"), int | None)
+            memory_bytes = msgspec.convert(arguments.get("memory_bytes", 0), int)
+            sandbox = msgspec.convert(arguments.get("sandbox", 2), int)
         except msgspec.ValidationError as error:
             raise BadArguments(f"quote: {error}") from None
         asks = [
@@ -269,8 +271,8 @@ class Commands:
         made = quote(
             asks,
             operations=operations,
-            memory_bytes=int(arguments.get("memory_bytes", 0)),
-            sandbox=int(arguments.get("sandbox", 2)),
+            memory_bytes=memory_bytes,
+            sandbox=sandbox,
             unit_price_max=limit,
         )
         return {**asdict(made), "operations": operations, "round_ms": self.desk.network.rules.round_ms}

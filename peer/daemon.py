@@ -213,7 +213,7 @@ class Daemon:
                     self._perform(effect)
 
     async def _commit(self, effects: list[Effect]) -> None:
-        puts, entries, lines = [], [], []
+        puts, entries, lines, events = [], [], [], []
         for effect in effects:
             match effect:
                 case Save(table=table, key=key, value=value):
@@ -226,12 +226,14 @@ class Daemon:
                     event = self._event(effect)
                     if effect.job:
                         lines.append(LogLine(effect.job.hex(), event["time_ns"], json.dumps(event)))
-                    self._tell(event)
+                    events.append(event)
                 case _:
                     pass
         if puts or entries or lines:
             one = Batch(puts=tuple(puts), entries=tuple(entries), events=tuple(lines))
             await trio.to_thread.run_sync(self.store.commit, [one])
+        for event in events:  # only what is journalled is told
+            self._tell(event)
 
     def _perform(self, effect: Effect) -> None:
         match effect:

@@ -11,9 +11,10 @@ from typing import Literal
 import msgspec
 
 from peer.desk import Desk
+from protocol.errors import VerificationFailed
 from protocol.lifecycle import Event, State, step
 from protocol.merkle import merkle_root
-from protocol.records import Agreement, Envelope, Receipt, decode_body
+from protocol.records import Agreement, Envelope, Receipt, amount_for, decode_body
 from protocol.task import TaskSpec
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Job",
     "JobState",
     "agreement_of",
+    "check_receipt",
     "move",
     "proof_root",
     "receipt_key",
@@ -65,6 +67,7 @@ class Job(msgspec.Struct, kw_only=True):
     deal: bytes = b""
     deals: list[bytes] = msgspec.field(default_factory=list)
     retried: int = 0
+    fruitless: int = 0  # deals in a row that brought the job no further
     diverged: int = 0  # solvers that say the task diverges
     slashed_micro: int = 0
     culprits: list[bytes] = msgspec.field(default_factory=list)
@@ -122,6 +125,7 @@ class Deal(msgspec.Struct, kw_only=True):
     news_ns: int = 0
     entered_ns: int = 0
     ended_early: bool = False
+    paid_out: bool = False  # the channel is closed, whatever the checks still find
     failures: int = 0
     note: str = ""
 
@@ -167,3 +171,16 @@ def proof_root(receipts: list[bytes], network: bytes) -> bytes:
         assert isinstance(receipt, Receipt)
         roots.append(receipt.out_root)
     return merkle_root(roots)
+
+
+def check_receipt(deal: Deal, receipt: Receipt, network: bytes) -> None:
+    """Raise VerificationFailed unless `receipt` is the next link of the deal's chain, at the agreed price."""
+    agreement, task = agreement_of(deal, network), task_of(deal.task)
+    segment = agreement.first_segment + deal.receipts
+    operations = task.operations_per_step * len(task.steps_of(segment))
+    wanted = (deal.last_receipt or bytes(32), segment, deal.last_root, operations)
+    given = (receipt.previous, receipt.segment, receipt.in_root, receipt.operations)
+    if wanted != given:
+        raise VerificationFailed("receipt does not continue the chain of its deal", why=f"at segment {segment}")
+    if receipt.amount_micro != amount_for(operations, agreement.unit_price):
+        raise VerificationFailed(f"receipt asks {receipt.amount_micro} micro-credits, the price says otherwise")

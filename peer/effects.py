@@ -119,6 +119,8 @@ class Performer:
                 await self.blobs.fetch(self.host, effect.blob, effect.peers, size_max=effect.size_max)
             self.blobs.pin(effect.blob)
             if effect.state_root:
+                # The program says what the checkpoint must hold; it may still be on its way in another fetch.
+                await self.blobs.fetch(self.host, effect.program, effect.peers, size_max=params.PROGRAM_BYTES_MAX)
                 check = partial(
                     check_checkpoint, self.blobs.path(effect.blob), self.blobs.path(effect.program), effect.state_root
                 )

@@ -196,8 +196,12 @@ class JobDesk:
     def reoffer(self, job: Job, why: str) -> None:
         """Back to the market after a deal that did not finish the job."""
         job.deal = b""
+        job.fruitless += 1
         if job.cancelled:
             self.end(job, JobState.CANCELLED, why)
+            return
+        if job.fruitless >= params.FRUITLESS_DEALS_MAX:
+            self.end(job, JobState.FAILED, f"{job.fruitless} deals brought the job no further; the last: {why}")
             return
         if job.diverged >= params.DIVERGED_SOLVERS:
             self.end(job, JobState.FAILED, f"the task diverges ({why}); lower the learning rate and submit it again")

@@ -77,6 +77,7 @@ class Node:
         self.submitter = Submitter(self.desk, self.settler, self.checks, self.jobs)
         self.jobs.on_choice = self.submitter.propose
         self.checks.on_right = self.submitter.checked_right
+        self.checks.on_paid_and_wrong = self.submitter.paid_and_wrong
         self.checker = Checker(self.desk)
         self.commands = Commands(self.desk, self.settler, self.jobs, self.submitter, self.bidder, self.solver)
         self.next_sync_ns = now_ns

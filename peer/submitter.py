@@ -13,7 +13,7 @@ import msgspec
 
 from market.matching import Choice
 from peer.checking import CheckDesk
-from peer.deals import Deal, Job, JobState, agreement_of, move, proof_root, receipt_key, save, task_of
+from peer.deals import Deal, Job, JobState, agreement_of, check_receipt, move, proof_root, receipt_key, save, task_of
 from peer.desk import Desk
 from peer.events import Fetch, Fetched
 from peer.jobs import JobDesk
@@ -41,7 +41,6 @@ from protocol.records import (
     Reveal,
     Voucher,
     add_signature,
-    amount_for,
     open_record,
 )
 from protocol.sampling import check_reveal, commitment
@@ -190,7 +189,7 @@ class Submitter:
             return
         if deal.id in self.waiting and self.waiting[deal.id][2] == receipt_id:
             return
-        self._check_receipt(deal, record)
+        check_receipt(deal, record, self.desk.network.id)
         deal.news_ns = self.desk.now_ns
         self.waiting[deal.id] = (record.checkpoint, message, receipt_id)
         job = self.jobs.jobs[deal.job]
@@ -204,18 +203,6 @@ class Submitter:
                 program=task_of(deal.task).program,
             )
         )
-
-    def _check_receipt(self, deal: Deal, record: Receipt) -> None:
-        """Raises VerificationFailed unless the receipt is the next link of this deal's chain."""
-        agreement, task = agreement_of(deal, self.desk.network.id), task_of(deal.task)
-        segment = agreement.first_segment + deal.receipts
-        operations = task.operations_per_step * len(task.steps_of(segment))
-        wanted = (deal.last_receipt or bytes(32), segment, deal.last_root, operations)
-        given = (record.previous, record.segment, record.in_root, record.operations)
-        if wanted != given:
-            raise VerificationFailed("receipt does not continue the chain of its deal", why=f"at segment {segment}")
-        if record.amount_micro != amount_for(operations, agreement.unit_price):
-            raise VerificationFailed(f"receipt asks {record.amount_micro} micro-credits, the price says otherwise")
 
     def on_fetched(self, event: Fetched) -> None:
         """The checkpoint of the awaited receipt is here (or is not what it claims to be)."""
@@ -372,7 +359,9 @@ class Submitter:
 
     def checked_right(self, deal: Deal) -> None:
         """CheckDesk: the work of an ended deal is verified, so the job can go on from its last checkpoint."""
-        if deal.ended_early:
+        if deal.paid_out:
+            move(self.desk, deal, Event.WINDOW_CLOSED)
+        if deal.ended_early or deal.paid_out:
             self._continue_job(deal)
 
     def closed(self, agreement_id: bytes, how: str) -> None:
@@ -398,23 +387,46 @@ class Submitter:
                 self.jobs.reoffer(job, "the work was wrong and its solver is slashed")
             self.jobs.save(job)
             return
-        # A solver may claim alone while its work is still being checked: it is paid, but nothing builds on it.
-        verified = deal.lifecycle in (State.SETTLING, State.CLAIMING)
+        if not deal.paid_out:
+            deal.paid_out = True
+            job.spent_micro += channel.paid_micro + sum(micro for _, micro in channel.fees)
+            self.jobs.save(job)
+            self.desk.emit(
+                how,
+                job.id,
+                deal=deal.id,
+                solver=channel.agreement.solver,
+                paid_micro=channel.paid_micro,
+                fees=[{"peer": peer, "micro": micro} for peer, micro in channel.fees],
+            )
+        if how == "claimed" and deal.lifecycle in (State.RUNNING, State.PROVED, State.CHECKING):
+            self._claimed_unchecked(deal, job)
+            return
         move(self.desk, deal, Event.COSIGNED if how == "settled" else Event.WINDOW_CLOSED)
-        job.spent_micro += channel.paid_micro + sum(micro for _, micro in channel.fees)
-        self.desk.emit(
-            how,
-            job.id,
-            deal=deal.id,
-            solver=channel.agreement.solver,
-            paid_micro=channel.paid_micro,
-            fees=[{"peer": peer, "micro": micro} for peer, micro in channel.fees],
-        )
-        self.jobs.save(job)
-        if job.deal == deal.id and verified:
+        if job.deal == deal.id:
             self._continue_job(deal)
-        elif job.deal == deal.id:
-            self.jobs.reoffer(job, "the solver closed the channel before its work was checked")
+
+    def _claimed_unchecked(self, deal: Deal, job: Job) -> None:
+        """The solver closed the channel alone before its work was checked: it is paid, and the checks go on, so
+        that the job can build on the work instead of paying for it twice."""
+        if deal.lifecycle != State.RUNNING:
+            save(self.desk, deal)
+        elif deal.receipts:
+            self._solver_lost(deal, "the solver closed the channel alone")
+        else:
+            move(self.desk, deal, Event.WINDOW_CLOSED)
+            if job.deal == deal.id:
+                self.jobs.reoffer(job, "the solver closed the channel before the first receipt")
+
+    def paid_and_wrong(self, deal: Deal) -> None:
+        """CheckDesk: a quorum convicts, but the channel is closed already: nothing builds on the work."""
+        job = self.jobs.jobs[deal.job]
+        move(self.desk, deal, Event.WINDOW_CLOSED)
+        job.culprits.append(self.solver_of(deal))
+        job.retried += 1
+        self.jobs.save(job)
+        if job.deal == deal.id:
+            self.jobs.reoffer(job, "the work was wrong; its solver had claimed its pay already")
 
     def _continue_job(self, deal: Deal) -> None:
         """After a deal's work is known to be right (or none): go on from its end, or finish."""
@@ -422,6 +434,8 @@ class Submitter:
         if job.deal != deal.id or not job.open:
             return
         job.segment = agreement_of(deal, self.desk.network.id).first_segment + deal.receipts
+        if deal.receipts:
+            job.fruitless = -1  # the re-offer below counts itself
         job.base_root, job.base_blob = deal.last_root, deal.last_blob
         if job.segment >= task.segments:
             self.jobs.end(job, JobState.DONE, "")

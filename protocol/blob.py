@@ -21,9 +21,7 @@ CHUNKS_MAX = -(-params.BLOB_BYTES_MAX // params.BLOB_CHUNK_BYTES)
 MANIFEST_BYTES_MAX = 64 + 34 * CHUNKS_MAX  # msgpack writes a 32-byte string as 34 bytes
 
 
-class BlobManifest(
-    msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="ichiba/blob/1"
-):
+class BlobManifest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="ichiba/blob/1"):
     """`size` bytes cut into chunks of params.BLOB_CHUNK_BYTES (the last may be shorter), and the hash of each.
 
     An empty blob has no chunks.

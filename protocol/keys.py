@@ -20,7 +20,7 @@ KEY_BYTES: Final = 32
 SIGNATURE_BYTES: Final = 64
 # libp2p peer-ids spec: an Ed25519 key is the *identity* multihash (code 0x00, length 0x24) of the protobuf
 # PublicKey {Type: Ed25519 (field 1, varint 1), Data: 32 bytes (field 2)}; its text is base58btc.
-PEER_ID_PREFIX: Final = bytes.fromhex("0024" "08011220")
+PEER_ID_PREFIX: Final = bytes.fromhex("002408011220")
 BASE58: Final = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 BASE58_VALUE: Final = {letter: value for value, letter in enumerate(BASE58)}
 NAME_CHARS: Final = 52  # every id of this prefix has the one leading "1" of its zero byte and 51 digits
@@ -110,6 +110,4 @@ def _message(domain: str, network: bytes, body: bytes) -> bytes:
 
 
 def _no_name(name: str, why: str) -> MalformedRecord:
-    return MalformedRecord(
-        f"{name[:60]!r} is no peer id", why=why, next_step="copy the whole id from `ichiba status`"
-    )
+    return MalformedRecord(f"{name[:60]!r} is no peer id", why=why, next_step="copy the whole id from `ichiba status`")

@@ -30,9 +30,23 @@ from protocol import params
 from protocol.errors import LocalProtocolError, VerificationFailed
 
 __all__ = [
-    "Leaf", "leaf_hash", "matrix_shape", "merkle_levels", "merkle_path", "merkle_root", "node_hash",
-    "path_length", "state_root", "state_root_of", "tensor_path", "tensor_root", "tensor_root_of", "tile_count",
-    "tiles", "verify_path", "verify_tile",
+    "Leaf",
+    "leaf_hash",
+    "matrix_shape",
+    "merkle_levels",
+    "merkle_path",
+    "merkle_root",
+    "node_hash",
+    "path_length",
+    "state_root",
+    "state_root_of",
+    "tensor_path",
+    "tensor_root",
+    "tensor_root_of",
+    "tile_count",
+    "tiles",
+    "verify_path",
+    "verify_tile",
 ]
 
 Leaf = bytes | bytearray | memoryview
@@ -110,8 +124,9 @@ def verify_path(root: bytes, leaf: Leaf, *, index: int, count: int, path: Sequen
     if not 0 <= index < count:
         raise VerificationFailed(f"leaf {index} is not one of {count}")
     if len(path) != path_length(index, count):
-        raise VerificationFailed(f"path of {len(path)} hashes, leaf {index} of {count} needs "
-                                 f"{path_length(index, count)}")
+        raise VerificationFailed(
+            f"path of {len(path)} hashes, leaf {index} of {count} needs {path_length(index, count)}"
+        )
     node, position, width, left_over = leaf_hash(leaf), index, count, list(reversed(path))
     while width > 1:
         if (position ^ 1) < width:

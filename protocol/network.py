@@ -6,6 +6,7 @@ two networks and refuse each other's records by name instead of by accident.
 
 from __future__ import annotations
 
+import json
 import tomllib
 from typing import Annotated, Any
 
@@ -126,12 +127,7 @@ def check_incentives(rules: Rules) -> None:
 
 def dump(network: Network) -> str:
     """The network as TOML text that `load` reads back to the same id."""
-    lines = [
-        f'name = "{network.name}"',
-        f"bootstrap = {list(network.bootstrap)!r}".replace("'", '"'),
-        "",
-        "[rules]",
-    ]
+    lines = [f"name = {json.dumps(network.name)}", f"bootstrap = {json.dumps(list(network.bootstrap))}", "", "[rules]"]
     lines += [f"{f.name} = {getattr(network.rules, f.name)}" for f in msgspec.structs.fields(Rules)]
     for deposit in network.deposits:
         assert peer_name(peer_key(deposit.peer)) == deposit.peer

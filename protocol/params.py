@@ -187,3 +187,5 @@ DIVERGED_SOLVERS: Final = 2  # a job fails as diverged when this many solvers sa
 WORKER_BASE_BYTES: Final = 512 * 1024**2  # torch and its libraries, beside what a step holds
 TRIAL_OPERATIONS_MAX: Final = 20 * 10**9  # a step up to this is tried before money is spent: seconds on one core
 JOB_FILE_BYTES_MAX: Final = 64 * 1024
+CHECKER_REST_NS: Final = 30 * 10**9  # a checker that declined or vanished may be asked again after this
+FRUITLESS_DEALS_MAX: Final = 20  # a job fails when so many deals in a row bring it no further

@@ -26,7 +26,10 @@ Layout = Mapping[str, tuple[str, Sequence[int]]]
 """Name -> (numpy dtype name, shape)."""
 
 _DTYPES: Final[dict[str, np.dtype[Any]]] = {
-    "F32": np.dtype("<f4"), "I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "U8": np.dtype("u1"),
+    "F32": np.dtype("<f4"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
 _CODES: Final = {dtype.name: code for code, dtype in _DTYPES.items()}
@@ -65,8 +68,11 @@ def _header(buffer: memoryview) -> tuple[dict[str, Any], memoryview]:
         raise MalformedRecord(f"safetensors header of {size} bytes in a file of {len(buffer)}")
     try:
         decoded = json.loads(
-            bytes(buffer[8 : 8 + size]).decode("utf-8"), object_pairs_hook=_object_without_duplicates,
-            parse_constant=_refuse_constant, parse_float=_refuse_float, parse_int=_bounded_integer,
+            bytes(buffer[8 : 8 + size]).decode("utf-8"),
+            object_pairs_hook=_object_without_duplicates,
+            parse_constant=_refuse_constant,
+            parse_float=_refuse_float,
+            parse_int=_bounded_integer,
         )
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise MalformedRecord(f"safetensors header is no JSON: {error}"[:200]) from None

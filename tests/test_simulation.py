@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peer.simulator import Faults, Simulation
+from peer.simulator import SECOND, Faults, Simulation
 from tests.swarm_scenario import job_state, make_swarm, submit
 
 SEEDS = 200
@@ -76,6 +76,37 @@ def test_a_cancelled_job_pays_its_receipts_and_returns_the_rest() -> None:
     state = job_state(simulation, job)
     assert state["state"] == "cancelled"
     assert state["paid_micro"] == 20_000
+
+
+def checkers_away(seed: int, cheat: str = "") -> tuple[Simulation, str]:
+    """A proved deal that nobody can check: its solver claims alone and is paid after the window."""
+    simulation = make_swarm(seed, CALM, cheat=cheat)
+    simulation.run(seconds=3)
+    job = submit(simulation)
+    simulation.run(seconds=60, until=lambda: job_state(simulation, job).get("segments_done") == 5)
+    for name in ("victor", "wendy"):
+        simulation.crash(name, for_ns=400 * SECOND)
+    simulation.run(seconds=380)
+    node = simulation.peers["alice"].node
+    assert node is not None
+    assert [channel.closed for channel in node.settler.channels.values()] == ["claimed"]
+    return simulation, job
+
+
+def test_work_paid_before_it_was_checked_is_checked_later_and_not_paid_twice() -> None:
+    simulation, job = checkers_away(6)
+    state = finish(simulation, job)
+    assert (state["state"], state["retried"], state["paid_micro"]) == ("done", 0, 60_000)
+
+
+def test_wrong_work_paid_before_it_was_checked_is_not_built_upon() -> None:
+    simulation, job = checkers_away(7, cheat="skip-step")
+    state = finish(simulation, job)
+    assert (state["state"], state["retried"]) == ("done", 1)
+    assert state["paid_micro"] == 60_000 + 66_000  # the claim stands: the checkers came after the window
+    honest = make_swarm(3, CALM)
+    honest.run(seconds=3)
+    assert finish(honest, submit(honest))["final_root"] == state["final_root"]
 
 
 def test_one_seed_gives_one_history() -> None:

@@ -118,8 +118,9 @@ def capture(
         add(name, "optimizer", tensor, init)
     for name, tensor in batch.items():
         if name in parameters or name in buffers:
-            raise UnsupportedModel(f"{name} names both a tensor of the model and one of the batch",
-                                   next_step="rename the batch's")
+            raise UnsupportedModel(
+                f"{name} names both a tensor of the model and one of the batch", next_step="rename the batch's"
+            )
         add(name, "batch", tensor, None)
     add("ichiba.learning_rate", "learning_rate", torch.tensor(float(optimizer.param_groups[0]["lr"])), None)
     add("ichiba.step_key", "step_key", torch.zeros(2, dtype=torch.int64), None)
@@ -163,8 +164,10 @@ class _Step:
         with _Lines():
             value = functional_call(whole, placed, (batch,))
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-            raise UnsupportedModel("the loss is not one number that depends on the parameters",
-                                   next_step="return a scalar tensor from the loss")
+            raise UnsupportedModel(
+                "the loss is not one number that depends on the parameters",
+                next_step="return a scalar tensor from the loss",
+            )
         trained = [name for name in self.parameters if name in self.trained]
         with _backward_lines(value):
             found = torch.autograd.grad(value, [leaves[name] for name in trained], allow_unused=True)

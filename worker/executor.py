@@ -27,7 +27,11 @@ Kernel = Callable[..., Tensor]
 OnNode = Callable[[int, Tensor], None]
 
 DTYPES = {
-    "float32": torch.float32, "int64": torch.int64, "int32": torch.int32, "uint8": torch.uint8, "bool": torch.bool,
+    "float32": torch.float32,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
 }
 
 
@@ -38,8 +42,10 @@ class Diverged(IchibaError):
 
     def __init__(self, step: int, name: str) -> None:
         self.step = step
-        super().__init__(f"training diverged at step {step}: {name} holds NaN or infinity",
-                         next_step="lower the learning rate or lengthen the warmup in job.toml")
+        super().__init__(
+            f"training diverged at step {step}: {name} holds NaN or infinity",
+            next_step="lower the learning rate or lengthen the warmup in job.toml",
+        )
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,11 @@ class Executor:
                 drops[number].append(first + number)
         return [
             _Planned(
-                kernels[node.op], node.op, tuple(_template(arg) for arg in node.args), DTYPES[node.dtype], node.shape,
+                kernels[node.op],
+                node.op,
+                tuple(_template(arg) for arg in node.args),
+                DTYPES[node.dtype],
+                node.shape,
                 tuple(drops[number]),
             )
             for number, node in enumerate(program.nodes)
@@ -217,9 +227,7 @@ def _filled(item: Any, values: Sequence[Tensor | None]) -> Any:
     return item
 
 
-def _checked_embedding_backward(
-    grad: Tensor, index: Tensor, rows: int, padding: int, scale: bool
-) -> Tensor:
+def _checked_embedding_backward(grad: Tensor, index: Tensor, rows: int, padding: int, scale: bool) -> Tensor:
     if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows):
         raise IndexError(f"index out of range of {rows} rows")
     return aten.embedding_dense_backward.default(grad, index, rows, padding, scale)

@@ -332,9 +332,7 @@ def _class_weights(weight: Tensor | None) -> None:
 
 
 @lowers(aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
-def nll_loss(
-    x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: int
-) -> tuple[Tensor, Tensor]:
+def nll_loss(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: int) -> tuple[Tensor, Tensor]:
     _class_weights(weight)
     dim = 1 if x.dim() > 1 else 0
     kept = target != ignore

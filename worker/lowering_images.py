@@ -262,8 +262,8 @@ def _columns(window: _Window, x: Tensor, groups: int) -> Tensor:
 def _filters(weight: Tensor, groups: int) -> Tensor:
     """(groups, outputs of a group, places * channels of a group)."""
     outputs, channels = weight.shape[:2]
-    return weight.reshape(groups, outputs // groups, channels, -1).transpose(2, 3).reshape(
-        groups, outputs // groups, -1
+    return (
+        weight.reshape(groups, outputs // groups, channels, -1).transpose(2, 3).reshape(groups, outputs // groups, -1)
     )
 
 
@@ -436,4 +436,3 @@ def adaptive_pool_backward(grad: Tensor, x: Tensor) -> Tensor:
     cells = _cells(x, grad.shape[-2:])
     each = (grad / (cells[-3] * cells[-1])).unsqueeze(-1).unsqueeze(-3)
     return each.expand(cells).reshape(x.shape)
-

@@ -182,8 +182,10 @@ def functional(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> Fu
                 )
         unknown = [p for p in options["params"] if id(p) not in names]
         if unknown:
-            raise UnsupportedModel(f"the optimizer holds a parameter of shape {tuple(unknown[0].shape)} that is "
-                                   "not the model's", next_step="pass model.parameters() to the optimizer")
+            raise UnsupportedModel(
+                f"the optimizer holds a parameter of shape {tuple(unknown[0].shape)} that is not the model's",
+                next_step="pass model.parameters() to the optimizer",
+            )
         rate = float(options["lr"])
         if rate != first_rate and first_rate == 0:
             raise UnsupportedModel("the first parameter group has the learning rate 0 and others do not")
@@ -191,5 +193,8 @@ def functional(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> Fu
         groups.append(_Group(number, options, members, 1.0 if rate == first_rate else rate / first_rate))
     if isinstance(optimizer, torch.optim.SGD):
         return _SGD(groups)
-    return _Adam(groups, decoupled=isinstance(optimizer, torch.optim.AdamW) or bool(
-        optimizer.param_groups[0].get("decoupled_weight_decay")))
+    return _Adam(
+        groups,
+        decoupled=isinstance(optimizer, torch.optim.AdamW)
+        or bool(optimizer.param_groups[0].get("decoupled_weight_decay")),
+    )

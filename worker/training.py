@@ -247,8 +247,15 @@ def _run(
         losses.extend([losses[-1] if losses else 0.0] * missing)
         done = last - steps.start
         yield SegmentResult(
-            segment, steps.start, last, in_root, root, tuple(losses), done * task.operations_per_step,
-            checkpoint.dump(state), diverged,
+            segment,
+            steps.start,
+            last,
+            in_root,
+            root,
+            tuple(losses),
+            done * task.operations_per_step,
+            checkpoint.dump(state),
+            diverged,
         )
         if diverged is not None:
             return

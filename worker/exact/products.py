@@ -139,8 +139,11 @@ def _joined(pairs: Tensor, count: int, whole: Tensor, *, inner: int) -> None:
         torch.add(pairs[0, :, 0].double(), whole, alpha=256.0, out=whole)
         return
     whole.copy_(pairs[2, :, 2])
-    for group in ((pairs[1, :, 2], pairs[2, :, 1]), (pairs[0, :, 2], pairs[1, :, 1], pairs[2, :, 0]),
-                  (pairs[0, :, 1], pairs[1, :, 0])):
+    for group in (
+        (pairs[1, :, 2], pairs[2, :, 1]),
+        (pairs[0, :, 2], pairs[1, :, 1], pairs[2, :, 0]),
+        (pairs[0, :, 1], pairs[1, :, 0]),
+    ):
         total = torch.add(group[0], group[1])
         for other in group[2:]:
             total.add_(other)

@@ -1,0 +1,242 @@
+"""Commands about the market and the money: book, wallet, receipts verify."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from peer.cli_node import roles_of
+from peer.cli_output import Terminal, common, credits_of, short_id, size_of
+
+if TYPE_CHECKING:
+    from protocol.bundle import BundleReport
+
+__all__ = ["book", "check_proof", "receipts", "show_proof", "wallet"]
+
+
+@click.command()
+@common
+def book(terminal: Terminal) -> None:
+    """Show the asks and offers this peer has heard of.
+
+    For each offer this peer would not bid on, the reason.
+
+    \b
+    ichiba book
+    ichiba book --json
+    """
+    with terminal.client() as client:
+        found = client.book()
+    for ask in found["asks"]:
+        terminal.record("ichiba.ask/1", ask)
+    for offer in found["offers"]:
+        terminal.record("ichiba.offer/1", offer)
+    terminal.table(
+        "asks",
+        ("peer", "roles", ">credits/Gop", ">Gop/s", ">memory", ">sandbox", ">stake", ">trust", "here"),
+        [
+            (
+                ask["peer"][-8:],
+                roles_of(ask["roles"]),
+                credits_of(ask["unit_price"]),
+                f"{ask['operations_per_second'] / 1e9:.2f}",
+                size_of(ask["memory_bytes"]),
+                ask["sandbox"],
+                credits_of(ask["stake_micro"]),
+                f"{ask['trust_ppm'] / 10_000:.1f} %",
+                "yes" if ask["connected"] else "no",
+            )
+            for ask in found["asks"]
+        ],
+    )
+    terminal.table(
+        "offers",
+        (
+            "offer",
+            "submitter",
+            ">Gop",
+            ">credits/Gop at most",
+            ">stake asked",
+            ">bids",
+            "this peer does not bid because",
+        ),
+        [
+            (
+                short_id(offer["offer"]),
+                offer["submitter"][-8:],
+                f"{offer['operations'] / 1e9:.1f}",
+                credits_of(offer["unit_price_max"]),
+                credits_of(offer["lock_micro"]),
+                len(offer["bids"]),
+                offer["no_bid"]["why"] if offer["no_bid"] else "",
+            )
+            for offer in found["offers"]
+        ],
+    )
+
+
+@click.command()
+@click.option("--all", "everybody", is_flag=True, help="Show every peer of the network, and that the sums agree.")
+@common
+def wallet(terminal: Terminal, everybody: bool) -> None:
+    """Show what this peer holds, locks, earns and owes.
+
+    \b
+    ichiba wallet
+    ichiba wallet --all
+    """
+    with terminal.client() as client:
+        found = client.wallet(everybody=everybody)
+    terminal.record("ichiba.wallet/1", found)
+    terminal.pairs(
+        {
+            "peer": found["peer"],
+            "free": f"{credits_of(found['free_micro'])} credits",
+            "stake": f"{credits_of(found['stake_micro'])} credits free to lock",
+            "earned": f"{credits_of(found['earned_unsettled_micro'])} credits in vouchers, not settled yet",
+        }
+    )
+    terminal.table(
+        "deals as solver",
+        ("deal", "state", ">vouchers", ">paid"),
+        [
+            (short_id(deal["deal"]), deal["state"], credits_of(deal["vouchers_micro"]), credits_of(deal["paid_micro"]))
+            for deal in found["deals"]
+        ],
+    )
+    if everybody and found["table"]:
+        _money_table(terminal, found["table"])
+
+
+_MONEY_COLUMNS = (
+    "deposited", "withdrawn", "free", "stake", "channels", "locks", "earned", "awarded", "paid", "slashed",
+)  # fmt: skip
+
+
+def _money_table(terminal: Terminal, table: dict[str, Any]) -> None:
+    rows = [*table["rows"], table["totals"]]
+    terminal.table(
+        "everybody, in credits",
+        ("peer", *(f">{name}" for name in _MONEY_COLUMNS)),
+        [(row["name"][-12:], *(credits_of(row[f"{name}_micro"]) for name in _MONEY_COLUMNS)) for row in rows],
+    )
+    terminal.say(f"burned {credits_of(table['burned_micro'])}, in the jackpot pool {credits_of(table['pool_micro'])}")
+
+
+@click.group()
+def receipts() -> None:
+    """Check the evidence of finished work, offline."""
+
+
+@receipts.command()
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--network",
+    "network_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The network file you trust; without it that of the data directory.",
+)
+@common
+def verify(terminal: Terminal, path: Path, network_file: Path | None) -> None:
+    """Check the proof in PATH and the weights next to it.
+
+    PATH is a proof.json, or the directory `ichiba job get` wrote. Needs no daemon and asks nobody: it checks every
+    signature, the chain of receipts, the draw, the verdicts and the amounts, and that weights.safetensors and
+    checkpoint.safetensors, where they lie beside it, are what the proof ends in.
+
+    \b
+    ichiba receipts verify char-gpt-3f2a
+    ichiba receipts verify proof.json --network market.toml
+    """
+    from peer.home import Home
+
+    home = Home(terminal.data_dir)
+    network = home.network(network_file)
+    proof = path / "proof.json" if path.is_dir() else path
+    report, files = check_proof(proof, network.id)
+    show_proof(terminal, report, files)
+
+
+def check_proof(proof: Path, network_id: bytes) -> tuple[BundleReport, list[str]]:
+    """Check a proof.json and the files next to it: the report, and what was found about the files.
+
+    Raises VerificationFailed, and NotFound if there is no proof.
+    """
+    import msgspec
+
+    from protocol import params
+    from protocol.bundle import verify_bundle, verify_checkpoint, verify_weights
+    from protocol.errors import NotFound, VerificationFailed
+
+    if not proof.is_file():
+        raise NotFound(f"no proof.json in {proof.parent}", next_step="ichiba job get JOB")
+    if proof.stat().st_size > params.BUNDLE_BYTES_MAX:
+        raise VerificationFailed(f"{proof} has more than {params.BUNDLE_BYTES_MAX} bytes")
+    try:
+        bundle = msgspec.json.decode(proof.read_bytes(), type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise VerificationFailed(f"{proof} is no JSON: {error}"[:300]) from None
+    report = verify_bundle(bundle, network_id)
+    files = []
+    checkpoint, weights = proof.with_name("checkpoint.safetensors"), proof.with_name("weights.safetensors")
+    if checkpoint.exists():
+        with _Mapped(checkpoint) as data:
+            verify_checkpoint(report, data)
+        files.append(f"{checkpoint.name} is the state the proof ends in, bit for bit")
+    if weights.exists():
+        with _Mapped(weights) as data:
+            count = verify_weights(report, data)
+        files.append(f"{weights.name}: all {count} tensors are those of that state, bit for bit")
+    return report, files
+
+
+class _Mapped:
+    """A file's bytes without reading them all at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> memoryview | bytes:
+        with self.path.open("rb") as file:
+            if not self.path.stat().st_size:
+                return b""
+            # Not closed by hand: numpy's views of it may outlive the block; the last of them unmaps it.
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def show_proof(terminal: Terminal, report: BundleReport, files: list[str]) -> None:
+    """What was proved, and what was not."""
+    proved, not_proved = [*report.proved(), *files], report.not_proved()
+    if not files:
+        not_proved.insert(0, "any weights: no weights.safetensors or checkpoint.safetensors lies beside the proof")
+    terminal.record(
+        "ichiba.proof/1",
+        {
+            "job": report.job.hex(),
+            "name": report.name,
+            "network": report.network,
+            "task": report.task.hex(),
+            "complete": report.complete,
+            "final_root": report.final_root.hex(),
+            "segments": report.segments,
+            "segments_done": report.segments_done,
+            "segments_checked": list(report.segments_checked),
+            "operations": report.operations,
+            "operations_checked": report.operations_checked,
+            "paid_micro": report.paid_micro,
+            "fees_micro": report.fees_micro,
+            "proved": proved,
+            "not_proved": not_proved,
+        },
+    )
+    terminal.say(f"job {short_id(report.job.hex())} ({report.name}) on network {report.network}")
+    for line in proved:
+        terminal.say(f"  proved      {line}")
+    for line in not_proved:
+        terminal.say(f"  not proved  {line}")

@@ -1,0 +1,168 @@
+"""Commands that spend: quote a job, submit it, and follow it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from peer.cli_output import CREDITS, SIZE, Terminal, common, credits_of, short_id, size_of
+from protocol.errors import IchibaError
+
+if TYPE_CHECKING:
+    from peer.client import Client
+    from worker.prepare import Prepared
+
+__all__ = ["quote", "submit"]
+
+_JOB_PATH = click.Path(exists=True, path_type=Path)
+
+
+class _NoTerms(IchibaError):
+    """Neither job.toml nor the command line says what the job may cost."""
+
+    code = "usage"
+    exit_code = 2
+
+
+@click.command()
+@click.argument("job", type=_JOB_PATH)
+@click.option("--budget", type=CREDITS, help="The most you pay for all of it, in credits; else what job.toml says.")
+@click.option("--price", type=CREDITS, help="The most you pay per giga-operation, in credits; else what job.toml says.")
+@click.option("--wait/--detach", default=True, help="Follow the job to its end (the default), or return at once.")
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Follow no longer than this.")
+@common
+def submit(
+    terminal: Terminal, job: Path, budget: int | None, price: int | None, wait: bool, timeout: float | None
+) -> None:
+    """Offer the job in JOB to the market and follow it.
+
+    JOB is a job.toml or its directory (see examples/mlp). Your build() runs here, once; what is sent is the graph of
+    one training step, never your Python. Ctrl-C detaches: the job goes on.
+
+    \b
+    ichiba submit examples/mlp
+    ichiba submit examples/char_gpt --budget 5 --price 0.002 --timeout 3600
+    ichiba submit examples/cnn --detach --json
+    """
+    with terminal.client() as client:
+        network = bytes.fromhex(client.status()["network_id"])  # before seconds of torch: is the daemon there?
+        prepared = _prepare(terminal, job, network)
+        budget_micro = budget if budget is not None else prepared.job.budget_micro
+        unit_price_max = price if price is not None else prepared.job.unit_price_max
+        if not budget_micro or not unit_price_max:
+            raise _NoTerms(
+                f"{'no budget' if not budget_micro else 'no price limit'} is given",
+                why="there is no unlimited default",
+                next_step="add --budget and --price, or set them in job.toml; `ichiba quote` shows the market",
+            )
+        task = _upload(terminal, client, prepared)
+        made = client.submit(
+            task=task,
+            budget_micro=budget_micro,
+            unit_price_max=unit_price_max,
+            base_root=prepared.base_root,
+            checkpoint_bytes=prepared.checkpoint_bytes,
+            memory_bytes=prepared.memory_bytes,
+        )
+        name = short_id(made["job"])
+        terminal.record("ichiba.job/1", made)
+        terminal.say(f"job {name} is offered: {made['steps']} steps in {made['segments']} segments")
+        if not wait:
+            terminal.say(f"next: ichiba job logs -f {name}")
+            return
+        from peer.cli_follow import follow
+
+        click.get_current_context().exit(follow(terminal, client, made, timeout=timeout))
+
+
+def _prepare(terminal: Terminal, job: Path, network: bytes) -> Prepared:
+    """Capture the job, with its stages on stderr."""
+    from worker.job_file import read_job_file
+
+    read_job_file(job)  # a mistake in it is told before seconds of importing torch
+    with terminal.progress() as live:
+        bar = live.add_task("loading torch", total=None, note="") if live is not None else None
+
+        def stage(text: str) -> None:
+            if live is not None and bar is not None:
+                live.update(bar, description=text)
+
+        from worker.prepare import prepare
+
+        prepared = prepare(job, network, stage)
+    loss = f", first loss {prepared.first_loss:.4f}" if prepared.first_loss is not None else ""
+    terminal.note(
+        f"{prepared.job.name}: {prepared.parameters:,} parameters, {prepared.nodes} nodes, "
+        f"{prepared.operations / 1e9:.1f} giga-operations, {size_of(prepared.memory_bytes)} of memory{loss}"
+    )
+    return prepared
+
+
+def _upload(terminal: Terminal, client: Client, prepared: Prepared) -> bytes:
+    """Put the job's blobs into the daemon's store; the encoded task that names them."""
+    from protocol.codec import encode
+
+    with terminal.moving("program") as moved:
+        program = client.put_blob(prepared.program, moved)
+    arrays: dict[str, bytes] = {}
+    for array in prepared.arrays:
+        with terminal.moving(f"data {array.name}") as moved:
+            arrays[array.name] = client.put_blob(array.data, moved)
+    base = b""
+    if prepared.base is not None:
+        with terminal.moving("first checkpoint") as moved:
+            base = client.put_blob(prepared.base, moved)
+    return encode(prepared.make_task(program=program, arrays=arrays, base=base))
+
+
+@click.command()
+@click.argument("job", type=_JOB_PATH, required=False)
+@click.option("--operations", type=click.IntRange(min=1), help="Instead of a job: its number of operations.")
+@click.option("--price", type=CREDITS, help="Your limit per giga-operation, in credits: who is left out by it.")
+@click.option("--memory", type=SIZE, default=0, help="With --operations: the memory a solver must have, as in 2G.")
+@common
+def quote(terminal: Terminal, job: Path | None, operations: int | None, price: int | None, memory: int) -> None:
+    """Show what a job would cost, and how long it would take.
+
+    From the asks this peer has heard; nothing is offered and nothing is spent.
+
+    \b
+    ichiba quote examples/mlp
+    ichiba quote --operations 5000000000000 --price 0.002
+    """
+    if (job is None) == (operations is None):
+        raise click.UsageError("Give a JOB or --operations, one of them.")
+    with terminal.client() as client:
+        if job is not None:
+            prepared = _prepare(terminal, job, bytes.fromhex(client.status()["network_id"]))
+            operations, memory = prepared.operations, prepared.memory_bytes
+            price = price if price is not None else prepared.job.unit_price_max
+        assert operations is not None
+        found = client.quote(operations=operations, unit_price_max=price, memory_bytes=memory)
+    terminal.record("ichiba.quote/1", {**found, "unit_price_max": price, "memory_bytes": memory})
+    _show_quote(terminal, found, price)
+
+
+def _show_quote(terminal: Terminal, found: dict[str, Any], price: int | None) -> None:
+    terminal.say(f"{found['operations'] / 1e9:.1f} giga-operations")
+    if not found["solvers"]:
+        terminal.say("no solver that could run it is heard of; see `ichiba book`")
+        return
+    terminal.pairs(
+        {
+            "solvers": found["solvers"],
+            "lowest": f"{credits_of(found['low_micro'])} credits",
+            "median": f"{credits_of(found['median_micro'])} credits",
+            "highest": f"{credits_of(found['high_micro'])} credits",
+            "fastest": f"{found['fastest_seconds']:.0f} s of work" if found["fastest_seconds"] else "unknown",
+            "matching": f"about {found['round_ms'] / 1000:g} s after the first bids",
+        }
+    )
+    if price is not None and found["too_dear"]:
+        terminal.say(
+            f"your limit of {credits_of(price)} credits per giga-operation leaves out {found['too_dear']} of them; "
+            f"{credits_of(found['limit_for_all'])} would reach all"
+        )
+    terminal.say("checking is paid from the budget too: leave about as much again for small jobs")

@@ -1,0 +1,318 @@
+"""The Python SDK: every call of the control socket as a plain function, without trio, torch or libp2p.
+
+    with Client(data_dir) as ichiba:
+        print(ichiba.status()["peer"])
+
+Promises: an error of the daemon arrives as an IchibaError with its code and exit code; `events(follow=True)` gives
+each event once, in order, across cut connections. Refuses to start a daemon. Written on the standard library's HTTP:
+httpx takes 120 ms to import here (it brings trio and rich), more than all the rest of `ichiba status`.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from http.client import HTTPConnection, HTTPException, HTTPResponse
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+from urllib.parse import urlencode
+
+from peer.socket_name import socket_name
+from protocol import params
+from protocol.errors import IchibaError
+
+__all__ = ["Client", "CommandRefused", "ConnectionLost", "DaemonNotRunning"]
+
+Progress = Callable[[int, int], None]
+"""Called with bytes moved and bytes in all."""
+
+_CALL_SECONDS: Final = 120.0  # a connect tries four addresses, 10 s each
+_UPLOAD_SECONDS: Final = 3600.0  # after the last byte the daemon hashes it all
+_FRUITLESS_MAX: Final = 3  # connections in a row that gave nothing: then following is given up
+
+
+class DaemonNotRunning(IchibaError):
+    """Nobody answers on the control socket."""
+
+    code = "daemon-not-running"
+    exit_code = 3
+
+
+class ConnectionLost(IchibaError):
+    """The daemon stopped, or cut the connection, in the middle of a call."""
+
+    code = "connection-lost"
+
+
+class CommandRefused(IchibaError):
+    """The daemon's own error, as it was."""
+
+    def __init__(self, error: dict[str, Any]) -> None:
+        super().__init__(
+            str(error.get("what", "")), why=str(error.get("why", "")), next_step=str(error.get("next", ""))
+        )
+        self.code, self.exit_code = str(error.get("code", "error")), int(error.get("exit_code", 1))
+
+
+class Client:
+    """Calls to the daemon of `data_dir`."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.data_dir = data_dir
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing is held between calls."""
+
+    # --- commands ------------------------------------------------------------------------------------------
+    def command(self, verb: str, **arguments: Any) -> dict[str, Any]:
+        """One verb of docs/control.md. Raises CommandRefused, DaemonNotRunning, ConnectionLost."""
+        return self._json("POST", f"/v1/command/{verb}", arguments)
+
+    def status(self) -> dict[str, Any]:
+        """Who this peer is, whom it sees, what it does."""
+        return self.command("status")
+
+    def submit(
+        self,
+        *,
+        task: bytes,
+        budget_micro: int,
+        unit_price_max: int,
+        base_root: bytes,
+        checkpoint_bytes: int,
+        memory_bytes: int,
+        sandbox: int = 2,
+    ) -> dict[str, Any]:
+        """Open a job; `task` is an encoded TaskSpec whose blobs were put before. Returns the job."""
+        return self.command(
+            "submit",
+            task=task.hex(),
+            budget_micro=budget_micro,
+            unit_price_max=unit_price_max,
+            base_root=base_root.hex(),
+            checkpoint_bytes=checkpoint_bytes,
+            memory_bytes=memory_bytes,
+            sandbox=sandbox,
+        )
+
+    def cancel(self, job: str) -> dict[str, Any]:
+        """Stop a job; what is receipted is checked and paid."""
+        return self.command("cancel", job=job)
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """All jobs, newest first."""
+        return list(self.command("jobs")["jobs"])
+
+    def job(self, job: str) -> dict[str, Any]:
+        """One job with its deals, by any unambiguous beginning of its id."""
+        return self.command("job", job=job)
+
+    def bundle(self, job: str) -> dict[str, Any]:
+        """All signed evidence of a job, bytes in hex; protocol.bundle checks it."""
+        return self.command("bundle", job=job)
+
+    def book(self) -> dict[str, Any]:
+        """What this peer has heard of the market."""
+        return self.command("book")
+
+    def quote(
+        self, *, operations: int, unit_price_max: int | None = None, memory_bytes: int = 0, sandbox: int = 2
+    ) -> dict[str, Any]:
+        """Price and speed of a job of `operations`, from the asks heard."""
+        return self.command(
+            "quote", operations=operations, unit_price_max=unit_price_max, memory_bytes=memory_bytes, sandbox=sandbox
+        )
+
+    def wallet(self, *, everybody: bool = False) -> dict[str, Any]:
+        """This peer's buckets, or everybody's."""
+        return self.command("wallet", all=everybody)
+
+    # --- the daemon ----------------------------------------------------------------------------------------
+    def connect(self, address_or_invite: str) -> dict[str, Any]:
+        """Dial another peer."""
+        return self._json("POST", "/v1/connect", {"address": address_or_invite})
+
+    def invite(self) -> str:
+        """What another peer's `--peer` takes."""
+        return str(self._json("GET", "/v1/invite")["invite"])
+
+    def doctor(self) -> list[dict[str, Any]]:
+        """The checks of the running daemon."""
+        return list(self._json("GET", "/v1/doctor")["lines"])
+
+    def stop(self) -> None:
+        """Ask the daemon to end."""
+        self._json("POST", "/v1/stop")
+
+    # --- blobs ---------------------------------------------------------------------------------------------
+    def put_blob(self, data: bytes | memoryview | Path, progress: Progress = lambda moved, total: None) -> bytes:
+        """Store bytes or a file; returns the 32-byte blob id. Raises as `command`, and OSError for the file."""
+        total = data.stat().st_size if isinstance(data, Path) else len(data)
+        pieces = _pieces(data, total, progress)
+        answer = self._answer("PUT", "/v1/blobs", pieces, total, patience=_UPLOAD_SECONDS)
+        assert answer["size"] == total, answer
+        return bytes.fromhex(answer["blob"])
+
+    def get_blob(self, blob: bytes, to: Path, progress: Progress = lambda moved, total: None) -> None:
+        """Write a blob to the file `to`, whole or not at all. Raises NotFound's code, OSError for the file."""
+        part = to.with_name(to.name + ".part")
+        try:
+            with self._call("GET", f"/v1/blobs/{blob.hex()}") as response, part.open("wb") as file:
+                total, moved = int(response.headers["content-length"]), 0
+                while moved < total:
+                    with _cut():
+                        piece = response.read(min(params.CONTROL_CHUNK_BYTES, total - moved))
+                    if not piece:
+                        raise ConnectionLost(f"the daemon gave {moved} of {total} bytes")
+                    file.write(piece)
+                    moved += len(piece)
+                    progress(moved, total)
+            part.replace(to)
+        finally:
+            part.unlink(missing_ok=True)
+
+    # --- events --------------------------------------------------------------------------------------------
+    def events(self, job: str | None = None, *, follow: bool = False, since: int = 0) -> Iterator[dict[str, Any]]:
+        """Events with a `seq` above `since`, of one job or of none, oldest first; follow: and then as they come.
+
+        A cut connection is taken up again after the last event seen. Raises DaemonNotRunning once the daemon is gone.
+        """
+        query = {"since": str(since), "follow": "1" if follow else "0"} | ({"job": job} if job else {})
+        fruitless = 0
+        while True:
+            fruitless += 1
+            try:
+                with self._call("GET", f"/v1/events?{urlencode(query)}", patience=None) as response:
+                    while True:
+                        with _cut():
+                            line = response.readline()
+                        if not line.endswith(b"\n"):
+                            break
+                        event = json.loads(line)
+                        fruitless, query["since"] = 0, str(event["seq"])
+                        yield event
+                if line:
+                    raise ConnectionLost("the daemon stopped in the middle of a line")
+            except ConnectionLost:
+                if not follow or fruitless >= _FRUITLESS_MAX:
+                    raise
+            else:
+                if not follow:
+                    return
+
+    # --- http ----------------------------------------------------------------------------------------------
+    def _json(self, method: str, path: str, arguments: dict[str, Any] | None = None) -> dict[str, Any]:
+        body = b"" if arguments is None else json.dumps(arguments).encode("ascii")
+        return self._answer(method, path, iter((body,)), len(body))
+
+    def _answer(
+        self, method: str, path: str, body: Iterator[bytes], size: int, *, patience: float = _CALL_SECONDS
+    ) -> dict[str, Any]:
+        """Send a body and return the answer, a JSON object. patience: seconds to wait for it."""
+        with self._call(method, path, body, size, patience=patience) as response, _cut():
+            return dict(json.loads(response.read()))
+
+    @contextmanager
+    def _call(
+        self,
+        method: str,
+        path: str,
+        body: Iterator[bytes] | None = None,
+        size: int = 0,
+        *,
+        patience: float | None = _CALL_SECONDS,
+    ) -> Iterator[HTTPResponse]:
+        """A response, its error raised as ours. A connection serves one call: on this machine they cost nothing."""
+        with self._open() as wire:
+            connection = _Connection(wire)
+            with _cut():
+                connection.putrequest(method, path)
+                connection.putheader("content-length", str(size))
+                connection.endheaders()
+            for piece in body or ():
+                try:
+                    wire.sendall(piece)
+                except (BrokenPipeError, ConnectionResetError):
+                    break  # it was refused before we were done; the answer says why
+                except OSError as error:
+                    raise _lost(error) from None
+            wire.settimeout(patience)
+            with _cut():
+                response = connection.getresponse()
+                if response.status >= 400:
+                    raise _refusal(response.status, response.read())
+            yield response
+
+    @contextmanager
+    def _open(self) -> Iterator[socket.socket]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as wire:
+            wire.settimeout(_CALL_SECONDS)
+            try:
+                with socket_name(self.data_dir / "control.sock") as name:
+                    wire.connect(name)
+            except PermissionError:
+                raise IchibaError(
+                    f"the daemon of {self.data_dir} is not yours", next_step="ask its owner, or name your own --data"
+                ) from None
+            except OSError:
+                raise DaemonNotRunning(
+                    f"no daemon serves {self.data_dir}",
+                    why="it is not started, or uses another data directory",
+                    next_step="ichiba up",
+                ) from None
+            yield wire
+
+
+class _Connection(HTTPConnection):
+    """HTTP on a socket that is connected already."""
+
+    def __init__(self, wire: socket.socket) -> None:
+        super().__init__("ichiba")
+        self.sock = wire
+
+
+@contextmanager
+def _cut() -> Iterator[None]:
+    """What the socket or HTTP raises inside, as ConnectionLost."""
+    try:
+        yield
+    except (HTTPException, OSError) as error:
+        raise _lost(error) from None
+
+
+def _lost(error: Exception) -> ConnectionLost:
+    if isinstance(error, TimeoutError):
+        return ConnectionLost("the daemon did not answer in time", next_step="see what `ichiba doctor` says")
+    return ConnectionLost(
+        "the connection to the daemon was cut", why=str(error)[:200], next_step="is it running? `ichiba status`"
+    )
+
+
+def _refusal(status: int, body: bytes) -> IchibaError:
+    try:
+        return CommandRefused(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError):
+        return ConnectionLost(f"the daemon answered {status} without a reason")
+
+
+def _pieces(data: bytes | memoryview | Path, total: int, progress: Progress) -> Iterator[bytes]:
+    """`data` in pieces of one control chunk; exactly `total` bytes, or OSError if the file changed meanwhile."""
+    moved = 0
+    with ExitStack() as stack:
+        file = stack.enter_context(data.open("rb")) if isinstance(data, Path) else None
+        while moved < total:
+            count = min(params.CONTROL_CHUNK_BYTES, total - moved)
+            piece = file.read(count) if file is not None else bytes(memoryview(data)[moved : moved + count])  # type: ignore[arg-type]
+            if not piece:
+                raise OSError("the file became shorter while it was read")
+            yield piece
+            moved += len(piece)
+            progress(moved, total)
