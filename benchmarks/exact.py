@@ -129,20 +129,31 @@ def main() -> None:
     step, spent = training_step(options.pairs, options.threads)
     state = {str(i): torch.randn(1024, 1024) for i in range(3)}
     root_ms = statistics.median(seconds(lambda: checkpoint.state_root(state)) for _ in range(options.pairs)) * 1e3
-    print(json.dumps({
-        "benchmark": "exact",
-        "machine": {
-            "processor": processor(), "capability": torch.backends.cpu.get_cpu_capability(),
-            "cores": os.cpu_count(), "threads": options.threads, "torch": torch.__version__,
-            "int8_exact": exact.int8_is_exact(), "int8_faster": exact.int8_is_faster(),
-        },
-        "matmul_size": SIZE,
-        "matmul_ratio": matmul["15"]["auto"]["ratio"],
-        "matmul_ratio_float64": matmul["15"]["float64"]["ratio"],
-        "step_ratio": step["auto"]["ratio"],
-        "step_ratio_float64": step["float64"]["ratio"],
-        "matmul_by_width": matmul, "step": step, "step_spent": spent, "state_root_12MB_ms": round(root_ms, 2),
-    }))
+    print(
+        json.dumps(
+            {
+                "benchmark": "exact",
+                "machine": {
+                    "processor": processor(),
+                    "capability": torch.backends.cpu.get_cpu_capability(),
+                    "cores": os.cpu_count(),
+                    "threads": options.threads,
+                    "torch": torch.__version__,
+                    "int8_exact": exact.int8_is_exact(),
+                    "int8_faster": exact.int8_is_faster(),
+                },
+                "matmul_size": SIZE,
+                "matmul_ratio": matmul["15"]["auto"]["ratio"],
+                "matmul_ratio_float64": matmul["15"]["float64"]["ratio"],
+                "step_ratio": step["auto"]["ratio"],
+                "step_ratio_float64": step["float64"]["ratio"],
+                "matmul_by_width": matmul,
+                "step": step,
+                "step_spent": spent,
+                "state_root_12MB_ms": round(root_ms, 2),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -109,8 +109,14 @@ def test_an_oversize_header_is_refused_before_it_is_read() -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [{}, {"a": ("float32", (3,))}, {"a": ("int32", (2,))}, {"a": ("float32", (2, 1))}, {"b": ("float32", (2,))},
-     {"a": ("float32", (2,)), "b": ("float32", ())}],
+    [
+        {},
+        {"a": ("float32", (3,))},
+        {"a": ("int32", (2,))},
+        {"a": ("float32", (2, 1))},
+        {"b": ("float32", (2,))},
+        {"a": ("float32", (2,)), "b": ("float32", ())},
+    ],
 )
 def test_anything_that_differs_from_the_layout_is_refused(layout: dict[str, tuple[str, tuple[int, ...]]]) -> None:
     data = packed({"a": entry()}, BODY)
@@ -133,8 +139,9 @@ def test_damaged_files_give_arrays_or_a_typed_error(data: st.DataObject) -> None
     assert sum(array.nbytes for array in read.values()) <= len(cut)
 
 
-@pytest.mark.parametrize("bad", [{"a": np.zeros(2)}, {"__metadata__": np.zeros(2, np.float32)},
-                                 {"x" * 2000: np.zeros(2, np.float32)}])
+@pytest.mark.parametrize(
+    "bad", [{"a": np.zeros(2)}, {"__metadata__": np.zeros(2, np.float32)}, {"x" * 2000: np.zeros(2, np.float32)}]
+)
 def test_we_never_write_what_we_would_not_read(bad: dict[str, Any]) -> None:
     with pytest.raises(LocalProtocolError):
         ours.write(bad)

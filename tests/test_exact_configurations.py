@@ -115,9 +115,13 @@ def compute(backend: str) -> dict[str, str]:
 def start(configuration: Configuration) -> subprocess.Popen[str]:
     threads = str(configuration.threads)
     environment = {
-        **os.environ, "ATEN_CPU_CAPABILITY": configuration.capability, "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads, "ONEDNN_MAX_CPU_ISA": configuration.dnn or "ALL",
-        "MKL_CBWR": configuration.mkl or "AUTO", "OMP_WAIT_POLICY": "PASSIVE",
+        **os.environ,
+        "ATEN_CPU_CAPABILITY": configuration.capability,
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "ONEDNN_MAX_CPU_ISA": configuration.dnn or "ALL",
+        "MKL_CBWR": configuration.mkl or "AUTO",
+        "OMP_WAIT_POLICY": "PASSIVE",
     }
     command = [sys.executable, __file__, configuration.backend, threads]
     return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)

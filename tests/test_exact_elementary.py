@@ -16,8 +16,14 @@ from worker.exact import elementary, kernels
 from worker.exact.random import normal, uniform
 
 ULPS = {"exp": 1.0, "log": 1.0, "erf": 1.0, "tanh": 1.0, "sin": 2.0, "cos": 2.0}
-DENSE = {"exp": (-105.0, 90.0), "log": (0.3, 3.0), "erf": (-5.0, 5.0), "tanh": (-10.0, 10.0),
-         "sin": (-1e3, 1e3), "cos": (-1e3, 1e3)}
+DENSE = {
+    "exp": (-105.0, 90.0),
+    "log": (0.3, 3.0),
+    "erf": (-5.0, 5.0),
+    "tanh": (-10.0, 10.0),
+    "sin": (-1e3, 1e3),
+    "cos": (-1e3, 1e3),
+}
 
 
 def sample(name: str) -> Tensor:
@@ -44,8 +50,15 @@ def test_errors_stay_within_the_stated_units_in_the_last_place(name: str) -> Non
 
 SPECIAL = {
     "exp": [(0.0, 1.0), (-0.0, 1.0), (math.inf, math.inf), (-math.inf, 0.0), (88.8, math.inf), (-104.0, 0.0)],
-    "log": [(1.0, 0.0), (0.0, -math.inf), (-0.0, -math.inf), (math.inf, math.inf), (-1.0, math.nan),
-            (-1e-45, math.nan), (-math.inf, math.nan)],
+    "log": [
+        (1.0, 0.0),
+        (0.0, -math.inf),
+        (-0.0, -math.inf),
+        (math.inf, math.inf),
+        (-1.0, math.nan),
+        (-1e-45, math.nan),
+        (-math.inf, math.nan),
+    ],
     "erf": [(0.0, 0.0), (-0.0, -0.0), (math.inf, 1.0), (-math.inf, -1.0), (30.0, 1.0)],
     "tanh": [(0.0, 0.0), (-0.0, -0.0), (math.inf, 1.0), (-math.inf, -1.0), (30.0, 1.0)],
     "sin": [(0.0, 0.0), (math.inf, math.nan), (-math.inf, math.nan)],

@@ -44,15 +44,17 @@ def slow_product(a: Tensor, b: Tensor, width: int) -> Tensor:
     """The definition, in Python integers."""
     rows = [quantised(row, width) for row in a.tolist()]
     columns = [quantised(column, width) for column in b.t().tolist()]
-    return torch.tensor([
+    return torch.tensor(
         [
-            nearest_float32(
-                sum(x * y for x, y in zip(p, q, strict=True)) * Fraction(2) ** (ep + eq - 2 * (width - 1))
-            )
-            for q, eq in columns
+            [
+                nearest_float32(
+                    sum(x * y for x, y in zip(p, q, strict=True)) * Fraction(2) ** (ep + eq - 2 * (width - 1))
+                )
+                for q, eq in columns
+            ]
+            for p, ep in rows
         ]
-        for p, ep in rows
-    ])
+    )
 
 
 def bits(x: Tensor) -> Tensor:

@@ -35,9 +35,7 @@ def test_a_signature_verifies_for_what_it_was_made_for() -> None:
         (bytes(32), "ichiba/offer/1", NETWORK, b"body"),
     ],
 )
-def test_a_signature_verifies_for_nothing_else(
-    public: bytes, domain: str, network: bytes, body: bytes
-) -> None:
+def test_a_signature_verifies_for_nothing_else(public: bytes, domain: str, network: bytes, body: bytes) -> None:
     signature = KEY.sign("ichiba/offer/1", NETWORK, b"body")
     with pytest.raises(VerificationFailed):
         verify(public, domain, network, body, signature)

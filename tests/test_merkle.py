@@ -20,7 +20,8 @@ def slow_root(leaves: list[bytes]) -> bytes:
     while len(level) > 1:
         pairs = [level[i : i + 2] for i in range(0, len(level), 2)]
         level = [
-            pair[0] if len(pair) == 1
+            pair[0]
+            if len(pair) == 1
             else hashlib.blake2b(pair[0] + pair[1], digest_size=32, person=b"ichiba/node").digest()
             for pair in pairs
         ]
@@ -54,15 +55,21 @@ def test_the_root_is_the_specified_tree_and_every_path_opens_it(count: int) -> N
 
 
 @given(
-    count=st.integers(1, 20), data=st.data(),
+    count=st.integers(1, 20),
+    data=st.data(),
     what=st.sampled_from(["leaf", "index", "path", "shorter", "longer", "root", "count"]),
 )
 @settings(max_examples=150, deadline=None)
 def test_a_path_with_anything_changed_is_refused(count: int, data: st.DataObject, what: str) -> None:
     leaves = [bytes([i, 7]) for i in range(count)]
     index = data.draw(st.integers(0, count - 1))
-    root, path, leaf, shown, size = merkle.merkle_root(leaves), merkle.merkle_path(leaves, index), leaves[index], \
-        index, count
+    root, path, leaf, shown, size = (
+        merkle.merkle_root(leaves),
+        merkle.merkle_path(leaves, index),
+        leaves[index],
+        index,
+        count,
+    )
     if what == "leaf":
         leaf = leaf + b"\0"
     elif what == "index":
@@ -102,9 +109,7 @@ def test_a_path_of_hashes_of_another_size_is_refused(size: int) -> None:
         merkle.verify_path(merkle.merkle_root([b"a", b"b"]), b"a", index=0, count=2, path=[b"x" * size])
 
 
-@pytest.mark.parametrize(
-    "shape", [(32, 32), (33, 40), (70, 65), (3, 5, 33), (2, 32, 32), (1, 100)], ids=str
-)
+@pytest.mark.parametrize("shape", [(32, 32), (33, 40), (70, 65), (3, 5, 33), (2, 32, 32), (1, 100)], ids=str)
 def test_a_matrix_is_tiled_32_by_32_row_by_row(shape: tuple[int, ...]) -> None:
     array = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     rows = [[struct.pack("<f", value) for value in row] for row in array.reshape(-1, shape[-1])]
@@ -115,8 +120,16 @@ def test_a_matrix_is_tiled_32_by_32_row_by_row(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "code"),
-    [((1000,), "float32", "<f"), ((64, 9), "float32", "<f"), ((8, 4, 3, 3), "float32", "<f"), ((), "float32", "<f"),
-     ((70,), "int64", "<q"), ((5, 7), "int32", "<i"), ((40, 3), "uint8", "<I"), ((9,), "bool", "<I")],
+    [
+        ((1000,), "float32", "<f"),
+        ((64, 9), "float32", "<f"),
+        ((8, 4, 3, 3), "float32", "<f"),
+        ((), "float32", "<f"),
+        ((70,), "int64", "<q"),
+        ((5, 7), "int32", "<i"),
+        ((40, 3), "uint8", "<I"),
+        ((9,), "bool", "<I"),
+    ],
 )
 def test_what_is_narrower_than_a_tile_is_flattened(shape: tuple[int, ...], dtype: str, code: str) -> None:
     array = np.random.default_rng(1).integers(0, 2, size=shape).astype(dtype)
@@ -151,8 +164,15 @@ def opened(array: np.ndarray, tile: int, change: int, word: bytes) -> None:
     cut[tile] = cut[tile][:change] + word + cut[tile][change + len(word) :]
     tree = merkle.merkle_root(cut)
     root = merkle.tensor_root_of(tree, shape=array.shape, dtype=array.dtype.name)
-    merkle.verify_tile(root, tile=tile, data=cut[tile], path=merkle.merkle_path(cut, tile), tree=tree,
-                       shape=array.shape, dtype=array.dtype.name)
+    merkle.verify_tile(
+        root,
+        tile=tile,
+        data=cut[tile],
+        path=merkle.merkle_path(cut, tile),
+        tree=tree,
+        shape=array.shape,
+        dtype=array.dtype.name,
+    )
 
 
 def test_padding_must_be_zero_and_values_must_be_canonical() -> None:
@@ -173,9 +193,13 @@ def test_padding_must_be_zero_and_values_must_be_canonical() -> None:
 
 def test_dtype_shape_name_and_every_bit_are_bound() -> None:
     base = np.zeros((64, 32), np.float32)
-    roots = {merkle.tensor_root(base), merkle.tensor_root(base.astype(np.int32)),
-             merkle.tensor_root(base.reshape(32, 64)), merkle.tensor_root(base.reshape(64, 32, 1)),
-             merkle.tensor_root(base.reshape(-1))}
+    roots = {
+        merkle.tensor_root(base),
+        merkle.tensor_root(base.astype(np.int32)),
+        merkle.tensor_root(base.reshape(32, 64)),
+        merkle.tensor_root(base.reshape(64, 32, 1)),
+        merkle.tensor_root(base.reshape(-1)),
+    }
     assert len(roots) == 5
     changed = base.copy()
     changed[63, 31] = -0.0

@@ -45,8 +45,10 @@ def test_a_longer_draw_begins_with_the_shorter_one_across_lanes() -> None:
 
 
 def test_seed_step_and_stream_each_change_the_words() -> None:
-    drawn = {philox.words(*at, 4).tobytes() for at in [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1 << 32, 1),
-                                                       (1 << 32, 1, 1)]}
+    drawn = {
+        philox.words(*at, 4).tobytes()
+        for at in [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1 << 32, 1), (1 << 32, 1, 1)]
+    }
     assert len(drawn) == 6
 
 
@@ -65,8 +67,9 @@ def test_integers_are_spread_evenly() -> None:
     assert chi_squared < 27.9  # the 0.1 % point for 9 degrees of freedom
 
 
-@pytest.mark.parametrize("bad", [(-1, 0, 0, 1), (2**64, 0, 0, 1), (0, -1, 0, 1), (0, 0, 2**32, 1), (0, 0, 0, -1),
-                                 (0, 0, 0, 2**34 + 1)])
+@pytest.mark.parametrize(
+    "bad", [(-1, 0, 0, 1), (2**64, 0, 0, 1), (0, -1, 0, 1), (0, 0, 2**32, 1), (0, 0, 0, -1), (0, 0, 0, 2**34 + 1)]
+)
 def test_arguments_out_of_range_are_refused(bad: tuple[int, int, int, int]) -> None:
     with pytest.raises(LocalProtocolError):
         philox.words(*bad)

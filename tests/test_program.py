@@ -78,8 +78,10 @@ def test_operations_are_counted_by_the_published_rule() -> None:
     products = 2 * 4 * 3 * 1 + 2 * 3 * 4 * 1
     rest = 12 * 16 + 12 + 12 + 12 + 4 + 4 + 4 + 2 * (4 + 1) + 1 + 3 + 3 + 1
     assert operations_per_step(program) == products + rest
-    assert cost_of("bmm.default", [TensorType(F32, (2, 3, 4)), TensorType(F32, (2, 4, 5))],
-                   TensorType(F32, (2, 3, 5))) == 2 * 2 * 3 * 4 * 5
+    assert (
+        cost_of("bmm.default", [TensorType(F32, (2, 3, 4)), TensorType(F32, (2, 4, 5))], TensorType(F32, (2, 3, 5)))
+        == 2 * 2 * 3 * 4 * 5
+    )
 
 
 def test_memory_counts_what_lives_at_once_not_all_there_ever_was() -> None:
@@ -102,11 +104,18 @@ def test_a_view_keeps_alive_what_it_looks_at() -> None:
     inputs = (Input("w", "parameter", F32, (8, 8), Init.of("given")), Input("x", "batch", F32, (8, 8), None))
     big = Node("mm.default", (Ref(0), Ref(1)), F32, (8, 8), "")
     view = Node("slice.Tensor", (Ref(2), 0, 0, 1, 1), F32, (1, 8), "")
-    tail = [Node("mul.Tensor", (Ref(0), Ref(1)), F32, (8, 8), ""),
-            Node("sum.dim_IntList", (Ref(3), Items((0, 1)), False), F32, (), "")]
+    tail = [
+        Node("mul.Tensor", (Ref(0), Ref(1)), F32, (8, 8), ""),
+        Node("sum.dim_IntList", (Ref(3), Items((0, 1)), False), F32, (), ""),
+    ]
     late = Program(inputs, (), (big, view, *tail), (Update("w", 4),), 5)
-    early = Program(inputs, (), (big, Node("sum.dim_IntList", (Ref(2), Items((0, 1)), False), F32, (), ""), tail[0]),
-                    (Update("w", 4),), 3)
+    early = Program(
+        inputs,
+        (),
+        (big, Node("sum.dim_IntList", (Ref(2), Items((0, 1)), False), F32, (), ""), tail[0]),
+        (Update("w", 4),),
+        3,
+    )
     assert peak_bytes(late) == peak_bytes(early) + 8 * 8 * 4 - 4  # the product still lives at `mul`, the sum not yet
 
 
@@ -156,8 +165,9 @@ LIES: dict[str, Change] = {
     "a sum over one dimension twice": _node(8, args=(Ref(14), Items((0, 0)), False)),
     "a random node beyond its streams": _node(0, args=(Ref(5), 2**31, Items((4, 3)))),
     "random numbers from another key": _node(0, args=(Ref(1), 0, Items((4, 3)))),
-    "a tensor of 2^60 elements": _node(13, op="full.default", args=(Items((2**30, 2**30)), 1, Type("int64")),
-                                       dtype="int64", shape=(2**30, 2**30)),
+    "a tensor of 2^60 elements": _node(
+        13, op="full.default", args=(Items((2**30, 2**30)), 1, Type("int64")), dtype="int64", shape=(2**30, 2**30)
+    ),
     "a negative size": _node(13, op="full.default", args=(Items((-1,)), 1, Type("int64")), dtype="int64", shape=()),
     "a conversion to uint8": _node(2, args=(Ref(8), Type("uint8")), dtype="uint8"),
     "two inputs of one name": _input(3, name="x"),
@@ -199,8 +209,10 @@ def test_a_program_above_the_limits_of_size_is_refused() -> None:
 def test_a_program_that_needs_more_memory_than_any_machine_is_refused() -> None:
     size = 2**40
     inputs = (Input("w", "parameter", F32, (size,), Init.of("given")), Input("x", "batch", F32, (size,), None))
-    nodes = (Node("add.Tensor", (Ref(0), Ref(1)), F32, (size,), ""),
-             Node("sum.dim_IntList", (Ref(2), Items((0,)), False), F32, (), ""))
+    nodes = (
+        Node("add.Tensor", (Ref(0), Ref(1)), F32, (size,), ""),
+        Node("sum.dim_IntList", (Ref(2), Items((0,)), False), F32, (), ""),
+    )
     with pytest.raises(MalformedRecord, match="bytes at the peak"):
         Program.from_bytes(Program(inputs, (), nodes, (Update("w", 2),), 3).to_bytes())
 
@@ -233,8 +245,13 @@ def test_flipped_bytes_never_crash_the_decoder(data: st.DataObject) -> None:
 
 
 SMALL = st.one_of(
-    st.integers(-3, 70), st.sampled_from([2**31, 2**40, 2**63 - 1, 2**63, 2**64 - 1]), st.booleans(), st.none(),
-    st.floats(), st.binary(max_size=9), st.sampled_from([*OPERATIONS, *("float32", "int64", "bool", "batch")]),
+    st.integers(-3, 70),
+    st.sampled_from([2**31, 2**40, 2**63 - 1, 2**63, 2**64 - 1]),
+    st.booleans(),
+    st.none(),
+    st.floats(),
+    st.binary(max_size=9),
+    st.sampled_from([*OPERATIONS, *("float32", "int64", "bool", "batch")]),
 )
 
 
@@ -255,12 +272,20 @@ def test_replaced_fields_never_crash_the_decoder(data: st.DataObject) -> None:
 
 
 ARGUMENT = st.one_of(
-    st.builds(TensorType, st.sampled_from(["float32", "int64", "bool", "uint8"]),
-              st.lists(st.integers(0, 4), max_size=4).map(tuple)),
-    st.integers(-2, 9), st.floats(), st.booleans(), st.none(), st.sampled_from(["float32", "int64", "bool", "x"]),
+    st.builds(
+        TensorType,
+        st.sampled_from(["float32", "int64", "bool", "uint8"]),
+        st.lists(st.integers(0, 4), max_size=4).map(tuple),
+    ),
+    st.integers(-2, 9),
+    st.floats(),
+    st.booleans(),
+    st.none(),
+    st.sampled_from(["float32", "int64", "bool", "x"]),
     st.lists(st.integers(-2, 9), max_size=4).map(tuple),
-    st.lists(st.builds(TensorType, st.just("float32"), st.lists(st.integers(0, 3), max_size=3).map(tuple)),
-             max_size=3).map(tuple),
+    st.lists(
+        st.builds(TensorType, st.just("float32"), st.lists(st.integers(0, 3), max_size=3).map(tuple)), max_size=3
+    ).map(tuple),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgpack
 import msgspec
 import pytest
 from hypothesis import given
@@ -177,3 +178,11 @@ def test_an_agreement_needs_its_own_parties() -> None:
     agreement = Agreement(**fields)  # type: ignore[arg-type]
     with pytest.raises(VerificationFailed):
         open_record(add_signature(seal(agreement, ALICE), EVE, network=NETWORK), network=NETWORK)
+
+
+def test_another_msgpack_library_reads_the_same_record() -> None:
+    body = encode(settlement())
+    fields = msgpack.unpackb(body, use_list=True)
+    assert fields[:2] == ["ichiba/settlement/1", NETWORK]
+    assert fields[5] == settlement().paid_micro
+    assert msgpack.packb(fields, use_bin_type=True) == body

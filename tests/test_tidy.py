@@ -119,3 +119,26 @@ def test_every_module_and_export_is_documented(path: Path) -> None:
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name in exported:
             assert ast.get_docstring(node), f"{name_of(path)}:{node.lineno} {node.name} has no docstring"
+
+
+def test_the_protocol_page_draws_the_lifecycle_table_as_it_is() -> None:
+    from protocol.lifecycle import diagram
+
+    assert diagram() in (ROOT / "docs" / "protocol.md").read_text(), "paste protocol.lifecycle.diagram() again"
+
+
+def test_every_dependency_has_a_line() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    page = (ROOT / "docs" / "dependencies.md").read_text()
+    for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        name = re.split(r"[<>=\[]", requirement)[0]
+        assert name in page, f"{name} has no line in docs/dependencies.md"
+
+
+def test_every_link_between_pages_leads_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{name_of(page)} links to {target}"

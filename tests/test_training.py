@@ -62,9 +62,19 @@ def task_of(
         for name, array in arrays.items()
     )
     settings: dict[str, Any] = {
-        "network": bytes(32), "program": program_id(data), "program_bytes": len(data), "arrays": refs, "batch": batch,
-        "initial": SEED, "seed": 11, "steps": 10, "steps_per_segment": 4, "mode": "native", "width": 15,
-        "schedule": Schedule("constant", 3_000_000, 0, 0), "operations_per_step": operations_per_step(program),
+        "network": bytes(32),
+        "program": program_id(data),
+        "program_bytes": len(data),
+        "arrays": refs,
+        "batch": batch,
+        "initial": SEED,
+        "seed": 11,
+        "steps": 10,
+        "steps_per_segment": 4,
+        "mode": "native",
+        "width": 15,
+        "schedule": Schedule("constant", 3_000_000, 0, 0),
+        "operations_per_step": operations_per_step(program),
         "name": "test",
     }
     settings.update(fields)
@@ -272,8 +282,9 @@ def test_data_that_does_not_fit_is_refused_before_a_step() -> None:
     with pytest.raises(MalformedRecord, match="checkpoint"):
         whole(task, program, arrays, segments=range(1, 2))
     task, program, arrays = rows_task("mlp")
-    as_float = tuple(msgspec.structs.replace(r, dtype="float32", size_bytes=8000) if r.name == "y" else r
-                     for r in task.arrays)
+    as_float = tuple(
+        msgspec.structs.replace(r, dtype="float32", size_bytes=8000) if r.name == "y" else r for r in task.arrays
+    )
     with pytest.raises(MalformedRecord, match="its array is float32"):
         whole(msgspec.structs.replace(task, arrays=as_float), program, {**arrays, "y": bytes(8000)})
 
@@ -295,8 +306,15 @@ def test_divergence_ends_the_task_at_its_step_and_keeps_the_last_good_state(mode
 
     program = capture_built(build).program
     arrays = {"x": np.full((8, 2), 3e3, np.float32), "y": np.ones((8, 1), np.float32)}
-    task, data = task_of(program, arrays, BatchRule("rows", 4, 0), mode=mode, steps=40, steps_per_segment=4,
-                         schedule=Schedule("constant", 10**9, 0, 0))
+    task, data = task_of(
+        program,
+        arrays,
+        BatchRule("rows", 4, 0),
+        mode=mode,
+        steps=40,
+        steps_per_segment=4,
+        schedule=Schedule("constant", 10**9, 0, 0),
+    )
     results = whole(task, program, data)
     last = results[-1]
     assert last.diverged_step == last.last_step < 40
@@ -325,8 +343,9 @@ def test_each_example_is_a_job_that_fits_its_model_and_data(name: str) -> None:
     arrays: dict[str, NDArray[Any]] = getattr(module, job["data"].split(":")[1])()
     rule = BatchRule(job["batch"]["rule"], job["batch"]["size"], job["batch"].get("length", 0))
     rate = job["learning_rate"]
-    schedule = Schedule(rate["kind"], round(rate["peak"] * 1e9), round(rate.get("floor", 0) * 1e9),
-                        rate.get("warmup_steps", 0))
+    schedule = Schedule(
+        rate["kind"], round(rate["peak"] * 1e9), round(rate.get("floor", 0) * 1e9), rate.get("warmup_steps", 0)
+    )
     assert math.ceil(job["steps"] / job["steps_per_segment"]) <= params.TASK_SEGMENTS_MAX
     if name == "char_gpt":
         parameters: list[Tensor] = list(built.model.parameters())
