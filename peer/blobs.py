@@ -131,6 +131,11 @@ class BlobStore:
             self._entries[blob].pins.discard(owner)
         (self._pins / f"{blob.hex()}.{owner}").unlink(missing_ok=True)
 
+    def release(self, owner: str, *, keep: bytes = b"") -> None:
+        """Take all of `owner`'s pins away, but the one on `keep`."""
+        for blob in [b for b, entry in self._entries.items() if owner in entry.pins and b != keep]:
+            self.unpin(blob, owner)
+
     def evict(self, *, bytes_wanted: int) -> int:
         """Remove unpinned blobs, the longest unused first, until `bytes_wanted` are freed; returns the bytes freed."""
         freed = 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from peer.deals import task_of
 from peer.desk import SETTLEMENT, Desk
-from peer.events import Fetch, Fetched, SegmentMade, StartWork, StopWork, WorkEnded
+from peer.events import Fetch, Fetched, Release, SegmentMade, StartWork, StopWork, WorkEnded
 from peer.messages import CheckAccept, CheckDecline, CheckRequest, Records
 from protocol import params
 from protocol.codec import blake
@@ -212,8 +212,13 @@ class Checker:
         if not case.missing:
             self._run(case)
 
+    @staticmethod
+    def _works(case: Case) -> list[bytes]:
+        """The ids of the pieces of work of a case, one for each segment."""
+        return [blake("ichiba/check-work", case.id, s.to_bytes(8, "little")) for s in case.request.segments]
+
     def _run(self, case: Case) -> None:
-        case.work = blake("ichiba/check-work", case.id, case.segment.to_bytes(8, "little"))
+        case.work = self._works(case)[case.next_index]
         self.desk.add(
             StartWork(
                 work=case.work,
@@ -289,6 +294,8 @@ class Checker:
     def _finish(self, case: Case) -> None:
         if case.work:
             self.desk.add(StopWork(case.work))
+        for owner in (case.id, *self._works(case)):
+            self.desk.add(Release(owner))
         del self.cases[case.id]
         self._next()
 

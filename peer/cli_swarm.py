@@ -59,7 +59,7 @@ def up(peers: int, path: Path | None, as_json: bool) -> None:
 
     \b
     ichiba swarm up
-    ichiba swarm up --peers 8 --dir /tmp/market
+    ichiba swarm up --peers 8 --dir ./market-test
     """
     path = path or _default_dir()
     lan = Lan.load(path) if (path / "swarm.json").exists() else Lan.create(path, members(peers))

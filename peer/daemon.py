@@ -339,7 +339,7 @@ async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATU
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
         send, receive = trio.open_memory_channel[Input](params.INBOX_MAX)
-        performer = Performer(host, blobs, workshop, nursery, put=lambda event: nursery.start_soon(send.send, event))
+        performer = Performer(host, blobs, workshop, nursery, inbox=send)
         daemon = Daemon(config, network, store, blobs, host, node, workshop, performer, send, note)
         host.serve(BLOB_PROTOCOL, blobs.serve)
         nursery.start_soon(daemon.run, receive)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from peer.events import (
     Input,
     Penalise,
     Publish,
+    Release,
     SegmentMade,
     Send,
     StartWork,
@@ -57,13 +57,13 @@ def check_checkpoint(path: Path, program: Path, root: bytes) -> None:
 
 @dataclass
 class Performer:
-    """Performs effects in `nursery`; results go to `put`, a bounded queue into the node."""
+    """Performs effects in `nursery`; results go to `inbox`, a bounded queue into the node."""
 
     host: Host
     blobs: BlobStore
     workshop: Workshop | None
     nursery: trio.Nursery
-    put: Callable[[Input], object]
+    inbox: trio.MemorySendChannel[Input]
     counters: Counter[str] = field(default_factory=Counter)
     outgoing: dict[bytes, trio.MemorySendChannel[bytes]] = field(default_factory=dict)
     working: dict[bytes, trio.CancelScope] = field(default_factory=dict)
@@ -83,6 +83,8 @@ class Performer:
             case StopWork(work=work):
                 if work in self.working:
                     self.working[work].cancel()
+            case Release(owner=owner, keep=keep):
+                self.blobs.release(owner.hex(), keep=keep)
             case Penalise(peer=peer, reason=reason):
                 self.host.penalise(peer, reason)
             case _:
@@ -117,7 +119,7 @@ class Performer:
         try:
             if not self.blobs.has(effect.blob):
                 await self.blobs.fetch(self.host, effect.blob, effect.peers, size_max=effect.size_max)
-            self.blobs.pin(effect.blob)
+            self.blobs.pin(effect.blob, effect.token.hex())
             if effect.state_root:
                 # The program says what the checkpoint must hold; it may still be on its way in another fetch.
                 await self.blobs.fetch(self.host, effect.program, effect.peers, size_max=params.PROGRAM_BYTES_MAX)
@@ -129,7 +131,7 @@ class Performer:
             error, forged = str(failure), True
         except (IchibaError, OSError) as failure:
             error = str(failure)
-        self.put(Fetched(effect.blob, effect.token, error, forged))
+        await self.inbox.send(Fetched(effect.blob, effect.token, error, forged))
 
     # --- work ----------------------------------------------------------------------------------------------
     def _start_work(self, order: StartWork) -> None:
@@ -158,7 +160,7 @@ class Performer:
                 log.warning("work failed: %s", error)
         del self.working[order.work]
         if not scope.cancelled_caught:
-            self.put(WorkEnded(order.work, error))
+            await self.inbox.send(WorkEnded(order.work, error))
 
     def _work_order(self, order: StartWork) -> WorkOrder:
         task = order.task
@@ -191,15 +193,18 @@ class Performer:
 
     def _step(self, work: bytes, step: int, loss: float | None) -> None:
         if loss is not None:
-            self.put(StepMade(work, step, loss))
+            try:
+                self.inbox.send_nowait(StepMade(work, step, loss))
+            except trio.WouldBlock:
+                self.counters["steps-untold"] += 1  # news for people only
 
     async def _segment(self, work: bytes, done: SegmentDone) -> None:
         blob = await self.blobs.put_file(done.checkpoint)
-        self.blobs.pin(blob)
+        self.blobs.pin(blob, work.hex())
         done.checkpoint.unlink(missing_ok=True)
         if done.diverged_step is not None:
             raise WorkFailed("diverged", f"diverged at step {done.diverged_step}: the loss or a weight is not finite")
-        self.put(
+        await self.inbox.send(  # awaited: segments reach the node in their order
             SegmentMade(
                 work,
                 done.segment,

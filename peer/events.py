@@ -22,6 +22,7 @@ __all__ = [
     "Penalise",
     "Post",
     "Publish",
+    "Release",
     "Reply",
     "Save",
     "SegmentMade",
@@ -197,6 +198,14 @@ class StopWork:
 
 
 @dataclass(frozen=True)
+class Release:
+    """The blobs fetched or made for `owner` (a deal, a case, a piece of work) may be evicted, but for `keep`."""
+
+    owner: bytes
+    keep: bytes = b""
+
+
+@dataclass(frozen=True)
 class Emit:
     """Something a person may want to see; kept in the job's log. `job` may be empty."""
 
@@ -222,4 +231,4 @@ class Penalise:
     reason: str
 
 
-Effect: TypeAlias = Save | Post | Send | Publish | Fetch | StartWork | StopWork | Emit | Reply | Penalise
+Effect: TypeAlias = Save | Post | Send | Publish | Fetch | StartWork | StopWork | Release | Emit | Reply | Penalise

@@ -15,7 +15,7 @@ import msgspec
 from peer.bidding import Bidder
 from peer.deals import Deal, agreement_of, move, proof_root, receipt_key, save, task_of
 from peer.desk import Desk
-from peer.events import Fetch, Fetched, SegmentMade, StartWork, StepMade, StopWork, WorkEnded
+from peer.events import Fetch, Fetched, Release, SegmentMade, StartWork, StepMade, StopWork, WorkEnded
 from peer.messages import (
     Accept,
     Cancel,
@@ -392,6 +392,7 @@ class Solver:
         if deal is None or deal.lifecycle in TERMINAL:
             return
         self.desk.add(StopWork(deal.id))
+        self.desk.add(Release(deal.id))
         channel = self.settler.channels[agreement_id]
         # The log is the truth: whatever this side had heard so far, the deal ends as the channel did.
         deal.state = {"settled": State.SETTLED, "slashed": State.SLASHED, "claimed": State.CLAIMED}[how]

@@ -15,7 +15,7 @@ from market.matching import Choice
 from peer.checking import CheckDesk
 from peer.deals import Deal, Job, JobState, agreement_of, check_receipt, move, proof_root, receipt_key, save, task_of
 from peer.desk import Desk
-from peer.events import Fetch, Fetched
+from peer.events import Fetch, Fetched, Release
 from peer.jobs import JobDesk
 from peer.messages import (
     Accept,
@@ -383,6 +383,7 @@ class Submitter:
                 solver=channel.agreement.solver,
                 lock_micro=channel.agreement.lock_micro,
             )
+            self.desk.add(Release(deal.id))
             if job.deal == deal.id:
                 self.jobs.reoffer(job, "the work was wrong and its solver is slashed")
             self.jobs.save(job)
@@ -403,6 +404,7 @@ class Submitter:
             self._claimed_unchecked(deal, job)
             return
         move(self.desk, deal, Event.COSIGNED if how == "settled" else Event.WINDOW_CLOSED)
+        self.desk.add(Release(deal.id, keep=deal.last_blob))  # the last checkpoint is the job's result, or its base
         if job.deal == deal.id:
             self._continue_job(deal)
 

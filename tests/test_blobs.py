@@ -143,6 +143,18 @@ async def test_two_owners_of_a_pin_both_count(tmp_path: Path) -> None:
     assert store.evict(bytes_wanted=1) == 1
 
 
+async def test_an_owner_releases_all_it_pinned_but_what_it_keeps_also_after_a_restart(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, 4 * CHUNK)
+    base, middle, last = [await store.put_bytes(bytes([i]) * CHUNK) for i in range(3)]
+    for blob in (base, middle, last):
+        store.pin(blob, "deal")
+    store.pin(base, "other")
+    again = BlobStore(tmp_path, 4 * CHUNK)
+    again.release("deal", keep=last)
+    assert again.evict(bytes_wanted=3 * CHUNK) == CHUNK
+    assert [again.has(blob) for blob in (base, middle, last)] == [True, False, True]
+
+
 async def test_a_full_store_refuses_and_loses_nothing(tmp_path: Path) -> None:
     store = BlobStore(tmp_path, 2 * CHUNK)
     kept = [await store.put_bytes(bytes([i]) * CHUNK) for i in range(2)]
