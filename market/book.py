@@ -74,11 +74,11 @@ class OrderBook:
         return True
 
     def add_bid(self, bid_id: bytes, bid: Bid, *, now_ns: int) -> bool:
-        """True if the bid is its solver's newest on its offer. Bids on unknown offers are kept too (gossip
-        does not keep order). Raises as `add_offer`."""
+        """True if the bid is its solver's newest on an offer that stands here; other bids are not kept, or anybody
+        could fill the book with bids on nothing. Raises as `add_offer`."""
         check_times(created_ns=bid.created_ns, expires_ns=bid.expires_ns, now_ns=now_ns)
-        if bid.offer not in self.bids and len(self.bids) >= params.BOOK_OFFERS_MAX:
-            raise LimitExceeded("the book is full of bids")
+        if bid.offer not in self.offers:
+            return False
         on_offer = self.bids.setdefault(bid.offer, {})
         old = on_offer.get(bid.solver)
         if old is not None and old[1].nonce >= bid.nonce:

@@ -117,7 +117,8 @@ class Bidder:
         offer = self.desk.book.offers.get(agreement.offer)
         if not self.slots_free():
             return Refusal("busy", "every slot of this peer is taken")
-        if agreement.accept_before_ns <= self.desk.now_ns or bid.expires_ns <= self.desk.now_ns:
+        latest_ns = self.desk.now_ns + 2 * self.desk.network.rules.proposal_ms * 10**6
+        if not self.desk.now_ns < agreement.accept_before_ns <= latest_ns or bid.expires_ns <= self.desk.now_ns:
             return Refusal("expired", "the bid or the proposal is past its time")
         terms = (bid.offer, bid.unit_price, bid.lock_micro, bid.seed_commitment)
         if terms != (
@@ -129,6 +130,9 @@ class Bidder:
             return Refusal("terms", "the proposal differs from the bid")
         if offer is None or agreement.task != task_id(task) or offer.task != agreement.task:
             return Refusal("task", "the proposal is not about the task that was offered")
+        span = (agreement.submitter, agreement.first_segment, agreement.last_segment)
+        if span != (offer.submitter, offer.first_segment, offer.last_segment) or span[1] >= span[2]:
+            return Refusal("range", "the proposal covers other segments than the offer")
         steps = range(task.steps_of(agreement.first_segment).start, task.steps_of(agreement.last_segment - 1).stop)
         operations = len(steps) * task.operations_per_step
         if (

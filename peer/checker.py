@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from peer.deals import task_of
 from peer.desk import SETTLEMENT, Desk
 from peer.events import Fetch, Fetched, Release, SegmentMade, StartWork, StopWork, WorkEnded
+from peer.evidence import open_seeds
 from peer.messages import CheckAccept, CheckDecline, CheckRequest, Records
+from peer.settler import Settler
 from protocol import params
 from protocol.codec import blake
-from protocol.errors import RemoteProtocolError, VerificationFailed
+from protocol.errors import VerificationFailed
 from protocol.merkle import merkle_root
 from protocol.records import (
     ROLE_VERIFIER,
@@ -23,11 +25,10 @@ from protocol.records import (
     Agreement,
     Proof,
     Receipt,
-    Reveal,
     Verdict,
     open_record,
 )
-from protocol.sampling import check_reveal, randomness, select_segments
+from protocol.sampling import select_segments
 from protocol.task import TaskSpec, task_id
 
 __all__ = ["Case", "Checker", "open_case"]
@@ -85,6 +86,8 @@ def open_case(request: CheckRequest, *, network: bytes, rules_minimum: int, me: 
     if task_id(task) != agreement.task:
         raise VerificationFailed("the case is about another task than the agreement")
     receipts, last_id = _open_chain(request, agreement, agreement_id, network)
+    if any(r.operations != task.operations_per_step * len(task.steps_of(r.segment)) for r in receipts):
+        raise VerificationFailed("a receipt counts other operations than the task has")
     proof, proof_id, _ = open_record(request.proof, network=network)
     if not isinstance(proof, Proof) or proof.agreement != agreement_id:
         raise VerificationFailed("the case has a proof of another agreement")
@@ -97,7 +100,7 @@ def open_case(request: CheckRequest, *, network: bytes, rules_minimum: int, me: 
     ):
         raise VerificationFailed("the proof is not over the roots of its receipts")
     drawn = select_segments(
-        _case_randomness(request, agreement, agreement_id, proof_id, network),
+        open_seeds(request.reveals, agreement, agreement_id, proof_id, network),
         first=agreement.first_segment,
         last=agreement.first_segment + len(receipts),
         permille=agreement.check_permille,
@@ -129,29 +132,12 @@ def _open_chain(
     return receipts, previous
 
 
-def _case_randomness(
-    request: CheckRequest, agreement: Agreement, agreement_id: bytes, proof_id: bytes, network: bytes
-) -> bytes:
-    seeds = {}
-    for envelope in request.reveals:
-        reveal, _, _ = open_record(envelope, network=network)
-        if not isinstance(reveal, Reveal) or (reveal.agreement, reveal.proof) != (agreement_id, proof_id):
-            raise VerificationFailed("a reveal of another proof")
-        seeds[reveal.author] = reveal.seed
-    if agreement.submitter not in seeds or not set(seeds) <= {agreement.submitter, agreement.solver}:
-        raise VerificationFailed("the submitter's seed is missing, or a stranger's is there")
-    check_reveal(seeds[agreement.submitter], agreement.submitter_commitment, agreement_salt=agreement.submitter)
-    solver_seed = seeds.get(agreement.solver, b"")
-    if solver_seed:
-        check_reveal(solver_seed, agreement.solver_commitment, agreement_salt=agreement.solver)
-    return randomness(proof=proof_id, submitter_seed=seeds[agreement.submitter], solver_seed=solver_seed)
-
-
 @dataclass
 class Checker:
     """Cases, one at a time in the worker, and the verdicts already given."""
 
     desk: Desk
+    settler: Settler
     cases: dict[bytes, Case] = field(default_factory=dict)
     verdicts: dict[bytes, bytes] = field(default_factory=dict)  # case id -> envelope
 
@@ -171,7 +157,10 @@ class Checker:
         if case.id in self.cases:
             self.desk.send(peer, CheckAccept(case.agreement_id))
             return
-        if not self.desk.means.roles & bit:
+        self.settler.accept(message.agreement)  # the request may overtake the gossip
+        if case.agreement_id not in self.settler.channels:
+            self.desk.send(peer, CheckDecline(case.agreement_id, "not-funded", "the agreement has no open channel"))
+        elif not self.desk.means.roles & bit:
             self.desk.send(peer, CheckDecline(case.agreement_id, "role", f"this peer is no {message.role}"))
         elif len(self.cases) >= params.CHECKS_QUEUED_MAX:
             self.desk.send(peer, CheckDecline(case.agreement_id, "busy", "too many cases are queued here"))
@@ -276,7 +265,7 @@ class Checker:
             wrong_segment=wrong_segment,
             claimed_root=claimed or bytes(32),
             found_root=found or bytes(32),
-            operations=case.operations,
+            operations=min(case.operations, 2**62),
             done_ns=self.desk.now_ns,
         )
         envelope = self.desk.seal(verdict)
@@ -301,9 +290,4 @@ class Checker:
 
     def restore(self, rows: Callable[[str], Iterable[tuple[bytes, bytes]]]) -> None:
         """Verdicts given before a restart are given again, never another."""
-        for key, envelope in rows("verdicts"):
-            try:
-                open_record(envelope, network=self.desk.network.id)
-            except RemoteProtocolError as error:
-                raise VerificationFailed(f"a stored verdict does not read back: {error}") from None
-            self.verdicts[key] = envelope
+        self.verdicts.update(rows("verdicts"))

@@ -160,7 +160,7 @@ class CheckDesk:
         most = sum(len(task.steps_of(s)) for s in check.segments) * task.operations_per_step
         check.operations = min(verdict.operations, most)
         check.state, check.verdict = verdict.finding, envelope
-        check.wrong_segment = verdict.wrong_segment
+        check.wrong_segment, check.found_root = verdict.wrong_segment, verdict.found_root
         save(self.desk, deal)
         self.desk.emit(
             "verdict",
@@ -214,15 +214,18 @@ class CheckDesk:
     ) -> None:
         """Some checker found a wrong segment: ask others until a quorum convicts, or as many clear it."""
         quorum = self.desk.network.rules.wrong_quorum
-        if len({c.peer for c in wrong}) >= quorum and deal.paid_out:
+        agreeing = self._agreeing(wrong)
+        if len(agreeing) >= quorum and deal.paid_out:
             self.on_paid_and_wrong(deal)
             return
-        if len({c.peer for c in wrong}) >= quorum:
+        if len(agreeing) >= quorum:
             slash = Slash(
                 network=self.desk.network.id,
                 agreement=deal.id,
                 author=self.desk.me,
-                verdicts=tuple(c.verdict for c in sorted(wrong, key=lambda c: c.peer)[:8]),
+                proof=deal.proof,
+                reveals=tuple(r for r in (deal.own_reveal, deal.other_reveal) if r),
+                verdicts=tuple(c.verdict for c in agreeing[:8]),
             )
             try:
                 self.settler.accept(self.desk.seal(slash), publish=True)
@@ -244,6 +247,23 @@ class CheckDesk:
             if self._ask(deal, agreement, receipts, role, [segment]):
                 return
         self._wait(deal, f"segment {segment} was found wrong, and no other staked checker is here to confirm it")
+
+    @staticmethod
+    def _agreeing(wrong: list[Check]) -> list[Check]:
+        """The largest set of wrong verdicts, one a checker, that does not name two roots for one segment: one liar
+        with a made-up root must not spoil the verdicts of the others."""
+        best: list[Check] = []
+        for first in wrong:
+            chosen = {first.peer: first}
+            for other in sorted(wrong, key=lambda c: c.peer):
+                fits = all(
+                    c.wrong_segment != other.wrong_segment or c.found_root == other.found_root for c in chosen.values()
+                )
+                if other.peer not in chosen and fits:
+                    chosen[other.peer] = other
+            if len(chosen) > len(best):
+                best = sorted(chosen.values(), key=lambda c: c.peer)
+        return best
 
     def _wait(self, deal: Deal, why: str) -> None:
         if self.told.get(deal.id) != why:

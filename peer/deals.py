@@ -92,6 +92,7 @@ class Check(msgspec.Struct, kw_only=True):
     verdict: bytes = b""
     operations: int = 0
     wrong_segment: int = 0
+    found_root: bytes = b""
 
 
 class Deal(msgspec.Struct, kw_only=True):

@@ -7,6 +7,7 @@ node commits all Saves and Posts before it performs anything else.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from peer.events import Effect, Emit, Penalise, Post, Publish, Save, Send
 from peer.messages import Message, pack
 from protocol import params
 from protocol.codec import encode
+from protocol.errors import IchibaError
 from protocol.keys import SigningKey
 from protocol.network import Network
 from protocol.records import Record, seal
@@ -88,6 +90,13 @@ class Desk:
     def publish(self, topic: str, envelope: bytes) -> None:
         """Gossip an envelope with the next tick's bundle: a hop costs per message, not per record."""
         self.outbox.setdefault(topic, []).append(envelope)
+
+    def attempt(self, act: Callable[..., None], *arguments: Any) -> None:
+        """One deal's or channel's turn of the clock: its trouble is told, and must not stop the others."""
+        try:
+            act(*arguments)
+        except IchibaError as error:
+            self.emit("problem", what=f"{error.code}: {error}"[:300])
 
     def emit(self, kind: str, job: bytes = b"", **data: Any) -> None:
         """Tell people."""

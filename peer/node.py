@@ -43,7 +43,7 @@ from peer.solver import Solver
 from peer.submitter import Submitter
 from protocol import params
 from protocol.codec import blake, decode
-from protocol.errors import LocalProtocolError, MalformedRecord, RemoteProtocolError
+from protocol.errors import LimitExceeded, LocalProtocolError, MalformedRecord, RemoteProtocolError
 from protocol.keys import SigningKey, peer_key
 from protocol.network import Network
 from protocol.records import Agreement, Ask, Bid, Claim, Offer, Settlement, Slash, Verdict, open_record
@@ -78,11 +78,11 @@ class Node:
         self.jobs.on_choice = self.submitter.propose
         self.checks.on_right = self.submitter.checked_right
         self.checks.on_paid_and_wrong = self.submitter.paid_and_wrong
-        self.checker = Checker(self.desk)
+        self.checker = Checker(self.desk, self.settler)
         self.commands = Commands(self.desk, self.settler, self.jobs, self.submitter, self.bidder, self.solver)
         self.next_sync_ns = now_ns
         self._deposit()
-        self.settler.restore(rows("settlement"))
+        self.settler.restore(rows("settlement"), rows("frozen"))
         self.jobs.restore(rows)
         self.submitter.restore(rows)
         self.solver.restore(rows)
@@ -99,7 +99,11 @@ class Node:
 
     def _opened(self, agreement_id: bytes) -> None:
         # The offer is taken: nobody need bid on it any more, whatever late gossip says.
-        self.desk.book.take_offer(self.settler.channels[agreement_id].agreement.offer, now_ns=self.desk.now_ns)
+        agreement = self.settler.channels[agreement_id].agreement
+        offer = self.desk.book.offers.get(agreement.offer)
+        if offer is not None and offer.submitter == agreement.submitter:  # nobody takes another's offer off the market
+            self.desk.book.take_offer(agreement.offer, now_ns=self.desk.now_ns)
+        self.submitter.opened(agreement_id)
         self.solver.opened(agreement_id)
 
     def _closed(self, agreement_id: bytes, how: str) -> None:
@@ -123,17 +127,16 @@ class Node:
                 self.desk.peers.pop(peer, None)
                 self.desk.lefts[peer] = self.desk.now_ns
             case Fetched():
-                self.submitter.on_fetched(event)
-                self.solver.on_fetched(event)
-                self.checker.on_fetched(event)
+                for role in (self.submitter, self.solver, self.checker):
+                    self.desk.attempt(role.on_fetched, event)
             case StepMade():
                 self.solver.on_step(event)
             case SegmentMade():
-                self.solver.on_segment(event)
-                self.checker.on_segment(event)
+                for worker in (self.solver, self.checker):
+                    self.desk.attempt(worker.on_segment, event)
             case WorkEnded():
-                self.solver.on_work_ended(event)
-                self.checker.on_work_ended(event)
+                for worker in (self.solver, self.checker):
+                    self.desk.attempt(worker.on_work_ended, event)
             case Command():
                 self.commands.handle(event)
         effects, self.desk.effects = self.desk.effects, []
@@ -143,6 +146,9 @@ class Node:
         """Run `act` on a peer's bytes; what is wrong with them costs the peer, not us."""
         try:
             act(*arguments)
+        except LimitExceeded as error:
+            # Our own table is full, or somebody else's records filled it: not this peer's crime.
+            self.desk.emit("refused-bytes", peer=peer, code=error.code, why=str(error)[:300])
         except RemoteProtocolError as error:
             self.desk.penalise(peer, f"{error.code}: {error.what}"[:200])
             self.desk.emit("refused-bytes", peer=peer, code=error.code, why=str(error)[:300])
@@ -177,7 +183,7 @@ class Node:
     # --- bytes from peers ----------------------------------------------------------------------------------
     def _gossip(self, author: bytes, data: bytes) -> None:
         for envelope in decode(list[bytes], data, bytes_max=params.GOSSIP_RECORD_BYTES_MAX + 4096):
-            self._record(author, envelope)
+            self._guard(author, self._record, author, envelope)
 
     def _record(self, sender: bytes, envelope: bytes) -> None:
         """One record, from gossip, from a peer just met, or from anti-entropy."""
@@ -241,7 +247,7 @@ class Node:
                 self.solver.on_cancel(peer, message)
             case m.Records():
                 for envelope in message.records:
-                    self._record(peer, envelope)
+                    self._guard(peer, self._record, peer, envelope)
             case m.SyncDigest() | m.SyncIds():
                 self._sync(peer, message)
 

@@ -14,11 +14,13 @@ from market import entries as money
 from market.entries import Account
 from market.matching import Record as History
 from peer.desk import SETTLEMENT, Desk
+from peer.evidence import open_seeds
 from protocol import params
-from protocol.errors import InsufficientFunds, LimitExceeded, RemoteProtocolError, VerificationFailed
+from protocol.errors import CorruptStore, InsufficientFunds, LimitExceeded, RemoteProtocolError, VerificationFailed
 from protocol.records import (
     Agreement,
     Claim,
+    Proof,
     Record,
     Settlement,
     Slash,
@@ -28,6 +30,7 @@ from protocol.records import (
     ids_digest,
     open_record,
 )
+from protocol.sampling import select_segments
 
 __all__ = ["Channel", "Settler"]
 
@@ -62,6 +65,9 @@ class Settler:
     pending: dict[bytes, bytes] = field(default_factory=dict)
     sequences: dict[tuple[bytes, int], bytes] = field(default_factory=dict)
     histories: dict[bytes, History] = field(default_factory=dict)
+    judging: bool = True
+    _opened: list[bytes] = field(default_factory=list)
+    _closed: list[tuple[bytes, str]] = field(default_factory=list)
 
     # --- coming in -----------------------------------------------------------------------------------------
     def accept(self, envelope: bytes, *, publish: bool = False) -> bool:
@@ -70,8 +76,11 @@ class Settler:
         record, record_id, signers = open_record(envelope, network=self.desk.network.id)
         if record_id in self.log:
             return False
+        if len(self.log) >= params.SETTLEMENT_LOG_MAX:
+            raise LimitExceeded("the settlement log is full", next_step="move this network to notaries")
         if isinstance(record, Agreement | Settlement) and len(signers) != 2:
             raise VerificationFailed(f"{type(record).__name__.lower()} without both signatures")
+        was_closed = self._is_closed(record)
         try:
             self._fold(record, record_id, self.desk.now_ns)
         except NotYet:
@@ -79,28 +88,55 @@ class Settler:
                 raise LimitExceeded("too many settlement records wait for others") from None
             self.pending[record_id] = envelope
             return False
-        if len(self.log) >= params.SETTLEMENT_LOG_MAX:
-            raise LimitExceeded("the settlement log is full", next_step="move this network to notaries")
         self.log[record_id] = envelope
         self.pending.pop(record_id, None)
-        self.desk.save("settlement", record_id, self.desk.now_ns.to_bytes(8, "big") + envelope)
+        order = self.desk.now_ns.to_bytes(8, "big") + len(self.log).to_bytes(4, "big")
+        self.desk.save("settlement", record_id, order + bytes([was_closed]) + envelope)
         if publish:
             self.desk.publish(SETTLEMENT, envelope)
+        self._tell()
         self._retry_pending()
         return True
 
-    def restore(self, rows: Iterable[tuple[bytes, bytes]]) -> None:
-        """Fold the journalled log again, in the order it came; the ledger already holds its entries."""
-        for record_id, value in sorted(rows, key=lambda row: row[1][:8]):
-            envelope = value[8:]
+    def _tell(self) -> None:
+        """Call the node's ears, after the record that explains the news is in the log: what they publish in answer
+        must come after it, or a restart would fold the log in another order."""
+        opened, self._opened = self._opened, []
+        closed, self._closed = self._closed, []
+        for agreement_id in opened:
+            self.on_open(agreement_id)
+        for agreement_id, how in closed:
+            self.on_close(agreement_id, how)
+
+    def _is_closed(self, record: Record) -> bool:
+        channel = self.channels.get(getattr(record, "agreement", b""))
+        return channel is not None and bool(channel.closed)
+
+    def restore(self, rows: Iterable[tuple[bytes, bytes]], frozen: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        """Fold the journalled log again, in the order it came; the ledger already holds its entries.
+
+        What was judged then is not judged again: a checker's stake may be locked by now, and a record that came
+        after a channel's end must not count before it.
+        """
+        self.judging = False
+        for record_id, value in sorted(rows, key=lambda row: row[1][:12]):
+            moot, envelope = value[12] == 1, value[13:]
             record, _, _ = open_record(envelope, network=self.desk.network.id)
             self.log[record_id] = envelope
+            if moot:
+                continue
             try:
                 self._fold(record, record_id, int.from_bytes(value[:8], "big"))
-            except NotYet:  # same-nanosecond rows can come back in another order
-                self.pending[record_id] = envelope
-                del self.log[record_id]
-        self._retry_pending()
+            except NotYet as error:
+                raise CorruptStore(
+                    f"the settlement log has a record before the one it rests on: {error}",
+                    next_step="restore the last backup of the store",
+                ) from None
+        for agreement_id, _ in frozen:
+            if agreement_id in self.channels:
+                self.channels[agreement_id].frozen = True
+        self.judging = True
+        self._opened, self._closed = [], []  # old news: the roles have it in their own rows
 
     def _retry_pending(self) -> None:
         for _, envelope in sorted(self.pending.items()):
@@ -140,6 +176,9 @@ class Settler:
             raise VerificationFailed(
                 "two openings with one sequence number", why="the submitter reserves its balance twice"
             )
+        if agreement.first_segment >= agreement.last_segment or not agreement.operations or not agreement.channel_micro:
+            # An opening that costs nothing would let anybody fill every peer's log.
+            raise VerificationFailed("an agreement about no work, or without a channel")
         entry = money.open_channel(
             record_id,
             submitter=agreement.submitter,
@@ -153,7 +192,7 @@ class Settler:
             raise NotYet(str(error)) from None
         self.sequences[agreement.submitter, agreement.sequence] = record_id
         self.channels[record_id] = Channel(agreement)
-        self.on_open(record_id)
+        self._opened.append(record_id)
 
     def _channel(self, agreement_id: bytes) -> Channel:
         channel = self.channels.get(agreement_id)
@@ -200,7 +239,7 @@ class Settler:
         old = self.histories.get(agreement.solver, History())
         if paid:
             self.histories[agreement.solver] = History(old.right + 1, old.wrong)
-        self.on_close(agreement_id, how)
+        self._closed.append((agreement_id, how))
 
     def _claim(self, record: Claim, seen_ns: int) -> None:
         channel = self._channel(record.agreement)
@@ -224,8 +263,13 @@ class Settler:
         channel.best_voucher_micro = max(channel.best_voucher_micro, worth)
         if record.fees:
             channel.fees = record.fees
-        if not channel.claim_ends_ns:
-            channel.claim_ends_ns = seen_ns + self.desk.network.rules.claim_window_ms * 10**6
+        rules = self.desk.network.rules
+        window_ms = rules.claim_window_ms
+        if record.author == agreement.solver:
+            # Its work may be unchecked: leave the time for the seeds, a check, and a second one that confirms it.
+            window_ms = max(window_ms, rules.reveal_ms + 2 * rules.check_silence_ms)
+        ends_ns = seen_ns + window_ms * 10**6
+        channel.claim_ends_ns = min(channel.claim_ends_ns or ends_ns, ends_ns)
 
     def _slash(self, record: Slash) -> None:
         channel = self._channel(record.agreement)
@@ -248,7 +292,7 @@ class Settler:
         channel.closed = "slashed"
         old = self.histories.get(agreement.solver, History())
         self.histories[agreement.solver] = History(old.right, old.wrong + 1)
-        self.on_close(record.agreement, "slashed")
+        self._closed.append((record.agreement, "slashed"))
 
     def _wrong_verdicts(self, record: Slash, agreement: Agreement) -> list[Verdict]:
         """The quorum inside a Slash: distinct staked checkers, no parties, one proof.
@@ -257,6 +301,7 @@ class Settler:
         cheat that is wrong everywhere must not escape because its judges looked in different places.
         """
         rules = self.desk.network.rules
+        proof_id, drawn = self._drawn(record, agreement)
         verdicts: list[Verdict] = []
         for envelope in record.verdicts:
             verdict, _, _ = open_record(envelope, network=self.desk.network.id)
@@ -266,8 +311,10 @@ class Settler:
                 raise VerificationFailed("a slash with a verdict on another agreement")
             if verdict.checker in (agreement.submitter, agreement.solver):
                 raise VerificationFailed("a party of the agreement cannot judge it")
+            if verdict.proof != proof_id or verdict.wrong_segment not in drawn:
+                raise VerificationFailed("a verdict on another proof, or on a segment that was not drawn")
             stake = self.desk.ledger.balance_micro(Account(verdict.checker, "stake"))
-            if stake < rules.checker_stake_min_micro:
+            if self.judging and stake < rules.checker_stake_min_micro:
                 raise VerificationFailed(f"a checker with a stake of {stake} micro-credits cannot slash")
             verdicts.append(verdict)
         if len({v.checker for v in verdicts}) != len(verdicts) or len(verdicts) < rules.wrong_quorum:
@@ -275,9 +322,27 @@ class Settler:
                 f"{len(verdicts)} verdicts, a slash takes {rules.wrong_quorum} of distinct checkers"
             )
         found = {(v.wrong_segment, v.claimed_root, v.found_root) for v in verdicts}
-        if len({v.proof for v in verdicts}) != 1 or len({segment for segment, _, _ in found}) != len(found):
-            raise VerificationFailed("the wrong verdicts do not agree on proof and roots")
+        if len({segment for segment, _, _ in found}) != len(found):
+            raise VerificationFailed("the wrong verdicts do not agree on the roots")
         return sorted(verdicts, key=lambda v: v.checker)
+
+    def _drawn(self, record: Slash, agreement: Agreement) -> tuple[bytes, tuple[int, ...]]:
+        """The proof a Slash is about and the segments its seeds draw: two liars cannot pick what they condemn."""
+        network, rules = self.desk.network.id, self.desk.network.rules
+        proof, proof_id, _ = open_record(record.proof, network=network)
+        if not isinstance(proof, Proof) or proof.agreement != record.agreement:
+            raise VerificationFailed("a slash with the proof of another agreement")
+        if proof.author not in (agreement.submitter, agreement.solver):
+            raise VerificationFailed("a slash with a stranger's proof")
+        random = open_seeds(record.reveals, agreement, record.agreement, proof_id, network)
+        segments = select_segments(
+            random,
+            first=agreement.first_segment,
+            last=min(agreement.last_segment, agreement.first_segment + proof.receipts),
+            permille=agreement.check_permille,
+            minimum=rules.check_segments_min,
+        )
+        return proof_id, segments
 
     # --- time ----------------------------------------------------------------------------------------------
     def tick(self) -> None:
@@ -288,17 +353,19 @@ class Settler:
             if not channel.closed and channel.claim_ends_ns and self.desk.now_ns >= ends_ns:
                 left = channel.agreement.channel_micro - channel.best_voucher_micro
                 fees = channel.fees if sum(micro for _, micro in channel.fees) <= left else ()
-                self._pay(agreement_id, channel, channel.best_voucher_micro, fees, "claimed")
+                self.desk.attempt(self._pay, agreement_id, channel, channel.best_voucher_micro, fees, "claimed")
+        self._tell()
 
     def freeze(self, verdict: Verdict) -> None:
         """A staked checker found work wrong: a one-sided claim on it waits longer, for a quorum to gather."""
         channel = self.channels.get(verdict.agreement)
-        if channel is None or verdict.finding != "wrong":
+        if channel is None or channel.closed or verdict.finding != "wrong":
             return
         if verdict.checker in (channel.agreement.submitter, channel.agreement.solver):
             return
         if self.free_stake(verdict.checker) >= self.desk.network.rules.checker_stake_min_micro:
             channel.frozen = True
+            self.desk.save("frozen", verdict.agreement, b"1")
 
     # --- anti-entropy --------------------------------------------------------------------------------------
     def digest(self) -> tuple[int, bytes]:

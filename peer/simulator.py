@@ -120,15 +120,12 @@ class Simulation:
         self.counter += 1
         heapq.heappush(self.heap, (self.now_ns + delay_ns, self.counter, peer.name, peer.life, event))
 
-    def _boot(self, peer: SimulatedPeer) -> None:
-        """Start the process: rebuild the ledger from its entries, the node from its rows, then meet the others."""
+    def _load(self, peer: SimulatedPeer, rng: random.Random) -> Node:
+        """The node as its disk has it: the ledger rebuilt from its entries, the rest from its rows."""
         ledger = Ledger()
         for entry in peer.entries:
             ledger.post(entry)
-        peer.life += 1
-        peer.working.clear()
-        rng = random.Random(self.rng.getrandbits(64))
-        peer.node = Node(
+        return Node(
             key=peer.key,
             network=self.network,
             rng=rng,
@@ -137,6 +134,12 @@ class Simulation:
             rows=lambda table: list(peer.rows.get(table, {}).items()),
             now_ns=self.now_ns,
         )
+
+    def _boot(self, peer: SimulatedPeer) -> None:
+        """Start the process, then meet the others."""
+        peer.life += 1
+        peer.working.clear()
+        peer.node = self._load(peer, random.Random(self.rng.getrandbits(64)))
         self._perform(peer, peer.node.handle(Tick(), self.now_ns))
         self._at(self.rng.randrange(TICK_NS), peer, Tick())
         for other in self.peers.values():
@@ -318,6 +321,8 @@ class Simulation:
         balances = {tuple(sorted(node.desk.ledger.balances().items())) for node in nodes}
         if len(balances) != 1:
             self._broken("ledgers differ")
+        for peer in self.peers.values():
+            self._check_restart(peer)
         for node in nodes:
             node.desk.ledger.check()
             for deal_id, channel in node.settler.channels.items():
@@ -326,6 +331,23 @@ class Simulation:
                 deal = node.solver.deals.get(deal_id)
                 if deal is not None and channel.closed != "slashed" and channel.paid_micro < deal.cumulative_micro:
                     self._broken(f"{channel.paid_micro} paid, vouchers promised {deal.cumulative_micro}")
+
+    def _check_restart(self, peer: SimulatedPeer) -> None:
+        """A process started from this disk now knows the same money, and its first tick finds nothing to change."""
+        if peer.node is None:
+            return
+        again = self._load(peer, random.Random(0))
+        effects = again.handle(Tick(), self.now_ns)
+        troubles = [e for e in effects if isinstance(e, Post) or (isinstance(e, Emit) and e.kind == "problem")]
+        if troubles:
+            self._broken(f"{peer.name} restarts into other money: {troubles}")
+        if again.settler.digest() != peer.node.settler.digest():
+            self._broken(f"{peer.name} restarts with another settlement log")
+        if again.desk.ledger.balances() != peer.node.desk.ledger.balances():
+            self._broken(f"{peer.name} restarts with another ledger")
+        open_now = {i for i, channel in peer.node.settler.channels.items() if not channel.closed}
+        if {i for i, channel in again.settler.channels.items() if not channel.closed} != open_now:
+            self._broken(f"{peer.name} restarts with other open channels")
 
     def _broken(self, what: str) -> None:
         at = (self.now_ns - START_NS) / SECOND

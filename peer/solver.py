@@ -52,6 +52,7 @@ from protocol.task import TaskSpec
 
 __all__ = ["Solver", "losses_root"]
 
+LOSS_SHOWN_MAX = 1e9  # a screen needs no more, and an integer field holds no more
 ACTIVE = frozenset((State.PROPOSED, State.AGREED, State.RUNNING))
 
 
@@ -136,6 +137,8 @@ class Solver:
     def opened(self, agreement_id: bytes) -> None:
         """Settler: a channel is funded. If it is ours, fetch what the work needs."""
         deal = self.deals.get(agreement_id)
+        if deal is not None and deal.lifecycle == State.DECLINED:
+            self._publish_claim(deal)  # opened after we had given it up: get the stake back
         if deal is None or deal.lifecycle != State.PROPOSED:
             return
         move(self.desk, deal, Event.ACCEPTED)
@@ -192,7 +195,8 @@ class Solver:
         """News for the submitter's screen."""
         deal = self.deals.get(event.work)
         if deal is not None and deal.lifecycle == State.RUNNING:
-            self.desk.send(self._submitter(deal), Progress(deal.id, event.step, round(event.loss * 1_000_000)))
+            shown = max(-LOSS_SHOWN_MAX, min(LOSS_SHOWN_MAX, event.loss))
+            self.desk.send(self._submitter(deal), Progress(deal.id, event.step, round(shown * 1_000_000)))
 
     def on_segment(self, event: SegmentMade) -> None:
         """A segment is done: sign its receipt and offer it."""
@@ -282,7 +286,8 @@ class Solver:
         if record.sequence != deal.receipts:
             return
         due = deal.cumulative_micro + record.amount_micro
-        if voucher.agreement != deal.id or voucher.submitter != peer or voucher.cumulative_micro < due:
+        most = agreement_of(deal, self.desk.network.id).channel_micro
+        if voucher.agreement != deal.id or voucher.submitter != peer or not due <= voucher.cumulative_micro <= most:
             raise VerificationFailed(f"voucher of {voucher.cumulative_micro} micro-credits, {due} are due")
         deal.cumulative_micro, deal.voucher = due, message.voucher
         deal.cumulative_operations += record.operations
@@ -413,7 +418,7 @@ class Solver:
         """Repeat what is unanswered, free what was never opened, claim what is never settled."""
         for deal in list(self.deals.values()):
             if deal.lifecycle not in TERMINAL:
-                self._tick_deal(deal)
+                self.desk.attempt(self._tick_deal, deal)
 
     def _tick_deal(self, deal: Deal) -> None:
         now, rules = self.desk.now_ns, self.desk.network.rules
@@ -445,6 +450,9 @@ class Solver:
     def _claim(self, deal: Deal) -> None:
         """Nobody answers: publish the last voucher; after the window it is paid and the stake is free."""
         move(self.desk, deal, Event.PARTNER_SILENT)
+        self._publish_claim(deal)
+
+    def _publish_claim(self, deal: Deal) -> None:
         claim = Claim(
             network=self.desk.network.id,
             agreement=deal.id,

@@ -149,11 +149,9 @@ class Submitter:
             move(self.desk, deal, Event.ACCEPTED)
             move(self.desk, deal, Event.STARTED)
             self.desk.book.remove_offer(self.jobs.jobs[deal.job].offer_id)
-            self.desk.emit("agreed", deal.job, deal=deal.id, solver=peer, after_ns=self._since_offer(deal))
+            after_ns = self.desk.now_ns - self.jobs.jobs[deal.job].offered_ns
+            self.desk.emit("agreed", deal.job, deal=deal.id, solver=peer, after_ns=after_ns)
         self.desk.send(peer, Opened(deal.agreement))
-
-    def _since_offer(self, deal: Deal) -> int:
-        return self.desk.now_ns - self.jobs.jobs[deal.job].offered_ns
 
     def on_decline(self, peer: bytes, message: Decline) -> None:
         """The solver will not, or can no longer."""
@@ -210,14 +208,15 @@ class Submitter:
         if deal is None or deal.id not in self.waiting or self.waiting[deal.id][0] != event.blob:
             return
         _, message, _ = self.waiting.pop(deal.id)
+        if deal.lifecycle != State.RUNNING or deal.ended_early:
+            return
         if event.error:
             self.desk.emit("problem", deal.job, what=f"checkpoint not accepted: {event.error}")
             if event.forged:
                 self.desk.penalise(self.solver_of(deal), "checkpoint does not have the root its receipt claims")
                 self._solver_lost(deal, "a checkpoint does not match its receipt")
             return
-        if deal.lifecycle == State.RUNNING and not deal.ended_early:
-            self._pay_receipt(deal, message.receipt)
+        self._pay_receipt(deal, message.receipt)
 
     def _pay_receipt(self, deal: Deal, envelope: bytes) -> None:
         record, receipt_id, _ = open_record(envelope, network=self.desk.network.id)
@@ -364,6 +363,13 @@ class Submitter:
         if deal.ended_early or deal.paid_out:
             self._continue_job(deal)
 
+    def opened(self, agreement_id: bytes) -> None:
+        """Settler: a channel is open. If it is one we had given up, whoever held our signature back opened it: claim,
+        so that our money comes back after the window."""
+        deal = self.deals.get(agreement_id)
+        if deal is not None and deal.lifecycle == State.DECLINED:
+            self.checks.claim(deal)
+
     def closed(self, agreement_id: bytes, how: str) -> None:
         """The settler closed this channel: finish the deal and move its job."""
         deal = self.deals.get(agreement_id)
@@ -376,13 +382,8 @@ class Submitter:
             job.slashed_micro += channel.agreement.lock_micro
             job.culprits.append(channel.agreement.solver)
             job.retried += 1
-            self.desk.emit(
-                "slashed",
-                job.id,
-                deal=deal.id,
-                solver=channel.agreement.solver,
-                lock_micro=channel.agreement.lock_micro,
-            )
+            culprit, lost = channel.agreement.solver, channel.agreement.lock_micro
+            self.desk.emit("slashed", job.id, deal=deal.id, solver=culprit, lock_micro=lost)
             self.desk.add(Release(deal.id))
             if job.deal == deal.id:
                 self.jobs.reoffer(job, "the work was wrong and its solver is slashed")
@@ -450,7 +451,7 @@ class Submitter:
         """Everything about a deal that is overdue."""
         for deal in list(self.deals.values()):
             if deal.lifecycle not in TERMINAL:
-                self._tick_deal(deal)
+                self.desk.attempt(self._tick_deal, deal)
 
     def _tick_deal(self, deal: Deal) -> None:
         now, rules = self.desk.now_ns, self.desk.network.rules

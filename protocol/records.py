@@ -45,6 +45,7 @@ Amount = Annotated[int, msgspec.Meta(ge=0, le=params.AMOUNT_MICRO_MAX)]
 Price = Annotated[int, msgspec.Meta(ge=0, le=10**12)]  # micro-credits per giga-operation
 Roles = Annotated[int, msgspec.Meta(ge=0, le=7)]
 Share = tuple[PeerKey, Amount]
+Sealed = Annotated[bytes, msgspec.Meta(max_length=2048)]
 
 ROLE_SOLVER, ROLE_VERIFIER, ROLE_WHISTLEBLOWER = 1, 2, 4
 
@@ -232,7 +233,9 @@ class Slash(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, k
 
     agreement: Digest
     author: PeerKey
-    verdicts: Annotated[tuple[bytes, ...], msgspec.Meta(min_length=1, max_length=8)]  # Envelopes of Verdicts
+    proof: Sealed  # an Envelope of the Proof the verdicts are on
+    reveals: Annotated[tuple[Sealed, ...], msgspec.Meta(min_length=1, max_length=2)]  # from which the draw follows
+    verdicts: Annotated[tuple[Sealed, ...], msgspec.Meta(min_length=1, max_length=8)]  # Envelopes of Verdicts
 
 
 Record: TypeAlias = (

@@ -8,16 +8,32 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peer import messages as m
-from peer.events import Effect, Emit, Fetched, GossipIn, MessageIn, Penalise, Post, Save, SegmentMade, Tick, WorkEnded
+from peer.events import (
+    Effect,
+    Emit,
+    Fetched,
+    GossipIn,
+    MessageIn,
+    Penalise,
+    Post,
+    Save,
+    SegmentMade,
+    StepMade,
+    Tick,
+    WorkEnded,
+)
 from peer.messages import pack
 from peer.simulator import SECOND, START_NS, Faults, Simulation
 from protocol import params
 from protocol.codec import blake, encode
 from protocol.keys import SigningKey
 from protocol.records import (
+    Agreement,
     Ask,
     Claim,
     Envelope,
+    Proof,
+    Reveal,
     Settlement,
     Slash,
     Verdict,
@@ -27,6 +43,7 @@ from protocol.records import (
     open_record,
     seal,
 )
+from protocol.sampling import randomness, select_segments
 from tests.swarm_scenario import job_state, make_swarm, submit
 
 CALM = Faults(until_ns=0)
@@ -150,19 +167,64 @@ def the_deal(simulation: Simulation) -> bytes:
     return next(iter(node.submitter.deals))
 
 
+def wrong_verdict(simulation: Simulation, key: SigningKey, *, proof: bytes, segment: int) -> bytes:
+    return seal(
+        Verdict(
+            network=simulation.network.id,
+            agreement=the_deal(simulation),
+            proof=proof,
+            checker=key.public,
+            role="verifier",
+            segments=(segment,),
+            finding="wrong",
+            wrong_segment=segment,
+            claimed_root=bytes(32),
+            found_root=blake("x"),
+            operations=1,
+            done_ns=1,
+        ),
+        key,
+    )
+
+
+def slash_by(
+    simulation: Simulation, *judges: SigningKey, drawn: bool = True, author: SigningKey | None = None
+) -> bytes:
+    """A slash of the running deal over a proof and a draw that are real unless told otherwise."""
+    network, deal = simulation.network.id, the_deal(simulation)
+    alice = simulation.peers["alice"]
+    assert alice.node is not None
+    prover = author or alice.key
+    proof = seal(
+        Proof(
+            network=network,
+            agreement=deal,
+            author=prover.public,
+            receipts=6,
+            root=bytes(32),
+            last_receipt=bytes(32),
+            program=bytes(32),
+        ),
+        prover,
+    )
+    proof_id = open_record(proof, network=network)[1]
+    seed = alice.node.submitter.deals[deal].seed
+    reveal = Reveal(network=network, agreement=deal, proof=proof_id, author=alice.key.public, seed=seed)
+    random = randomness(proof=proof_id, submitter_seed=seed, solver_seed=b"")
+    chosen = select_segments(random, first=0, last=6, permille=200, minimum=2)
+    segment = chosen[0] if drawn else next(s for s in range(6) if s not in chosen)
+    verdicts = tuple(wrong_verdict(simulation, key, proof=proof_id, segment=segment) for key in judges)
+    reveals = (seal(reveal, alice.key),)
+    slash = Slash(network=network, agreement=deal, author=EVE.public, proof=proof, reveals=reveals, verdicts=verdicts)
+    return seal(slash, EVE)
+
+
 def forged(simulation: Simulation) -> dict[str, bytes]:
     """Records a thief would like to see accepted on the running deal."""
     network, deal = simulation.network.id, the_deal(simulation)
-    alice, bob = (simulation.peers[name].key for name in ("alice", "bob"))
-    settlement = Settlement(
-        network=network,
-        agreement=deal,
-        submitter=EVE.public,
-        solver=bob.public,
-        paid_micro=10**6,
-        fees=((EVE.public, 10**6),),
-        proof=bytes(32),
-    )
+    alice, bob, victor, wendy = (simulation.peers[name].key for name in ("alice", "bob", "victor", "wendy"))
+    stranger = SigningKey.from_seed(b"f" * 32)
+    settlement = {"network": network, "agreement": deal, "proof": bytes(32), "solver": bob.public}
     voucher = Voucher(
         network=network,
         agreement=deal,
@@ -174,51 +236,24 @@ def forged(simulation: Simulation) -> dict[str, bytes]:
         submitter=EVE.public,
     )
     claim = {"network": network, "agreement": deal, "fees": ()}
-    verdicts = []
-    for key in (EVE, SigningKey.from_seed(b"f" * 32)):
-        verdict = Verdict(
-            network=network,
-            agreement=deal,
-            proof=bytes(32),
-            checker=key.public,
-            role="verifier",
-            segments=(1,),
-            finding="wrong",
-            wrong_segment=1,
-            claimed_root=bytes(32),
-            found_root=blake("x"),
-            operations=1,
-            done_ns=1,
-        )
-        verdicts.append(seal(verdict, key))
     greedy = Claim(**{**claim, "author": bob.public, "voucher": b"", "fees": ((bob.public, 5),)})  # type: ignore[arg-type]
-    half = seal(
-        Settlement(
-            network=network,
-            agreement=deal,
-            submitter=alice.public,
-            solver=bob.public,
-            paid_micro=1,
-            fees=(),
-            proof=bytes(32),
-        ),
-        bob,
-    )
+    theirs = Settlement(**settlement, submitter=EVE.public, paid_micro=10**6, fees=((EVE.public, 10**6),))  # type: ignore[arg-type]
+    half = Settlement(**settlement, submitter=alice.public, paid_micro=1, fees=())  # type: ignore[arg-type]
     return {
-        "settlement of strangers": add_signature(seal(settlement, EVE), bob, network=network),
-        "settlement with one signature": half,
+        "settlement of strangers": add_signature(seal(theirs, EVE), bob, network=network),
+        "settlement with one signature": seal(half, bob),
         "claim by a stranger": seal(Claim(**claim, author=EVE.public, voucher=b""), EVE),  # type: ignore[arg-type]
         "claim with a voucher the thief signed": seal(
             Claim(**claim, author=bob.public, voucher=seal(voucher, EVE)),  # type: ignore[arg-type]
             bob,
         ),
         "claim in which a solver pays fees": seal(greedy, bob),
-        "slash by checkers without a stake": seal(
-            Slash(network=network, agreement=deal, author=EVE.public, verdicts=tuple(verdicts)), EVE
-        ),
-        "slash by one checker twice": seal(
-            Slash(network=network, agreement=deal, author=EVE.public, verdicts=(verdicts[0], verdicts[0])), EVE
-        ),
+        "slash by checkers without a stake": slash_by(simulation, EVE, stranger),
+        "slash by one checker twice": slash_by(simulation, victor, victor),
+        "slash by one checker alone": slash_by(simulation, victor),
+        "slash on a segment that was not drawn": slash_by(simulation, victor, wendy, drawn=False),
+        "slash on a stranger's proof": slash_by(simulation, victor, wendy, author=EVE),
+        "slash judged by the submitter": slash_by(simulation, victor, alice),
     }
 
 
@@ -232,6 +267,10 @@ def forged(simulation: Simulation) -> dict[str, bytes]:
         "claim in which a solver pays fees",
         "slash by checkers without a stake",
         "slash by one checker twice",
+        "slash by one checker alone",
+        "slash on a segment that was not drawn",
+        "slash on a stranger's proof",
+        "slash judged by the submitter",
     ],
 )
 def test_no_forged_record_moves_money(running: Simulation, what: str) -> None:
@@ -243,31 +282,62 @@ def test_no_forged_record_moves_money(running: Simulation, what: str) -> None:
     assert dict(node.desk.ledger.balances()) == before
 
 
-def test_a_slash_by_the_parties_themselves_is_refused(running: Simulation) -> None:
-    network, deal = running.network.id, the_deal(running)
-    verdicts = tuple(
-        seal(
-            Verdict(
-                network=network,
-                agreement=deal,
-                proof=bytes(32),
-                checker=running.peers[name].key.public,
-                role="verifier",
-                segments=(1,),
-                finding="wrong",
-                wrong_segment=1,
-                claimed_root=bytes(32),
-                found_root=blake("x"),
-                operations=1,
-                done_ns=1,
-            ),
-            running.peers[name].key,
-        )
-        for name in ("alice", "victor")
+def test_a_slash_with_a_real_draw_and_a_quorum_convicts_so_the_refusals_above_mean_something() -> None:
+    simulation = make_swarm(23, CALM)
+    simulation.run(seconds=3)
+    job = submit(simulation)
+    simulation.run(seconds=60, until=lambda: job_state(simulation, job).get("segments_done") == 2)
+    victor, wendy = simulation.peers["victor"].key, simulation.peers["wendy"].key
+    slash = slash_by(simulation, victor, wendy)
+    effects = give(simulation, "carol", GossipIn("settlement", EVE.public, encode([slash])))
+    assert refusals(effects) == []
+    node = simulation.peers["carol"].node
+    assert node is not None
+    assert node.settler.channels[the_deal(simulation)].closed == "slashed"
+
+
+def test_a_voucher_beyond_the_channel_is_refused_before_it_can_be_claimed(running: Simulation) -> None:
+    alice, bob = running.peers["alice"], running.peers["bob"]
+    assert alice.node is not None and bob.node is not None
+    deal_id = the_deal(running)
+    deal = bob.node.solver.deals[deal_id]
+    both = alice.node.submitter.receipts[deal_id][-1]
+    voucher = Voucher(
+        network=running.network.id,
+        agreement=deal_id,
+        epoch=0,
+        sequence=9,
+        cumulative_micro=10**9,
+        cumulative_operations=1,
+        receipt=bytes(32),
+        submitter=alice.key.public,
     )
-    slash = seal(Slash(network=network, agreement=deal, author=EVE.public, verdicts=verdicts), EVE)
-    effects = give(running, "carol", GossipIn("settlement", EVE.public, encode([slash])))
+    sequence = len(alice.node.submitter.receipts[deal_id]) - 1
+    before, deal.receipts = deal.receipts, sequence  # as if this ReceiptBack were the next
+    effects = give(running, "bob", MessageIn(alice.key.public, pack(m.ReceiptBack(both, seal(voucher, alice.key)))))
+    deal.receipts = before
     assert refusals(effects) == ["verification-failed"]
+
+
+def test_a_huge_loss_is_no_reason_to_fall_over(running: Simulation) -> None:
+    node = running.peers["bob"].node
+    assert node is not None
+    assert node.handle(StepMade(the_deal(running), 1, 1e30), running.now_ns)
+
+
+def test_an_opening_that_costs_nothing_is_no_opening(running: Simulation) -> None:
+    other = SigningKey.from_seed(b"g" * 32)
+    fields = {f.name: bytes(32) for f in msgspec.structs.fields(Agreement)}
+    numbers = ("first_segment", "operations", "unit_price", "channel_micro", "lock_micro", "sequence")
+    times = {"accept_before_ns": 1, "segment_deadline_ns": 1, "created_ns": 1, "check_permille": 200, "last_segment": 1}
+    free = Agreement(
+        **{**fields, **dict.fromkeys(numbers, 0), **times},  # type: ignore[arg-type]
+    )
+    free = msgspec.structs.replace(free, network=running.network.id, submitter=EVE.public, solver=other.public)
+    whole = add_signature(seal(free, EVE), other, network=running.network.id)
+    assert refusals(give(running, "carol", GossipIn("settlement", EVE.public, encode([whole])))) == [
+        "verification-failed"
+    ]
 
 
 def test_an_agreement_cannot_be_opened_twice_under_one_number(running: Simulation) -> None:
