@@ -14,7 +14,7 @@ from peer.desk import Desk
 from protocol.errors import VerificationFailed
 from protocol.lifecycle import Event, State, step
 from protocol.merkle import merkle_root
-from protocol.records import Agreement, Envelope, Receipt, amount_for, decode_body
+from protocol.records import Agreement, Envelope, Proof, Receipt, amount_for, decode_body, open_record
 from protocol.task import TaskSpec
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "JobState",
     "agreement_of",
     "check_receipt",
+    "make_proof",
     "move",
     "proof_root",
     "receipt_key",
@@ -185,3 +186,18 @@ def check_receipt(deal: Deal, receipt: Receipt, network: bytes) -> None:
         raise VerificationFailed("receipt does not continue the chain of its deal", why=f"at segment {segment}")
     if receipt.amount_micro != amount_for(operations, agreement.unit_price):
         raise VerificationFailed(f"receipt asks {receipt.amount_micro} micro-credits, the price says otherwise")
+
+
+def make_proof(desk: Desk, deal: Deal, receipts: list[bytes]) -> tuple[bytes, bytes]:
+    """This peer's Proof over the co-signed receipts of a deal: its envelope and its id."""
+    proof = Proof(
+        network=desk.network.id,
+        agreement=deal.id,
+        author=desk.me,
+        receipts=deal.receipts,
+        root=proof_root(receipts, desk.network.id),
+        last_receipt=deal.last_receipt,
+        program=task_of(deal.task).program,
+    )
+    envelope = desk.seal(proof)
+    return envelope, open_record(envelope, network=desk.network.id)[1]

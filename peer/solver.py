@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from peer.bidding import Bidder
-from peer.deals import Deal, agreement_of, move, proof_root, receipt_key, save, task_of
+from peer.deals import Deal, agreement_of, make_proof, move, proof_root, receipt_key, save, task_of
 from peer.desk import Desk
 from peer.events import Fetch, Fetched, Release, SegmentMade, StartWork, StepMade, StopWork, WorkEnded
 from peer.messages import (
@@ -307,17 +307,7 @@ class Solver:
             self._prove(deal)
 
     def _prove(self, deal: Deal) -> None:
-        proof = Proof(
-            network=self.desk.network.id,
-            agreement=deal.id,
-            author=self.desk.me,
-            receipts=deal.receipts,
-            root=proof_root(self.receipts[deal.id], self.desk.network.id),
-            last_receipt=deal.last_receipt,
-            program=task_of(deal.task).program,
-        )
-        deal.proof = self.desk.seal(proof)
-        deal.proof_id = open_record(deal.proof, network=self.desk.network.id)[1]
+        deal.proof, deal.proof_id = make_proof(self.desk, deal, self.receipts[deal.id])
         move(self.desk, deal, Event.PROOF_COMMITTED)
         self._send_proof(deal)
 

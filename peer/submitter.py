@@ -13,7 +13,19 @@ import msgspec
 
 from market.matching import Choice
 from peer.checking import CheckDesk
-from peer.deals import Deal, Job, JobState, agreement_of, check_receipt, move, proof_root, receipt_key, save, task_of
+from peer.deals import (
+    Deal,
+    Job,
+    JobState,
+    agreement_of,
+    check_receipt,
+    make_proof,
+    move,
+    proof_root,
+    receipt_key,
+    save,
+    task_of,
+)
 from peer.desk import Desk
 from peer.events import Fetch, Fetched, Release
 from peer.jobs import JobDesk
@@ -86,9 +98,8 @@ class Submitter:
         assert choice.winner is not None
         now = self.desk.now_ns
         seed = self.desk.rng.randbytes(32)
-        agreement = self.jobs.agreement(
-            job, offer, bid, choice.winner.bid_id, commitment(seed, agreement_salt=self.desk.me)
-        )
+        committed = commitment(seed, agreement_salt=self.desk.me)
+        agreement = self.jobs.agreement(job, offer, bid, choice.winner.bid_id, committed)
         envelope = self.desk.seal(agreement)
         deal = Deal(
             id=open_record(envelope, network=self.desk.network.id)[1],
@@ -105,8 +116,7 @@ class Submitter:
             news_ns=now,
             entered_ns=now,
         )
-        self.deals[deal.id] = deal
-        self.receipts[deal.id] = []
+        self.deals[deal.id], self.receipts[deal.id] = deal, []
         job.deal, job.state = deal.id, JobState.RUNNING
         job.deals.append(deal.id)
         save(self.desk, deal)
@@ -344,17 +354,8 @@ class Submitter:
             self.checks.claim(deal)
             self._continue_job(deal)  # nothing was done, so nothing has to be checked before going on
             return
-        proof = Proof(
-            network=self.desk.network.id,
-            agreement=deal.id,
-            author=self.desk.me,
-            receipts=deal.receipts,
-            root=proof_root(self.receipts[deal.id], self.desk.network.id),
-            last_receipt=deal.last_receipt,
-            program=task_of(deal.task).program,
-        )
-        envelope = self.desk.seal(proof)
-        self._prove(deal, envelope, open_record(envelope, network=self.desk.network.id)[1], Event.SOLVER_LOST)
+        envelope, proof_id = make_proof(self.desk, deal, self.receipts[deal.id])
+        self._prove(deal, envelope, proof_id, Event.SOLVER_LOST)
 
     def checked_right(self, deal: Deal) -> None:
         """CheckDesk: the work of an ended deal is verified, so the job can go on from its last checkpoint."""

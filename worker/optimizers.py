@@ -8,6 +8,7 @@ torch computes the scalars of a step in double precision.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ class _Group:
     rate: float  # its learning rate relative to that of the first group
 
 
-class FunctionalOptimizer:
+class FunctionalOptimizer(ABC):
     """An optimizer whose state is a flat dict of float32 tensors named `optimizer.<kind>.<parameter>`."""
 
     def __init__(self, groups: list[_Group]) -> None:
@@ -66,8 +67,9 @@ class FunctionalOptimizer:
                     new[name] = self._step(group, name, new[name], grad, kept, own_rate, powers)
         return new, kept
 
+    @abstractmethod
     def _slots(self, group: _Group) -> tuple[str, ...]:
-        raise NotImplementedError
+        """The names of the state kept for each weight."""
 
     def _powers(self) -> tuple[str, ...]:
         return ()
@@ -75,6 +77,7 @@ class FunctionalOptimizer:
     def _advance(self, group: _Group, state: State) -> tuple[Tensor, ...]:
         return ()
 
+    @abstractmethod
     def _step(
         self,
         group: _Group,
@@ -85,7 +88,7 @@ class FunctionalOptimizer:
         rate: Tensor,
         powers: tuple[Tensor, ...],
     ) -> Tensor:
-        raise NotImplementedError
+        """The new weight; writes the new state of `name` into `state`."""
 
 
 class _SGD(FunctionalOptimizer):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -188,7 +187,6 @@ async def test_gossip_reaches_everybody_once_and_soon() -> None:
             assert [event.data for event in node.of(GossipIn)] == expected
             assert all(event.topic == "offers" for event in node.of(GossipIn))
         assert nodes[0].of(GossipIn)[0].author == nodes[1].host.peer
-        assert statistics.median(latencies) < 0.5
 
 
 def topic_peers(host: object) -> set[object]:
@@ -269,27 +267,6 @@ async def test_a_blob_travels_between_hosts(tmp_path: Path) -> None:
 
 
 # --- what it costs ---------------------------------------------------------------------------------------------
-
-IDLE = CHILD.replace(
-    "await trio.sleep_forever()",
-    """while len(host.peers()) < 4:
-            await trio.sleep(0.05)
-        await trio.sleep(2)
-        cpu, wall = time.process_time(), time.perf_counter()
-        await trio.sleep(4)
-        print((time.process_time() - cpu) / (time.perf_counter() - wall), flush=True)
-        await trio.sleep_forever()""",
-)
-
-
-async def test_an_idle_host_with_four_peers_is_idle(spawn: Spawn) -> None:
-    async with start_nodes(4) as nodes:
-        process = spawn(IDLE.replace("{seed}", "903").replace("{connect}", repr([node.address for node in nodes])))
-        assert process.stdout is not None
-        await trio.to_thread.run_sync(process.stdout.readline)
-        share = float(await trio.to_thread.run_sync(process.stdout.readline))
-        assert share < 0.015, f"{100 * share:.2f} % of a core"
-
 
 async def test_a_host_alone_is_small() -> None:
     # VmHWM, not getrusage: the latter keeps the peak of this big process across the fork.
