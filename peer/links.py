@@ -8,6 +8,7 @@ libp2p's code: the handshake is passed in.
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterator
@@ -23,7 +24,7 @@ from protocol import params
 from protocol.errors import IchibaError, LimitExceeded, MalformedRecord, RemoteProtocolError
 from protocol.keys import short
 
-__all__ = ["Link", "Links", "PeerUnreachable", "Stream", "answer", "propose"]
+__all__ = ["CannotListen", "Link", "Links", "PeerUnreachable", "Stream", "answer", "propose"]
 
 log = logging.getLogger(__name__)
 MULTISTREAM: Final = b"/multistream/1.0.0"
@@ -31,6 +32,12 @@ NOISE: Final = "/noise"
 YAMUX: Final = "/yamux/1.0.0"
 READ_BYTES: Final = 256 * 1024
 CARRIER_FAULTS = (trio.BrokenResourceError, trio.ClosedResourceError)
+
+
+class CannotListen(IchibaError):
+    """An address this machine cannot listen at."""
+
+    code = "cannot-listen"
 
 
 class PeerUnreachable(IchibaError):
@@ -250,8 +257,15 @@ class Links:
     _half_open: OrderedDict[trio.CancelScope, str] = field(default_factory=OrderedDict)
 
     async def listen(self, address: Address) -> Address:
-        """Accept connections at `address`; returns it with the real port. Raises OSError."""
-        listeners = await trio.open_tcp_listeners(address.port, host=address.host, backlog=512)
+        """Accept connections at `address`; returns it with the real port. Raises CannotListen."""
+        try:
+            listeners = await trio.open_tcp_listeners(address.port, host=address.host, backlog=512)
+        except OSError as error:
+            raise CannotListen(
+                f"cannot listen at {address}: {error.strerror or error}",
+                why="another program, or another daemon, has this port" if error.errno == errno.EADDRINUSE else "",
+                next_step="choose another with --listen, or port 0 for any free one",
+            ) from None
         port = listeners[0].socket.getsockname()[1]
         self.nursery.start_soon(trio.serve_listeners, self._accept, listeners)
         return Address(address.kind, address.host, port)

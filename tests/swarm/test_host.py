@@ -16,6 +16,7 @@ import trio
 from peer.addresses import parse_address
 from peer.blobs import BlobStore
 from peer.host import GossipIn, MessageIn, PeerDown, PeerUnreachable, PeerUp, Stream, open_host
+from peer.links import CannotListen
 from peer.mdns import addresses_of, announcement
 from protocol import params
 from protocol.errors import LocalProtocolError, MalformedRecord, RemoteProtocolError, VerificationFailed
@@ -109,7 +110,7 @@ async def test_a_port_that_is_taken_is_an_error() -> None:
         with pytest.raises(ExceptionGroup) as refused:
             async with start_node(make_config(listen=[f"/ip4/127.0.0.1/tcp/{port}"])):
                 pass
-        assert refused.group_contains(OSError)
+        assert refused.group_contains(CannotListen, match="--listen")
 
 
 async def test_a_lost_peer_is_linked_again_when_it_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +268,7 @@ async def test_a_blob_travels_between_hosts(tmp_path: Path) -> None:
 
 
 # --- what it costs ---------------------------------------------------------------------------------------------
+
 
 async def test_a_host_alone_is_small() -> None:
     # VmHWM, not getrusage: the latter keeps the peak of this big process across the fork.
