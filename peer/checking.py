@@ -331,7 +331,3 @@ class CheckDesk:
         )
         self.settler.accept(self.desk.seal(claim), publish=True)
         self.desk.emit("claim", deal.job, deal=deal.id, why=deal.note or "the solver does not answer")
-
-    def left(self, peer: bytes) -> int:
-        """When `peer` was last seen leaving, in ns."""
-        return self.desk.left_ns(peer)

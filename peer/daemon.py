@@ -366,7 +366,7 @@ async def _tick(send: trio.MemorySendChannel[Input]) -> None:
 
 async def _dial(daemon: Daemon, address: str) -> None:
     """Reach a peer given by hand, for as long as it takes; the host keeps the connection afterwards."""
-    delay_s = params.DIAL_DELAY_S_MIN
+    delay_s = params.REDIAL_SECONDS_MIN
     while True:
         try:
             await daemon.connect(address)
@@ -375,4 +375,4 @@ async def _dial(daemon: Daemon, address: str) -> None:
         else:
             return
         await trio.sleep(delay_s)
-        delay_s = min(2 * delay_s, params.DIAL_DELAY_S_MAX)
+        delay_s = min(2 * delay_s, params.REDIAL_SECONDS_MAX)

@@ -15,7 +15,6 @@ from pathlib import Path
 import trio
 
 from peer.blobs import BlobStore
-from peer.deals import task_of
 from peer.events import (
     Fetch,
     Fetched,
@@ -36,6 +35,7 @@ from protocol import params
 from protocol.codec import encode
 from protocol.errors import IchibaError, VerificationFailed
 from protocol.merkle import state_root
+from protocol.operations import TensorType
 from protocol.program import Program, state_layout
 from protocol.safetensors import parse
 
@@ -176,20 +176,14 @@ class Performer:
             threads=1,
             memory_bytes=order.memory_bytes,
             wall_seconds=float(params.SEGMENT_SECONDS_MAX * segments),
-            checkpoint_bytes_max=min(order.checkpoint_bytes, self._checkpoint_size(task_of(encode(task)).program)),
+            checkpoint_bytes_max=min(order.checkpoint_bytes, self._checkpoint_size(task.program)),
             cheat=order.cheat or None,
         )
 
     def _checkpoint_size(self, program: bytes) -> int:
         layout = state_layout(Program.from_bytes(self.blobs.path(program).read_bytes()))
-        sizes = {"float32": 4, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
-        total = 0
-        for dtype, shape in layout.values():
-            elements = 1
-            for side in shape:
-                elements *= side
-            total += elements * sizes[dtype]
-        return total + params.SAFETENSORS_HEADER_BYTES_MAX
+        held = sum(TensorType(dtype, shape).size_bytes for dtype, shape in layout.values())
+        return held + params.SAFETENSORS_HEADER_BYTES_MAX
 
     def _step(self, work: bytes, step: int, loss: float | None) -> None:
         if loss is not None:

@@ -457,7 +457,7 @@ class Submitter:
     def _tick_deal(self, deal: Deal) -> None:
         now, rules = self.desk.now_ns, self.desk.network.rules
         agreement = agreement_of(deal, self.desk.network.id)
-        gone = agreement.solver not in self.desk.peers
+        gone, grace_ns = agreement.solver not in self.desk.peers, rules.lost_grace_ms * 10**6
         match deal.lifecycle:
             case State.PROPOSED:
                 if now >= agreement.accept_before_ns:
@@ -468,7 +468,7 @@ class Submitter:
             case State.RUNNING:
                 if now - deal.news_ns > agreement.segment_deadline_ns:
                     self._solver_lost(deal, f"no receipt for {(now - deal.news_ns) // 10**9} s")
-                elif gone and now - max(deal.news_ns, self.checks.left(agreement.solver)) > rules.lost_grace_ms * 10**6:
+                elif gone and now - max(deal.news_ns, self.desk.left_ns(agreement.solver)) > grace_ns:
                     self._solver_lost(deal, "the connection to the solver is gone")
             case State.PROVED:
                 if now - deal.entered_ns > rules.reveal_ms * 10**6 or (gone and deal.ended_early):

@@ -160,8 +160,6 @@ OUTGOING_MESSAGES_MAX: Final = 1024  # direct messages that wait for one slow pe
 LISTENER_EVENTS_MAX: Final = 4096  # events that wait for one `job logs -f`
 SEGMENT_SECONDS_MAX: Final = 3600  # wall time of one segment before its worker is killed
 BLOB_STORE_BYTES_MAX: Final = 64 * 1024**3  # unpinned blobs beyond this are evicted, oldest first
-DIAL_DELAY_S_MIN: Final = 1.0
-DIAL_DELAY_S_MAX: Final = 60.0
 
 # --- bundles (protocol/bundle.py) --------------------------------------------------------------------------
 BUNDLE_BYTES_MAX: Final = 64 * 1024 * 1024  # proof.json: 1,024 receipts are 1.5 MB in hex, times the deals of a bad day
@@ -176,7 +174,6 @@ CONTROL_IDLE_SECONDS_MAX: Final = 60.0  # a body, or a reader, that moves no byt
 CONTROL_KEEP_SECONDS_MAX: Final = 30.0  # an idle connection is kept for the next call
 CONTROL_CONNECTIONS_MAX: Final = 64  # a dashboard and a few dozen followers
 CONTROL_CHUNK_BYTES: Final = 256 * 1024  # of a blob on its way through the socket
-CONTROL_DEPTH_MAX: Final = 16  # nesting of a command's JSON; our deepest has 2
 
 # --- exact arithmetic --------------------------------------------------------------------------------------
 FREED_MEMORY_KEPT_BYTES_MAX: Final = 512 * 1024**2  # by a worker: page faults cost exact products 3 times their work
