@@ -63,9 +63,9 @@ class _Planned:
 class Executor:
     """One Program, ready to step.
 
-    mode: `exact` gives the same bits on every machine (DESIGN §6) at `width` bits, whichever `backend` (float64,
-    int8, auto) multiplies; `native` is torch's own arithmetic with the same random numbers. threads: CPU threads
-    of torch, set for the whole process.
+    mode: `exact` gives the same bits on every machine (DESIGN §6) at `width` bits, whichever `backend` of
+    worker/exact/products.py multiplies and with or without the compiled `helper`; `native` is torch's own arithmetic
+    with the same random numbers. threads: CPU threads of torch, set for the whole process.
     """
 
     def __init__(
@@ -76,11 +76,12 @@ class Executor:
         width: int = 15,
         threads: int = 1,
         backend: str = "auto",
+        helper: bool = True,
     ) -> None:
         self.program = program
         self.threads = threads
         if mode == "exact":
-            kernels: Mapping[str, Kernel] = exact.kernels(width=width, backend=backend)
+            kernels: Mapping[str, Kernel] = exact.kernels(width=width, backend=backend, helper=helper)
         else:
             kernels = native_kernels()
         torch.set_flush_denormal(False)

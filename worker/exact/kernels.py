@@ -17,7 +17,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from worker.exact import elementary, reductions
+from protocol.program import NODE_STREAM
+from worker.exact import compiled, elementary, reductions
 from worker.exact.memory import keep_freed_memory
 from worker.exact.products import Products
 from worker.exact.random import uniform
@@ -81,9 +82,14 @@ def _sign(x: Tensor) -> Tensor:
     return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
 
 
-def _uniform(step_key: Tensor, number: int, shape: Sequence[int]) -> Tensor:
-    seed, step = step_key.tolist()
-    return uniform(seed, step, 1 + number, shape)
+def _uniform(draw: Callable[[int, int, int, Sequence[int]], Tensor]) -> Kernel:
+    """The kernel of `ichiba.uniform` from a generator's `draw(seed, step, stream, shape)`."""
+
+    def kernel(step_key: Tensor, number: int, shape: Sequence[int]) -> Tensor:
+        seed, step = step_key.tolist()
+        return draw(seed, step, NODE_STREAM + number, shape)
+
+    return kernel
 
 
 _FIXED: dict[str, Kernel] = {
@@ -132,18 +138,20 @@ _FIXED: dict[str, Kernel] = {
     "sum.dim_IntList": reductions.sum_over,
     "amax.default": reductions.amax,
     "embedding_dense_backward.default": reductions.embedding_dense_backward,
-    "ichiba.uniform": _uniform,
+    "ichiba.uniform": _uniform(uniform),
 }
 
 
-def kernels(width: int = 15, backend: str = "auto") -> Mapping[str, Kernel]:
+def kernels(width: int = 15, backend: str = "auto", *, helper: bool = True) -> Mapping[str, Kernel]:
     """The exact kernel of each operation, by name.
 
-    width: bits of a product's operands, 8, 15 or 22. backend: how products of integers are computed: `float64`,
-    `int8`, or `auto`, the faster of them here for each size. The bits are the same with each backend.
+    width: bits of a product's operands, 8, 15 or 22. backend: how products of integers are computed, one of
+    products.BACKENDS; `auto` is the fastest of them here for each size. helper: whether the compiled helper
+    (worker/exact/compiled.py) may do the rest where it is installed. The bits are the same with each of them.
     Raises LocalProtocolError for a width or backend that does not exist or is not exact on this machine.
     """
     torch.set_flush_denormal(False)
     keep_freed_memory()
-    products = Products(width, backend)
-    return MappingProxyType({**_FIXED, "mm.default": products.mm, "bmm.default": products.bmm})
+    products = Products(width, backend, helper=helper)
+    faster = {**compiled.compiled_kernels(), "ichiba.uniform": _uniform(compiled.uniform)} if helper else {}
+    return MappingProxyType({**_FIXED, **faster, "mm.default": products.mm, "bmm.default": products.bmm})

@@ -1,12 +1,14 @@
 """Matrix products that never accumulate floats: the same bits from any library, order and device. DESIGN §6.
 
 Each row of A and column of B is rounded to integers of `width` bits times a power of two (worker/exact/scales.py).
-Their sum over K is an exact integer; it is scaled and rounded to float32 once. Two backends compute the integer:
+Their sum over K is an exact integer; it is scaled and rounded to float32 once. Three backends compute the integer:
 
   float64: BLAS on the rounded values. Every partial sum is a multiple of unit_i * unit_j and at most
     K * 2**(2 * width - 2) of them, below 2**53, so no addition in it rounds, in whatever order, fused or not.
   int8: each integer is cut into signed bytes, and torch._int_mm multiplies the bytes into int32. One call gives
     all pairs of bytes, because the bytes of A are stacked below each other and those of B beside each other.
+  int16: the compiled helper (worker/exact/compiled.py, widths 8 and 15) multiplies the integers as they are, with
+    the multiply-add of 16-bit integers that every x86 processor since 2013 has, as fast as float32 products.
 
 A zero result is +0.0. A row of A or column of B that holds a NaN or an infinity gives NaN in its whole row or
 column, so that divergence stays visible. Result error: at most (K/2**width) * 2**(ea+eb) + half a unit in the
@@ -23,11 +25,12 @@ import torch
 from torch import Tensor
 
 from protocol.errors import LocalProtocolError
+from worker.exact import compiled
 from worker.exact.scales import Rounded, round_for_product
 
 __all__ = ["BACKENDS", "WIDTHS", "Products", "int8_is_exact", "int8_is_faster"]
 
-BACKENDS = ("auto", "float64", "int8")
+BACKENDS = ("auto", "float64", "int8", "int16")
 WIDTHS = (8, 15, 22)
 _INT32_INNER_MAX = 2**15  # K per int32 product: the sum of two products, 2 * K * 2**14, stays below 2**31
 _BLOCK_OUTPUTS = 2**17  # outputs made at a time: their four int32 products fill 2 MiB
@@ -64,11 +67,12 @@ def int8_is_exact() -> bool:
 
 @functools.cache
 def int8_is_faster() -> bool:
-    """Whether four byte products beat one float64 product here. Decides speed only: both give the same bits."""
-    if not int8_is_exact():
-        return False
-    wide = torch.ones((256, 512), dtype=torch.float64)
-    bytes_ = torch.ones((512, 512), dtype=torch.int8)
+    """Whether byte products beat the other backends here. Decides speed only: all give the same bits.
+
+    Sizes are small because a processor without integer dot products takes a hundred times as long; such a one is
+    told from the time alone, before exactness is tried.
+    """
+    narrow, wide = torch.ones((2 * 96, 256), dtype=torch.int8), torch.ones((96, 256), dtype=torch.float32)
 
     def best_of(call: Callable[[], Tensor]) -> float:
         taken = []
@@ -78,7 +82,11 @@ def int8_is_faster() -> bool:
             taken.append(time.perf_counter() - start)
         return min(taken)
 
-    return best_of(lambda: torch._int_mm(bytes_, bytes_)) < best_of(lambda: wide @ wide.t())
+    if compiled.has_products():
+        other = best_of(lambda: compiled.product(wide, wide.t(), 15))
+    else:
+        other = best_of(lambda: wide.double() @ wide.double().t())
+    return best_of(lambda: torch._int_mm(narrow, narrow.t())) < other and int8_is_exact()
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -154,8 +162,11 @@ def _joined(pairs: Tensor, count: int, whole: Tensor, *, inner: int) -> None:
 class Products:
     """mm and bmm of one width and backend. See the module's text for the arithmetic."""
 
-    def __init__(self, width: int = 15, backend: str = "auto") -> None:
-        """Raises LocalProtocolError for a width or backend that is not known or not exact on this machine."""
+    def __init__(self, width: int = 15, backend: str = "auto", *, helper: bool = True) -> None:
+        """helper: whether `auto` may choose the compiled helper.
+
+        Raises LocalProtocolError for a width or backend that is not known, or not there or not exact here.
+        """
         if width not in WIDTHS or backend not in BACKENDS:
             raise LocalProtocolError(
                 f"no exact product of width {width} with backend {backend!r}",
@@ -165,15 +176,28 @@ class Products:
             raise LocalProtocolError(
                 "int8 products are not exact on this machine", next_step='use backend="float64", which gives equal bits'
             )
-        self.width, self.backend = width, backend
+        helped = helper and compiled.has_products() and width <= compiled.PRODUCT_WIDTH_MAX
+        if backend == "int16" and not helped:
+            raise LocalProtocolError(
+                f"no int16 products of width {width} on this machine",
+                why="they take the compiled helper, AVX2 and a width of 8 or 15",
+                next_step='use backend="float64", which gives equal bits',
+            )
+        self.width, self.backend, self._helped = width, backend, helped
         self._inner_max = 2 ** (53 - 2 * (width - 1))  # the largest K whose sums stay below 2**53
         self._count = {8: 1, 15: 2, 22: 3}[width]
 
-    def _uses_int8(self, a: Tensor, b: Tensor) -> bool:
-        if self.backend != "auto":
-            return self.backend == "int8"
+    def _chosen(self, a: Tensor, b: Tensor) -> str:
+        """The backend for these operands."""
         rows, inner, columns = a.shape[-2], a.shape[-1], b.shape[-1]
-        return rows >= 16 and columns >= 16 and rows * inner * columns >= _AUTO_WORK_MIN and int8_is_faster()
+        plain = a.device.type == "cpu" and inner <= compiled.PRODUCT_INNER_MAX
+        if self.backend == "int16" and not plain:
+            return "float64"
+        if self.backend != "auto":
+            return self.backend
+        if rows >= 16 and columns >= 16 and rows * inner * columns >= _AUTO_WORK_MIN and int8_is_faster():
+            return "int8"
+        return "int16" if self._helped and plain else "float64"
 
     def mm(self, a: Tensor, b: Tensor) -> Tensor:
         """aten.mm of float32 (M, K) and (K, N): float32 (M, N)."""
@@ -188,10 +212,12 @@ class Products:
         shape = (*a.shape[:-1], b.shape[-1])
         if 0 in shape or not inner:
             return a.new_zeros(shape)
-        by_bytes = self._uses_int8(a, b)
-        left = round_for_product(_dense(a), -1, self.width)
-        right = round_for_product(_dense(b), -2, self.width)
-        if by_bytes:
+        a, b, backend = _dense(a), _dense(b), self._chosen(a, b)
+        if backend == "int16":
+            return compiled.product(a, b, self.width)
+        left = round_for_product(a, -1, self.width)
+        right = round_for_product(b, -2, self.width)
+        if backend == "int8":
             result = self._by_bytes(left, right, shape)
         elif inner <= self._inner_max:
             result = torch.matmul(left.values64(), right.values64()).to(torch.float32)
