@@ -409,8 +409,8 @@ def test_a_token_out_of_range_is_a_typed_error_and_never_a_read_beyond_the_table
 def test_a_kernel_that_breaks_its_declared_shape_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     job = spirals()
     captured = capture(job.model, job.loss, job.optimizer, job.example)
-    broken = {**native_kernels(), "mm.default": lambda a, b: (a @ b)[:1]}
-    monkeypatch.setattr(executor, "native_kernels", lambda: broken)
+    broken = {**native_kernels(torch.device("cpu")), "mm.default": lambda a, b: (a @ b)[:1]}
+    monkeypatch.setattr(executor, "native_kernels", lambda device: broken)
     with pytest.raises(LocalProtocolError, match=r"mm\.default"):
         Executor(captured.program, "native").step(captured.initial_state, job.example, 0.1, 0, 0)
 
@@ -470,7 +470,7 @@ def _typed(arg: Any) -> Any:
 
 
 def test_every_operation_has_a_kernel_that_gives_the_type_the_protocol_infers() -> None:
-    kernels = native_kernels()
+    kernels = native_kernels(torch.device("cpu"))
     assert set(CALLS) == set(OPERATIONS) == set(kernels)
     for name, args in CALLS.items():
         inferred = result_type(name, [_typed(arg) for arg in args])

@@ -7,6 +7,7 @@ the run. Nothing of a Program is code: an op name selects one of our kernels, an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from protocol.errors import IchibaError, LimitExceeded, LocalProtocolError, Malf
 from protocol.operations import OPERATIONS
 from protocol.program import NODE_STREAM, STATE_ROLES, Arg, Items, Program, Real, Ref, Type, peak_bytes
 from worker import exact
+from worker.exact.devices import checked_device
 
 __all__ = ["DTYPES", "Diverged", "Executor", "native_kernels"]
 
@@ -65,7 +67,9 @@ class Executor:
 
     mode: `exact` gives the same bits on every machine (DESIGN §6) at `width` bits, whichever `backend` of
     worker/exact/products.py multiplies and with or without the compiled `helper`; `native` is torch's own arithmetic
-    with the same random numbers. threads: CPU threads of torch, set for the whole process.
+    with the same random numbers. threads: CPU threads of torch, set for the whole process. device: cpu, cuda or
+    cuda:N, where the steps run; a state comes and goes as tensors of any device. Raises LocalProtocolError for a device
+    that is not there or whose exact arithmetic is not.
     """
 
     def __init__(
@@ -77,17 +81,21 @@ class Executor:
         threads: int = 1,
         backend: str = "auto",
         helper: bool = True,
+        device: str = "cpu",
     ) -> None:
         self.program = program
         self.threads = threads
+        self.device = checked_device(device)
         if mode == "exact":
-            kernels: Mapping[str, Kernel] = exact.kernels(width=width, backend=backend, helper=helper)
+            kernels: Mapping[str, Kernel] = exact.kernels(width, backend, helper=helper, device=device)
         else:
-            kernels = native_kernels()
+            kernels = native_kernels(self.device)
         torch.set_flush_denormal(False)
         self._plan = self._planned(kernels)
         self._constants = [
-            torch.from_numpy(np.frombuffer(constant.data, constant.dtype).copy()).reshape(constant.shape)
+            torch.from_numpy(np.frombuffer(constant.data, constant.dtype).copy())
+            .reshape(constant.shape)
+            .to(self.device)
             for constant in program.constants
         ]
 
@@ -186,10 +194,10 @@ class Executor:
         found = []
         for item in self.program.inputs:
             if item.role == "learning_rate":
-                found.append(torch.tensor(learning_rate, dtype=torch.float32))
+                found.append(torch.tensor(learning_rate, dtype=torch.float32, device=self.device))
                 continue
             if item.role == "step_key":
-                found.append(torch.tensor([seed, step], dtype=torch.int64))
+                found.append(torch.tensor([seed, step], dtype=torch.int64, device=self.device))
                 continue
             source = state if item.role in STATE_ROLES else batch
             if item.name not in source:
@@ -200,7 +208,7 @@ class Executor:
                     f"{item.role} {item.name} is {tensor.dtype} {tuple(tensor.shape)}, "
                     f"the program takes {item.dtype} {item.shape}"
                 )
-            found.append(tensor)
+            found.append(tensor.to(self.device))
         return found
 
 
@@ -239,13 +247,13 @@ def _uniform(step_key: Tensor, number: int, shape: Sequence[int]) -> Tensor:
     return exact.uniform(seed, step, NODE_STREAM + number, tuple(shape))
 
 
-def native_kernels() -> dict[str, Kernel]:
-    """torch's own kernel of each operation. They are fast, and their bits depend on the machine."""
+def native_kernels(device: torch.device) -> dict[str, Kernel]:
+    """torch's own kernel of each operation on `device`. They are fast, and their bits depend on the machine."""
     special: dict[str, Kernel] = {
-        "full.default": lambda shape, value, dtype: aten.full.default(shape, value, dtype=dtype),
-        "arange.start_step": lambda start, end, step: aten.arange.start_step(start, end, step, dtype=torch.int64),
+        "full.default": lambda shape, value, dtype: torch.full(shape, value, dtype=dtype, device=device),
+        "arange.start_step": functools.partial(torch.arange, dtype=torch.int64, device=device),
         "embedding_dense_backward.default": _checked_embedding_backward,
-        "ichiba.uniform": _uniform,
+        "ichiba.uniform": lambda *args: _uniform(*args).to(device),
     }
     for name in OPERATIONS.keys() - special.keys():
         stem, overload = name.split(".")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from protocol.program import NODE_STREAM
 from worker.exact import compiled, elementary, reductions
+from worker.exact.devices import checked_device, device_kernels, prove
 from worker.exact.memory import keep_freed_memory
 from worker.exact.products import Products
 from worker.exact.random import uniform
@@ -142,16 +143,26 @@ _FIXED: dict[str, Kernel] = {
 }
 
 
-def kernels(width: int = 15, backend: str = "auto", *, helper: bool = True) -> Mapping[str, Kernel]:
+@functools.cache
+def kernels(
+    width: int = 15, backend: str = "auto", *, helper: bool = True, device: str = "cpu"
+) -> Mapping[str, Kernel]:
     """The exact kernel of each operation, by name.
 
     width: bits of a product's operands, 8, 15 or 22. backend: how products of integers are computed, one of
     products.BACKENDS; `auto` is the fastest of them here for each size. helper: whether the compiled helper
-    (worker/exact/compiled.py) may do the rest where it is installed. The bits are the same with each of them.
-    Raises LocalProtocolError for a width or backend that does not exist or is not exact on this machine.
+    (worker/exact/compiled.py) may do the rest where it is installed. device: cpu, cuda or cuda:N, where operands lie.
+    The bits are the same with each of them; another device than the CPU has proved that before this returns.
+    Raises LocalProtocolError for a width, backend or device that does not exist or is not exact on this machine.
     """
     torch.set_flush_denormal(False)
     keep_freed_memory()
+    place = checked_device(device)
+    if place.type != "cpu":
+        products = Products(width, backend, helper=False, padded=True)
+        there = {**_FIXED, **device_kernels(place), "mm.default": products.mm, "bmm.default": products.bmm}
+        prove(there, kernels(width, helper=helper), place)
+        return MappingProxyType(there)
     products = Products(width, backend, helper=helper)
     faster = {**compiled.compiled_kernels(), "ichiba.uniform": _uniform(compiled.uniform)} if helper else {}
     return MappingProxyType({**_FIXED, **faster, "mm.default": products.mm, "bmm.default": products.bmm})

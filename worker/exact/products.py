@@ -36,6 +36,7 @@ _INT32_INNER_MAX = 2**15  # K per int32 product: the sum of two products, 2 * K 
 _BLOCK_OUTPUTS = 2**17  # outputs made at a time: their four int32 products fill 2 MiB
 _BLOCK_COLUMNS = 1024
 _BLOCK_ROWS_MIN = 64  # fewer rows at a time and the library spends its time arranging B
+_CUDA_ROWS_MIN = 17  # torch._int_mm on CUDA takes more than 16 rows, and K and N in multiples of 8
 _AUTO_WORK_MIN = 2**20  # multiply-adds below which one BLAS call beats the slicing (measured)
 
 
@@ -162,8 +163,9 @@ def _joined(pairs: Tensor, count: int, whole: Tensor, *, inner: int) -> None:
 class Products:
     """mm and bmm of one width and backend. See the module's text for the arithmetic."""
 
-    def __init__(self, width: int = 15, backend: str = "auto", *, helper: bool = True) -> None:
-        """helper: whether `auto` may choose the compiled helper.
+    def __init__(self, width: int = 15, backend: str = "auto", *, helper: bool = True, padded: bool = False) -> None:
+        """helper: whether `auto` may choose the compiled helper. padded: whether int8 products take whole eights only,
+        as on CUDA; `auto` then always takes int8, for which tensor cores are made.
 
         Raises LocalProtocolError for a width or backend that is not known, or not there or not exact here.
         """
@@ -183,7 +185,7 @@ class Products:
                 why="they take the compiled helper, AVX2 and a width of 8 or 15",
                 next_step='use backend="float64", which gives equal bits',
             )
-        self.width, self.backend, self._helped = width, backend, helped
+        self.width, self.backend, self._helped, self._padded = width, backend, helped, padded
         self._inner_max = 2 ** (53 - 2 * (width - 1))  # the largest K whose sums stay below 2**53
         self._count = {8: 1, 15: 2, 22: 3}[width]
 
@@ -195,6 +197,8 @@ class Products:
             return "float64"
         if self.backend != "auto":
             return self.backend
+        if self._padded:
+            return "int8"
         if rows >= 16 and columns >= 16 and rows * inner * columns >= _AUTO_WORK_MIN and int8_is_faster():
             return "int8"
         return "int16" if self._helped and plain else "float64"
@@ -267,13 +271,24 @@ class Products:
                 product = pairs[: count * m * count * n].view(count * m, count * n)
                 whole = scratch[: m * n].view(m, n)
                 if inner <= step:
-                    torch._int_mm(top, side, out=product)
+                    self._int_mm(top, side, product)
                     _joined(product.view(count, m, count, n), count, whole, inner=inner)
                 else:
                     self._long_inner(top, side, step, product, whole)
                 # Exact: the units are powers of two and nothing leaves the range of float64.
                 whole.mul_(row_unit[row : row + m]).mul_(column_unit[:, column : column + n])
                 result[row : row + m, column : column + n] = whole
+
+    def _int_mm(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """int32 out (M, N) = int8 a (M, K) @ b (K, N); zeros make up what CUDA's kernel cannot take."""
+        if not self._padded:
+            torch._int_mm(a, b, out=out)
+            return
+        rows, columns = out.shape
+        high = max(_CUDA_ROWS_MIN, rows) - rows
+        deep, wide = -a.shape[1] % 8, -columns % 8
+        a, b = torch.nn.functional.pad(a, (0, deep, 0, high)), torch.nn.functional.pad(b, (0, wide, 0, deep))
+        out.copy_(torch._int_mm(a, b)[:rows, :columns])
 
     def _long_inner(self, top: Tensor, side: Tensor, step: int, product: Tensor, whole: Tensor) -> None:
         """As one product and `_joined`, for a K above `step`, rounded to odd above 2**53."""
@@ -282,7 +297,7 @@ class Products:
         long = inner > self._inner_max
         total = torch.zeros(whole.shape, dtype=torch.int64 if long else torch.float64, device=whole.device)
         for first in range(0, inner, step):
-            torch._int_mm(top[:, first : first + step], side[first : first + step], out=product)
+            self._int_mm(top[:, first : first + step], side[first : first + step], product)
             _joined(product.view(count, whole.shape[0], count, whole.shape[1]), count, whole, inner=step)
             total += whole.long() if long else whole
         whole.copy_(_round_to_odd(total) if long else total)
