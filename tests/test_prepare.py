@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -280,3 +281,56 @@ def test_tensors_are_taken_as_arrays(job: Callable[..., Path]) -> None:
     assert (arrays["x"].dtype, arrays["x"].shape) == ("float32", (20, 3))
     assert bytes(arrays["x"].data[:4]) == torch.ones(1).numpy().tobytes()
     assert replace(arrays["x"], name="z").name == "z"
+
+
+SAVED = (
+    ("seed = 5", 'seed = 5\nmodel = "model.program"\ndata = "data.npz"\ninitial = "initial.safetensors"'),
+)
+
+
+def saved(folder: Path) -> None:
+    """What a user's own script writes in two lines, and its data."""
+    import torch
+
+    import ichiba
+
+    torch.manual_seed(1)
+    model = torch.nn.Linear(3, 2)
+    example = (torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
+    captured = ichiba.capture(model, torch.nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1), example)
+    captured.save(folder)
+    rows = np.arange(60, dtype=np.float32).reshape(20, 3) / 60
+    np.savez(folder / "data.npz", x=rows, y=(np.arange(20) % 2).astype(np.uint8))
+
+
+def test_a_saved_capture_is_a_job_that_runs_no_code(job: Callable[..., Path], tmp_path: Path) -> None:
+    saved(tmp_path)
+    prepared = prepare(job(*SAVED, model="raise SystemExit('this file must not run')"), NETWORK)
+    assert prepared.base == (tmp_path / "initial.safetensors").read_bytes()
+    assert [array.name for array in prepared.arrays] == ["x", "y"]
+    assert prepared.first_loss is not None
+    assert 0.3 < prepared.first_loss < 2.0
+
+
+WRONG_SAVED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a program cut short": (lambda p: (p / "model.program").write_bytes(b"\x93\x01"), "model.program"),
+    "weights of another": (lambda p: (p / "initial.safetensors").write_bytes(safetensors.write({})), "another model"),
+    "a broken archive": (lambda p: (p / "data.npz").write_bytes(b"PK\x03\x04nothing"), "data.npz"),
+    "a pickle inside": (lambda p: np.savez(p / "data.npz", x=np.array([{}], dtype=object)), "data.npz"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SAVED)
+def test_files_that_are_not_what_was_saved_are_refused(job: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    spoil, said = WRONG_SAVED[name]
+    saved(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(BadJobFile, match=said) as refused:
+        prepare(job(*SAVED), NETWORK)
+    assert refused.value.next_step
+
+
+def test_a_saved_program_has_no_weights_of_its_own(job: Callable[..., Path], tmp_path: Path) -> None:
+    saved(tmp_path)
+    with pytest.raises(BadJobFile, match="holds no weights"):
+        prepare(job((SAVED[0][0], SAVED[0][1].replace("initial.safetensors", "model"))), NETWORK)

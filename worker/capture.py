@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from protocol.errors import UnsupportedModel
 from protocol.operations import ITEM_BYTES
 from protocol.program import Init, Input, Program
-from worker import lowering, lowering_images, lowering_pointwise, lowering_random
+from worker import checkpoint, lowering, lowering_images, lowering_pointwise, lowering_random
 from worker.assembly import TRANSLATED, assemble
 from worker.init_rules import record_init
 from worker.optimizers import FunctionalOptimizer, functional
@@ -53,12 +54,16 @@ class Training:
 
     loss: `loss(output, target)` or, if its first argument is called `model`, `loss(model, batch)`.
     example: {"x": ..., "y": ...}, one batch of the size and dtypes the job will use.
+    accumulate, clip_norm, clip_value: as `capture` has them.
     """
 
     model: nn.Module
     loss: Callable[..., Tensor]
     optimizer: torch.optim.Optimizer
     example: Mapping[str, Tensor]
+    accumulate: int = 1
+    clip_norm: float | None = None
+    clip_value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,13 @@ class Captured:
 
     program: Program
     initial_state: dict[str, Tensor]
+
+    def save(self, folder: Path) -> None:
+        """Write `model.program` and `initial.safetensors`, which a job.toml beside them may name. Raises OSError."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model.program").write_bytes(self.program.to_bytes())
+        (folder / "initial.safetensors").write_bytes(checkpoint.dump(self.initial_state))
 
 
 def capture_built(build: Callable[[], Any]) -> Captured:
@@ -78,7 +90,8 @@ def capture_built(build: Callable[[], Any]) -> Captured:
                 f"build() returned a {type(built).__name__} without `{name}`",
                 next_step="return worker.capture.Training(model, loss, optimizer, example)",
             )
-    return capture(built.model, built.loss, built.optimizer, built.example, rules=rules)
+    options = {name: getattr(built, name) for name in ("accumulate", "clip_norm", "clip_value") if hasattr(built, name)}
+    return capture(built.model, built.loss, built.optimizer, built.example, rules=rules, **options)
 
 
 def capture(
@@ -88,15 +101,23 @@ def capture(
     example_batch: Mapping[str, Tensor] | tuple[Tensor, ...],
     *,
     rules: Callable[[Tensor], Init | None] = lambda tensor: None,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
 ) -> Captured:
     """One step of training `model` as a Program. rules: the init rule of a tensor, if it is known.
 
+    accumulate: micro-batches that the batch is cut into along its first dimension, their gradients averaged before the
+    one update. clip_norm: gradients are scaled so that their common 2-norm is at most this, clip_value: each is cut to
+    this magnitude, as torch.nn.utils.clip_grad_norm_ and clip_grad_value_ do; not both.
     Raises UnsupportedModel, with the operation and the user's line, for what no Program can hold.
     """
     if isinstance(example_batch, tuple):
         example_batch = dict(zip(("x", "y", "z"), example_batch, strict=False))
     batch = {name: tensor.detach() for name, tensor in example_batch.items()}
-    parameters = dict(model.named_parameters())
+    gradients = _Gradients(accumulate, clip_norm, clip_value)
+    gradients.check(batch)
+    parameters = dict(model.named_parameters())  # a tied weight once, under its first name
     buffers = dict(model.named_buffers())
     functional_optimizer = functional(optimizer, {id(p): name for name, p in parameters.items()})
     slots = functional_optimizer.initial(parameters)
@@ -125,11 +146,56 @@ def capture(
     add("ichiba.learning_rate", "learning_rate", torch.tensor(float(optimizer.param_groups[0]["lr"])), None)
     add("ichiba.step_key", "step_key", torch.zeros(2, dtype=torch.int64), None)
 
-    step = _Step(model, loss, functional_optimizer, list(parameters), list(buffers), list(slots), list(batch))
+    names = (list(parameters), list(buffers), list(slots), list(batch))
+    step = _Step(model, loss, functional_optimizer, gradients, *names)
     graph = _trace(step, tensors)
     state_names = [*parameters, *buffers, *slots]
     program = assemble(graph, inputs, state_names, _source_of)
     return Captured(program, dict(zip(state_names, tensors, strict=False)))
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """What lies between the losses' gradients and the optimizer; see `capture`."""
+
+    accumulate: int
+    clip_norm: float | None
+    clip_value: float | None
+
+    def check(self, batch: Mapping[str, Tensor]) -> None:
+        """Raises UnsupportedModel for numbers that mean nothing and batches that cannot be cut."""
+        if self.clip_norm is not None and self.clip_value is not None:
+            raise UnsupportedModel("clip_norm and clip_value are both given", next_step="leave one out")
+        for name in ("clip_norm", "clip_value"):
+            limit = getattr(self, name)
+            if limit is not None and not 0 < limit < float("inf"):
+                raise UnsupportedModel(f"{name} is {limit}", next_step=f"give a positive number, or leave {name} out")
+        if self.accumulate < 1:
+            raise UnsupportedModel(f"accumulate is {self.accumulate}", next_step="give the number of micro-batches")
+        for name, tensor in batch.items():
+            if self.accumulate > 1 and (not tensor.dim() or tensor.shape[0] % self.accumulate):
+                raise UnsupportedModel(
+                    f"batch input {name} of shape {tuple(tensor.shape)} is not {self.accumulate} equal micro-batches",
+                    next_step="make the batch size a multiple of accumulate",
+                )
+
+    def cut(self, batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The micro-batches."""
+        if self.accumulate == 1:
+            return [dict(batch)]
+        parts = {name: tensor.chunk(self.accumulate) for name, tensor in batch.items()}
+        return [{name: tensors[i] for name, tensors in parts.items()} for i in range(self.accumulate)]
+
+    def clip(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The gradients within their limit. Pascanu et al. 2013, as torch.nn.utils.clip_grad_norm_ states it."""
+        if self.clip_value is not None:
+            return {name: grad.clamp(-self.clip_value, self.clip_value) for name, grad in grads.items()}
+        if self.clip_norm is None:
+            return grads
+        squares = [(grad * grad).sum() for grad in grads.values()]
+        norm = torch.sqrt(torch.stack(squares).sum())
+        scale = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        return {name: grad * scale for name, grad in grads.items()}
 
 
 class _Step:
@@ -140,12 +206,13 @@ class _Step:
         model: nn.Module,
         loss: Callable[..., Tensor],
         optimizer: FunctionalOptimizer,
+        gradients: _Gradients,
         parameters: list[str],
         buffers: list[str],
         slots: list[str],
         batch: list[str],
     ) -> None:
-        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.model, self.loss, self.optimizer, self.gradients = model, loss, optimizer, gradients
         self.trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self.names = [*parameters, *buffers, *slots, *batch]
         self.parameters, self.buffers, self.slots, self.batch = parameters, buffers, slots, batch
@@ -158,9 +225,34 @@ class _Step:
             leaves[name].requires_grad_()
         # Batch norm and its like change buffers in place: let them change copies.
         buffers = {name: values[name].clone() for name in self.buffers}
+        batch = {name: values[name] for name in self.batch}
+        losses: list[Tensor] = []
+        grads: dict[str, Tensor] = {}
+        for part in self.gradients.cut(batch):
+            value = self._loss(leaves, buffers, part)
+            trained = [name for name in self.parameters if name in self.trained]
+            with _backward_lines(value):
+                found = torch.autograd.grad(value, [leaves[name] for name in trained], allow_unused=True)
+            for name, grad in zip(trained, found, strict=True):
+                if grad is not None:
+                    grads[name] = grads[name] + grad if name in grads else grad
+            losses.append(value.detach().reshape(()))
+        count = len(losses)
+        if count > 1:
+            grads = {name: grad / count for name, grad in grads.items()}
+        with _Lines():
+            grads = self.gradients.clip(grads)
+        mean = losses[0] if count == 1 else torch.stack(losses).sum() / count
+        old = {name: values[name] for name in self.parameters}
+        slots = {name: values[name] for name in self.slots}
+        with _Lines():
+            new, slots = self.optimizer.update(old, grads, slots, rate)
+        state = [*(new[n] for n in self.parameters), *(buffers[n] for n in self.buffers), *slots.values()]
+        return [*state, mean]
+
+    def _loss(self, leaves: dict[str, Tensor], buffers: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
         whole = _WithLoss(self.model, self.loss)
         placed = {f"model.{name}": tensor for name, tensor in {**leaves, **buffers}.items()}
-        batch = {name: values[name] for name in self.batch}
         with _Lines():
             value = functional_call(whole, placed, (batch,))
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
@@ -168,16 +260,7 @@ class _Step:
                 "the loss is not one number that depends on the parameters",
                 next_step="return a scalar tensor from the loss",
             )
-        trained = [name for name in self.parameters if name in self.trained]
-        with _backward_lines(value):
-            found = torch.autograd.grad(value, [leaves[name] for name in trained], allow_unused=True)
-        grads = {name: grad for name, grad in zip(trained, found, strict=True) if grad is not None}
-        old = {name: values[name] for name in self.parameters}
-        slots = {name: values[name] for name in self.slots}
-        with _Lines():
-            new, slots = self.optimizer.update(old, grads, slots, rate)
-        state = [*(new[n] for n in self.parameters), *(buffers[n] for n in self.buffers), *slots.values()]
-        return [*state, value.detach().reshape(())]
+        return value
 
 
 class _WithLoss(nn.Module):

@@ -26,6 +26,10 @@ _KEYS: Final = (
     "name", "model", "data", "initial", "mode", "width", "seed", "steps", "steps_per_segment", "budget", "price",
     "batch", "learning_rate",
 )  # fmt: skip
+_SAVED: Final = {
+    "model": ", or the .program that captured.save() wrote",
+    "data": ", or a file: .npz for arrays by name, anything else as bytes",
+}
 _BATCH_KEYS: Final = ("rule", "size", "length")
 _RATE_KEYS: Final = ("kind", "peak", "floor", "warmup_steps")
 
@@ -41,8 +45,9 @@ class BadJobFile(IchibaError):
 class JobFile:
     """A checked job.toml. budget_micro and unit_price_max are None if the file leaves them to the command line.
 
-    initial: "seed", "model", or the path of a checkpoint. model: (file, function); data: the same, or (file, "")
-    for a file whose bytes are the data. Paths are absolute.
+    initial: "seed", "model", or the path of a checkpoint. model: (file, function), or (file, "") for a saved
+    capture; data: (file, function), or (file, "") for a .npz of arrays or a file whose bytes are the data. Paths are
+    absolute.
     """
 
     path: Path
@@ -151,7 +156,7 @@ def read_job_file(path: Path) -> JobFile:
     return JobFile(
         path=path,
         name=top.take("name", str, default=folder.name)[:256] or "job",
-        model=_function(folder, top.take("model", str, default="model.py:build"), "model"),
+        model=_model(folder, top.take("model", str, default="model.py:build")),
         data=_data(folder, top.take("data", str, default="model.py:data")),
         initial=_initial(folder, top.take("initial", str, default="seed")),
         mode=top.choice("mode", ("exact", "native"), default="exact"),
@@ -169,8 +174,14 @@ def read_job_file(path: Path) -> JobFile:
 def _function(folder: Path, text: str, key: str) -> tuple[Path, str]:
     file, colon, function = text.partition(":")
     if not colon or not file.endswith(".py") or not function.isidentifier():
-        raise BadJobFile(f"{key} is {text!r}", next_step=f'write {key} = "model.py:function"')
+        raise BadJobFile(f"{key} is {text!r}", next_step=f'write {key} = "model.py:function"{_SAVED[key]}')
     return _inside(folder, file, key), function
+
+
+def _model(folder: Path, text: str) -> tuple[Path, str]:
+    if text.endswith(".program"):
+        return _inside(folder, text, "model"), ""
+    return _function(folder, text, "model")
 
 
 def _data(folder: Path, text: str) -> tuple[Path, str]:

@@ -1,4 +1,4 @@
-"""SGD, Adam and AdamW as functions of their state, so that an update is part of the graph.
+"""SGD, Adam, AdamW and Lion as functions of their state, so that an update is part of the graph.
 
 The learning rate is an input of the step, and bias correction reads running powers of the betas kept as state:
 `pow(beta, step)` gives other bits on other machines (a public bit-reproducible run forked there at its step 15,
@@ -9,7 +9,7 @@ torch computes the scalars of a step in double precision.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from protocol.errors import UnsupportedModel
 from protocol.program import Init
 
-__all__ = ["FunctionalOptimizer", "functional"]
+__all__ = ["FunctionalOptimizer", "Lion", "functional"]
 
 State = dict[str, Tensor]
 
@@ -161,16 +161,83 @@ class _Adam(FunctionalOptimizer):
         return weight - mean * (rate / first) / (torch.sqrt(square) / root + group.options["eps"])
 
 
+class Lion(torch.optim.Optimizer):
+    """Lion, which torch.optim lacks: w -= lr (sign(b1 m + (1 - b1) g) + decay w), then m = b2 m + (1 - b2) g.
+
+    Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675, Algorithm 2.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ) -> None:
+        """Raises ValueError for numbers out of range."""
+        if lr < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"Lion with lr={lr}, betas={betas}, weight_decay={weight_decay}")
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update from the gradients that stand."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                mean = self.state[weight].setdefault("mean", torch.zeros_like(weight))
+                new, mean_new = _lion(weight, weight.grad, mean, group["lr"], group["betas"], group["weight_decay"])
+                weight.copy_(new)
+                mean.copy_(mean_new)
+        return loss
+
+
+def _lion(
+    weight: Tensor, grad: Tensor, mean: Tensor, rate: Any, betas: tuple[float, float], decay: float
+) -> tuple[Tensor, Tensor]:
+    """The new weight and mean. rate: a float, or a scalar tensor."""
+    beta1, beta2 = betas
+    direction = torch.sign(mean * beta1 + grad * (1 - beta1))
+    if decay:
+        weight = weight * (1 - rate * decay)
+    return weight - direction * rate, mean * beta2 + grad * (1 - beta2)
+
+
+class _Lion(FunctionalOptimizer):
+    def _slots(self, group: _Group) -> tuple[str, ...]:
+        return ("mean",)
+
+    def _step(
+        self,
+        group: _Group,
+        name: str,
+        weight: Tensor,
+        grad: Tensor,
+        state: State,
+        rate: Tensor,
+        powers: tuple[Tensor, ...],
+    ) -> Tensor:
+        slot, options = f"optimizer.mean.{name}", group.options
+        weight, state[slot] = _lion(weight, grad, state[slot], rate, options["betas"], options["weight_decay"])
+        return weight
+
+
 def functional(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> FunctionalOptimizer:
     """`optimizer` as a function. names: the state name of each parameter by its id().
 
     Raises UnsupportedModel for another optimizer, for one that has already stepped, and for options whose
     arithmetic is not implemented.
     """
-    kinds = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+    kinds = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, Lion)
     if type(optimizer) not in kinds:
         raise UnsupportedModel(
-            f"optimizer {type(optimizer).__name__} is not supported", next_step="use torch.optim.SGD, Adam or AdamW"
+            f"optimizer {type(optimizer).__module__}.{type(optimizer).__name__} is not supported",
+            next_step="use torch.optim.SGD, Adam or AdamW, or ichiba.Lion",
         )
     if optimizer.state:
         raise UnsupportedModel("the optimizer has already taken steps", next_step="return a fresh one from build()")
@@ -196,6 +263,8 @@ def functional(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> Fu
         groups.append(_Group(number, options, members, 1.0 if rate == first_rate else rate / first_rate))
     if isinstance(optimizer, torch.optim.SGD):
         return _SGD(groups)
+    if isinstance(optimizer, Lion):
+        return _Lion(groups)
     return _Adam(
         groups,
         decoupled=isinstance(optimizer, torch.optim.AdamW)

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import sys
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,11 +25,11 @@ from numpy.typing import NDArray
 from protocol import params, safetensors
 from protocol.codec import encode
 from protocol.errors import IchibaError, MalformedRecord, RemoteProtocolError, UnsupportedModel
-from protocol.program import Program, operations_per_step, peak_bytes, program_id
+from protocol.program import Program, operations_per_step, peak_bytes, program_id, state_layout
 from protocol.task import ArrayRef, Initial, TaskSpec
 from worker import checkpoint
 from worker.capture import Captured, capture_built
-from worker.executor import Diverged, Executor
+from worker.executor import DTYPES, Diverged, Executor
 from worker.job_file import BadJobFile, JobFile, read_job_file
 from worker.training import Batches, initial_state, rate_of
 
@@ -247,6 +248,8 @@ def _call(place: tuple[Path, str], key: str) -> Callable[[], Any]:
 
 def _capture(job: JobFile) -> Captured:
     file, name = job.model
+    if not name:
+        return _saved(job, file)
     build = _call(job.model, "model")
 
     def built() -> Any:
@@ -256,11 +259,29 @@ def _capture(job: JobFile) -> Captured:
     return capture_built(built)
 
 
+def _saved(job: JobFile, file: Path) -> Captured:
+    """A capture that `Captured.save` wrote: no code of the user's runs."""
+    if job.initial == "model":
+        raise BadJobFile(
+            f'initial is "model", and {file.name} holds no weights',
+            next_step='initial = "initial.safetensors", which captured.save() wrote beside it',
+        )
+    try:
+        program = Program.from_bytes(file.read_bytes())
+    except RemoteProtocolError as error:
+        raise BadJobFile(f"{file.name}: {error.what}", next_step="write it with captured.save()") from None
+    state = {
+        name: torch.zeros(shape, dtype=DTYPES[dtype], device="meta")
+        for name, (dtype, shape) in state_layout(program).items()
+    }
+    return Captured(program, state)
+
+
 # --- data --------------------------------------------------------------------------------------------------
 def _arrays(job: JobFile) -> tuple[PreparedArray, ...]:
     file, name = job.data
     if not name:
-        return (_array("text", file.read_bytes()),)
+        return _npz(file) if file.suffix == ".npz" else (_array("text", file.read_bytes()),)
     function = _call(job.data, "data")
     with _users(f"{name}()", file):
         found = function()
@@ -272,6 +293,14 @@ def _arrays(job: JobFile) -> tuple[PreparedArray, ...]:
             next_step="return a dict of numpy arrays or tensors by name, or bytes",
         )
     return tuple(_array(str(key), value) for key, value in sorted(found.items()))
+
+
+def _npz(file: Path) -> tuple[PreparedArray, ...]:
+    try:
+        with np.load(file, allow_pickle=False) as found:
+            return tuple(_array(name, found[name]) for name in sorted(found.files))
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise BadJobFile(f"{file.name} is no .npz of arrays: {error}", next_step="write it with numpy.savez") from None
 
 
 def _array(name: str, value: Any) -> PreparedArray:
@@ -305,6 +334,12 @@ def _base(job: JobFile, captured: Captured) -> bytes | None:
     state = dict(captured.initial_state)
     if isinstance(job.initial, Path):
         state |= _from_file(job.initial, captured.program, state)
+        absent = [name for name, tensor in state.items() if tensor.is_meta]
+        if absent:
+            raise BadJobFile(
+                f"{job.initial.name} lacks {absent[:3]}, and a saved program knows no value for them",
+                next_step="use the initial.safetensors that captured.save() wrote, or a checkpoint of the same job",
+            )
     return checkpoint.dump(state)
 
 
