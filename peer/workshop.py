@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal, TypeVar
+from typing import Final, TypeVar
 
 import trio
 
+from peer.work_order import SegmentDone, WorkDone, WorkFailed, WorkOrder, WorkSuspended
 from protocol import params
 from protocol.codec import decode
-from protocol.errors import IchibaError, LocalProtocolError, RemoteProtocolError
+from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.task import TaskSpec
 from worker.cage import Cage, CageFailed
 from worker.cgroups import sweep
@@ -32,17 +33,19 @@ from worker.frames import (
     Conversation,
     Failed,
     Frames,
+    Partial,
     Ready,
     Reply,
     Request,
     Root,
     Segment,
     Step,
+    Suspended,
     Work,
 )
 from worker.sandbox import Level, SandboxReport, SandboxTooWeak, admit, probe
 
-__all__ = ["SegmentDone", "WorkDone", "WorkFailed", "WorkOrder", "Workshop"]
+__all__ = ["SegmentDone", "WorkDone", "WorkFailed", "WorkOrder", "WorkSuspended", "Workshop"]
 
 _WORK_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")  # becomes a file name
 _LAST_BREATH_SECONDS: Final = 1.0  # how long a worker that ended its replies may take to exit by itself
@@ -52,82 +55,14 @@ OnStep = Callable[[int, float | None], None]
 OnSegment = Callable[["SegmentDone"], Awaitable[None]]
 
 
-class WorkFailed(IchibaError):
-    """A job that came to no end. `log_tail` is the end of what the worker printed: a stranger's words.
-
-    Codes: deadline, out-of-memory, killed, filter, no-reply, short-checkpoint, oversize-checkpoint, bad-frame,
-    oversize-frame, wrong-reply, extra-bytes, log-flood, disk, missing-input, sandbox-failed; and, told by the worker
-    itself, bad-task, bad-program, bad-data, cannot-start, internal.
-    """
-
-    def __init__(self, code: str, what: str, why: str = "", log_tail: str = "", *, next_step: str = "") -> None:
-        self.code, self.log_tail = code, log_tail
-        super().__init__(what, why=why, next_step=next_step)
-
-
-@dataclass(frozen=True)
-class WorkOrder:
-    """One job for one worker.
-
-    task: canonical TaskSpec. program, arrays (by the names of the task), base: regular files, read-only inside.
-    Segments first_segment to last_segment (exclusive) when want is "train". memory_bytes caps what the worker
-    allocates beside its inputs. wall_seconds counts from the hand-over to a warm worker.
-    """
-
-    work_id: str
-    task: bytes
-    program: Path
-    arrays: dict[str, Path]
-    base: Path | None
-    first_segment: int
-    last_segment: int
-    threads: int
-    memory_bytes: int
-    wall_seconds: float
-    checkpoint_bytes_max: int
-    cheat: str | None = None
-    want: Literal["train", "initial-root"] = "train"
-
-
-@dataclass(frozen=True)
-class SegmentDone:
-    """A finished segment, steps first_step to last_step (exclusive).
-
-    losses: of each step (the last SANDBOX_LOSSES_KEPT_MAX), None where it is no finite number. checkpoint: a file in
-    the scratch folder, now the caller's; its bytes are unchecked. diverged_step: where the state stopped being
-    finite, which ends the task.
-    """
-
-    segment: int
-    first_step: int
-    last_step: int
-    in_root: bytes
-    out_root: bytes
-    losses: tuple[float | None, ...]
-    operations: int
-    checkpoint: Path
-    checkpoint_bytes: int
-    diverged_step: int | None
-
-
-@dataclass(frozen=True)
-class WorkDone:
-    """A job that ended as it should. root is set for want="initial-root" only."""
-
-    work_id: str
-    segments: int
-    root: bytes | None
-    seconds: float
-    memory_peak_bytes: int
-    log_tail: str
-
-
 @dataclass(eq=False)
 class _Slot:
     """A place in the pool: a worker on its way or warm, until somebody takes it."""
 
     ready: trio.Event = field(default_factory=trio.Event)
     taken: trio.Event = field(default_factory=trio.Event)
+    gone: trio.Event = field(default_factory=trio.Event)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     reserved: bool = False
     cage: Cage | None = None
 
@@ -142,7 +77,8 @@ class _Progress:
     on_segment: OnSegment
     segments: int = 0
     root: bytes | None = None
-    _header: Segment | None = None
+    suspended: WorkSuspended | None = None
+    _header: Segment | Suspended | None = None
     _losses: tuple[float | None, ...] = ()
     _file: FileIO | None = None
 
@@ -150,7 +86,7 @@ class _Progress:
         """Act on one checked event. Raises WorkFailed for what the worker itself gave up on, or a full disk."""
         if isinstance(event, Step):
             self.on_step(event.step, event.loss)
-        elif isinstance(event, Segment):
+        elif isinstance(event, Segment | Suspended):
             self._header, self._losses = event, tuple(conversation.losses)
             self._file = FileIO(self._part, "xb")
         elif isinstance(event, CheckpointBytes):
@@ -177,6 +113,10 @@ class _Progress:
         self._file = None
         path = self.folder / f"{self.order.work_id}-{header.segment}.safetensors"
         os.replace(self._part, path)
+        if isinstance(header, Suspended):
+            where = (header.segment, header.step, header.in_root, self._losses)
+            self.suspended = WorkSuspended(*where, path, header.checkpoint_bytes)
+            return
         self.segments += 1
         await self.on_segment(
             SegmentDone(
@@ -216,6 +156,7 @@ class Workshop:
         self.warm_failure = ""  # why the last warm-up failed; the next job tries for itself
         self._report: SandboxReport | None = None
         self._slots: list[_Slot] = []
+        self._talks: dict[str, tuple[Cage, Conversation]] = {}  # by work id
         self._scope = trio.open_nursery()
         self._nursery: trio.Nursery | None = None
 
@@ -261,13 +202,23 @@ class Workshop:
             self._slots.append(slot)
             self._nursery.start_soon(self._keep_warm, slot)
 
+    async def empty(self) -> None:
+        """Stop the workers of the pool that nobody waits for, and see them dead."""
+        idle = [slot for slot in self._slots if not slot.reserved]
+        for slot in idle:
+            slot.reserved = True
+            slot.scope.cancel()
+        for slot in idle:
+            await slot.gone.wait()
+
     async def _keep_warm(self, slot: _Slot) -> None:
         cage = None
         try:
-            cage = slot.cage = await self._start()
-            slot.ready.set()
-            with trio.move_on_after(params.SANDBOX_WARM_SECONDS_MAX):
-                await slot.taken.wait()
+            with slot.scope:
+                cage = slot.cage = await self._start()
+                slot.ready.set()
+                with trio.move_on_after(params.SANDBOX_WARM_SECONDS_MAX):
+                    await slot.taken.wait()
         except CageFailed as error:
             self.warm_failure = str(error)
         finally:
@@ -276,6 +227,7 @@ class Workshop:
             if cage is not None and not slot.taken.is_set():
                 slot.cage = None
                 await cage.kill()
+            slot.gone.set()
 
     async def _start(self) -> Cage:
         """A worker that is confined and warm. Raises CageFailed."""
@@ -317,14 +269,32 @@ class Workshop:
                 await slot.cage.kill()
         return await self._start()
 
-    async def run(self, order: WorkOrder, *, on_step: OnStep, on_segment: OnSegment) -> WorkDone:
+    async def suspend(self, work_id: str) -> bool:
+        """Ask a running job to stop before its next step; its `run` then returns it as suspended, or fails, or is
+        done first. False if no worker has it yet: then cancelling `run` loses nothing."""
+        cage, conversation = self._talks.get(work_id, (None, None))
+        if cage is None or conversation is None or not cage.sent:
+            return False
+        conversation.suspending = True
+        await cage.suspend()
+        return True
+
+    async def run(
+        self, order: WorkOrder, *, on_step: OnStep, on_segment: OnSegment, partial: Partial | None = None,
+        losses: tuple[float | None, ...] = (),
+    ) -> WorkDone:  # fmt: skip
         """Run `order` to its end in a worker of its own.
+
+        partial: order.base is not a checkpoint but the state of a job suspended within first_segment, and `losses`
+        are those of that segment's steps so far.
 
         Raises WorkFailed; CageFailed if a worker's death cannot be proven. Cancelling kills the worker and returns
         only once it is dead. Calls `on_step(step, loss)` (None: no finite number) and awaits `on_segment`.
         """
         steps = _check(order)
         conversation = Conversation(order.want, order.first_segment, steps, order.checkpoint_bytes_max)
+        if partial is not None:
+            conversation.resume(partial.step, losses)
         with ExitStack() as opened:
             descriptors, input_bytes = _open_inputs(order, opened)
             try:
@@ -333,7 +303,8 @@ class Workshop:
                 raise WorkFailed("sandbox-failed", error.what, error.why, next_step="run `ichiba doctor`") from None
             progress = _Progress(order, self.scratch_dir, on_step, on_segment)
             opened.callback(progress.close)
-            return await self._attend(cage, _request(order, input_bytes), descriptors, conversation, progress)
+            request = _request(order, input_bytes, partial)
+            return await self._attend(cage, request, descriptors, conversation, progress)
 
     async def _attend(
         self, cage: Cage, request: Request, descriptors: list[int], conversation: Conversation, progress: _Progress
@@ -341,6 +312,7 @@ class Workshop:
         """Talk with the worker to the end, whatever it does, then see it dead. Raises WorkFailed."""
         order, started = progress.order, trio.current_time()
         failure: WorkFailed | None = None
+        self._talks[order.work_id] = (cage, conversation)
         try:
             with trio.fail_after(order.wall_seconds):
                 await _converse(cage, request, descriptors, conversation, progress)
@@ -354,6 +326,7 @@ class Workshop:
         except* OSError as group:
             failure = WorkFailed("disk", f"cannot write a checkpoint: {_first(group)}", next_step="free some disk")
         finally:
+            del self._talks[order.work_id]
             status = await cage.kill()
         tail = cage.log.tail()
         if cage.oom_kills or (failure is None and not conversation.finished):
@@ -362,7 +335,8 @@ class Workshop:
             failure.log_tail = tail
             raise failure
         seconds = trio.current_time() - started
-        return WorkDone(order.work_id, progress.segments, progress.root, seconds, cage.memory_peak_bytes, tail)
+        peak, suspended = cage.memory_peak_bytes, progress.suspended
+        return WorkDone(order.work_id, progress.segments, progress.root, seconds, peak, tail, suspended)
 
 
 async def _first_reply(cage: Cage) -> Reply | CheckpointBytes | None:
@@ -437,7 +411,7 @@ def _open_inputs(order: WorkOrder, opened: ExitStack) -> tuple[list[int], int]:
     return descriptors, size
 
 
-def _request(order: WorkOrder, input_bytes: int) -> Work:
+def _request(order: WorkOrder, input_bytes: int, partial: Partial | None) -> Work:
     return Work(
         want=order.want,
         task=order.task,
@@ -451,6 +425,7 @@ def _request(order: WorkOrder, input_bytes: int) -> Work:
         input_bytes=input_bytes,
         checkpoint_bytes_max=order.checkpoint_bytes_max,
         cheat=order.cheat,
+        partial=partial,
     )
 
 

@@ -207,7 +207,7 @@ async def test_a_program_that_is_none_is_refused(workshop: Workshop, order: Work
 def rehearsing(monkeypatch: pytest.MonkeyPatch, attempt: str, **decoys: str | int) -> None:
     """Let the next jobs' workers try `attempt` instead of working, without loading torch."""
     request = Rehearsal(attempts=(attempt,), decoys=decoys)
-    monkeypatch.setattr(peer.workshop, "_request", lambda order, size: request)
+    monkeypatch.setattr(peer.workshop, "_request", lambda order, size, partial: request)
     monkeypatch.setattr(peer.workshop.Cage, "start", partial(START, torch=False))
 
 

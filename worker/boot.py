@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import resource
+import select
 import socket
 import sys
 from collections.abc import Iterator
@@ -47,6 +48,23 @@ class _Mouth:
     def write(self, data: memoryview) -> None:
         while data:
             data = data[os.write(self.descriptor, data) :]
+
+
+class _Ear:
+    """Listens for frames.SUSPEND between steps: one poll of about a microsecond, all that the graph filter allows."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLIN)
+
+    def asked(self) -> bool:
+        """Whether to stop now. Ends the process if the daemon has gone: nobody would hear its answer."""
+        if not self._poll.poll(0):
+            return False
+        if os.read(self.descriptor, 1) != frames.SUSPEND:
+            raise SystemExit("the daemon has gone")
+        return True
 
 
 class _Refused(Exception):
@@ -105,7 +123,10 @@ def warm_up() -> frames.Ready:
 
 
 def receive(descriptor: int) -> tuple[bytes, list[int]]:
-    """The body of the request, unparsed, and the descriptors that came with it. Ends if the daemon has gone."""
+    """The body of the request, unparsed, and the descriptors that came with it. Ends if the daemon has gone.
+
+    The socket stays open, for reading alone: frames.SUSPEND may come through it (`_Ear`).
+    """
     with socket.socket(fileno=descriptor) as ear:
         head, descriptors, flags, _ = socket.recv_fds(ear, 4, params.SANDBOX_ARRAYS_MAX + 2)
         if flags & socket.MSG_CTRUNC:
@@ -122,6 +143,8 @@ def receive(descriptor: int) -> tuple[bytes, list[int]]:
                 body += part
             if len(head) == 4 and int.from_bytes(head, "little") > params.SANDBOX_REQUEST_BYTES_MAX:
                 raise SystemExit("the request is too long")
+        ear.shutdown(socket.SHUT_WR)  # the daemon reads nothing here: nothing can be left in its buffer either
+        ear.detach()
     return bytes(body), descriptors
 
 
@@ -133,7 +156,7 @@ def view(descriptor: int) -> memoryview:
     return mapped
 
 
-def work(job: frames.Work, descriptors: list[int], mouth: _Mouth) -> None:
+def work(job: frames.Work, descriptors: list[int], mouth: _Mouth, ear: _Ear) -> None:
     """Run one job and say its replies, all but the last. Raises _Refused, MemoryError."""
     import torch
 
@@ -160,7 +183,9 @@ def work(job: frames.Work, descriptors: list[int], mouth: _Mouth) -> None:
         if job.want == "initial-root":
             mouth.say(frames.Root(training.initial_root(task, program, base)))
             return
-        told = _Steps(mouth, task.steps_of(job.first_segment).start)
+        at = job.partial
+        partial = training.Partial(at.step, at.in_root, at.root) if at else None
+        told = _Steps(mouth, partial.step if partial else task.steps_of(job.first_segment).start)
         for result in training.run_segments(
             task=task,
             program=program,
@@ -170,9 +195,21 @@ def work(job: frames.Work, descriptors: list[int], mouth: _Mouth) -> None:
             threads=job.threads,
             cheat=job.cheat,
             on_step=told.step,
+            stop=ear.asked,
+            partial=partial,
         ):
             told.rest_of(result)
             say_segment(result, mouth)
+    except training.Suspended as stopped:
+        mouth.say(
+            frames.Suspended(
+                segment=stopped.segment,
+                step=stopped.step,
+                in_root=stopped.in_root,
+                checkpoint_bytes=len(stopped.state),
+            )
+        )
+        mouth.write(memoryview(stopped.state))
     except IchibaError as error:
         raise _Refused("bad-data", error) from error
 
@@ -190,7 +227,7 @@ class _Steps:
 
     def rest_of(self, result: SegmentResult) -> None:
         for step in range(self.due, result.last_step):
-            self.step(step, result.losses[step - result.first_step])
+            self.step(step, result.losses[step - result.last_step])  # from the end: a resumed one lacks the first
 
 
 def say_segment(result: SegmentResult, mouth: _Mouth) -> None:
@@ -210,14 +247,15 @@ def say_segment(result: SegmentResult, mouth: _Mouth) -> None:
     mouth.write(memoryview(result.checkpoint))
 
 
-def serve(request: frames.Request, descriptors: list[int], mouth: _Mouth) -> Iterator[frames.Reply]:
+def serve(request: frames.Request, descriptors: list[int], mouth: _Mouth, ear: _Ear) -> Iterator[frames.Reply]:
     """The last replies of a request: work says its own on the way, because they carry raw bytes."""
     if isinstance(request, frames.Rehearsal):
-        yield from canary.rehearse(request.attempts, request.decoys | {"replies": mouth.descriptor})
+        own = {"replies": mouth.descriptor, "job": ear.descriptor}
+        yield from canary.rehearse(request.attempts, request.decoys | own)
         yield frames.Done()
         return
     try:
-        work(request, descriptors, mouth)
+        work(request, descriptors, mouth, ear)
     except _Refused as refused:
         yield _failed(refused.code, refused.error)
     except MemoryError as error:
@@ -256,7 +294,7 @@ def main(config: dict[str, Any]) -> None:
         seccomp.install(
             seccomp.filter_program(seccomp.Tier.GRAPH, only_pid=None if config["namespaces"] else os.getpid())
         )
-    for reply in serve(frames.read_request(body), descriptors, mouth):
+    for reply in serve(frames.read_request(body), descriptors, mouth, _Ear(config["job"])):
         mouth.say(reply)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -35,7 +35,7 @@ import protocol
 from protocol import params
 from protocol.errors import IchibaError
 from worker.cgroups import Cgroup, CgroupUnavailable
-from worker.frames import Request, frame
+from worker.frames import SUSPEND, Request, frame
 from worker.seccomp import Tier, filter_program
 
 __all__ = ["Cage", "CageFailed", "Level", "Log", "find_bubblewrap"]
@@ -299,6 +299,7 @@ class Cage:
         self._replies = trio.lowlevel.FdStream(pipes.replies_ours)
         self._log = trio.lowlevel.FdStream(pipes.log_ours)
         self._info = trio.lowlevel.FdStream(pipes.info_ours)
+        self.sent = False  # the whole request is out: only now may something else follow it
         self.oom_kills = 0
         self.memory_peak_bytes = 0
 
@@ -387,6 +388,12 @@ class Cage:
             rest = memoryview(data)[sent:]
             while rest:
                 rest = rest[await self._job.send(rest) :]
+            self.sent = True
+
+    async def suspend(self) -> None:
+        """Ask the job to stop before its next step and say Suspended."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            await self._job.send(SUSPEND)
 
     async def receive(self) -> bytes:
         """The next bytes of the replies, at most 1 MiB; empty when the worker closed them or died."""

@@ -191,7 +191,7 @@ def own_environ(_: Decoys) -> str:
 
 def inherited_descriptors(decoys: Decoys) -> str:
     """Everything above stderr that is neither the job's socket nor the replies' pipe."""
-    ours = {int(decoys["replies"])}
+    ours = {int(decoys["replies"]), int(decoys["job"])}
     found = []
     for number in range(3, 1024):
         try:

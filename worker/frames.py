@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -35,6 +35,7 @@ __all__ = [
     "Root",
     "Segment",
     "Step",
+    "Suspended",
     "Work",
     "frame",
     "read_request",
@@ -50,6 +51,19 @@ class _Frame(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 
 
 # --- daemon to worker ----------------------------------------------------------------------------------------
+class Partial(_Frame, frozen=True, tag="partial"):
+    """The base of this job is no checkpoint but a suspended state, before `step` of the first segment, with state
+    root `root`. in_root: that of the segment's start."""
+
+    step: Uint
+    in_root: Digest
+    root: Digest
+
+
+SUSPEND: Final = b"S"
+"""All that may follow a Work, at any time: stop before the next step and say Suspended."""
+
+
 class Work(_Frame, frozen=True, tag="work", kw_only=True):
     """One job. Descriptors travel beside the frame: the program, then the arrays in order, then the base.
 
@@ -69,6 +83,7 @@ class Work(_Frame, frozen=True, tag="work", kw_only=True):
     input_bytes: Uint
     checkpoint_bytes_max: Uint
     cheat: str | None = None
+    partial: Partial | None = None
 
 
 class Rehearsal(_Frame, frozen=True, tag="rehearsal", kw_only=True):
@@ -114,6 +129,18 @@ class Segment(_Frame, frozen=True, tag="segment", kw_only=True):
     diverged_step: Uint | None
 
 
+class Suspended(_Frame, frozen=True, tag="suspended", kw_only=True):
+    """As asked: the job stands before `step` of `segment`; `checkpoint_bytes` of that state follow, then Done.
+
+    in_root: the state root at the segment's start, which a worker that goes on no longer sees.
+    """
+
+    segment: Uint
+    step: Uint
+    in_root: Digest
+    checkpoint_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
+
+
 class Root(_Frame, frozen=True, tag="root"):
     """The root of the initial state, the whole answer to want="initial-root"."""
 
@@ -140,12 +167,12 @@ class Done(_Frame, frozen=True, tag="done"):
     """All asked for was sent; nothing follows."""
 
 
-Reply = Ready | Step | Segment | Root | Attempted | Failed | Done
+Reply = Ready | Step | Segment | Suspended | Root | Attempted | Failed | Done
 
 
 @dataclass(frozen=True)
 class CheckpointBytes:
-    """The next part of the checkpoint of the Segment before it. last: the checkpoint is whole."""
+    """The next part of the checkpoint of the Segment or Suspended before it. last: the checkpoint is whole."""
 
     part: bytes
     last: bool
@@ -220,7 +247,8 @@ class Conversation:
 
     steps: the step numbers of each segment asked for, in order, the first being segment `first_segment`; empty
     when the initial root is asked for. `losses` holds those of the latest segment: of each step done, or the
-    last SANDBOX_LOSSES_KEPT_MAX of them.
+    last SANDBOX_LOSSES_KEPT_MAX of them. `resume` starts it within the first segment. A worker may say Suspended only
+    once `suspending` is set.
     Raises BadReply with code `wrong-reply`, `oversize-checkpoint` or `extra-bytes`, beside those of `Frames`.
     """
 
@@ -231,6 +259,8 @@ class Conversation:
     frames: Frames = field(default_factory=Frames)
     losses: deque[float | None] = field(default_factory=lambda: deque(maxlen=params.SANDBOX_LOSSES_KEPT_MAX))
     finished: bool = False
+    suspending: bool = False
+    suspended: bool = False
     _done: int = 0
     _next_step: int = -1
     _root_seen: bool = False
@@ -238,6 +268,12 @@ class Conversation:
     def __post_init__(self) -> None:
         assert bool(self.steps) == (self.want == "train"), "segments are asked for in training, and only there"
         self._next_step = self.steps[0].start if self.steps else -1
+
+    def resume(self, step: int, losses: Iterable[float | None]) -> None:
+        """Expect `step` of the first segment next; `losses` are those of its steps before."""
+        assert step in self.steps[0], "a suspended state is checked when it is kept"
+        self._next_step = step
+        self.losses.extend(losses)
 
     def take(self, data: bytes) -> Iterator[Reply | CheckpointBytes]:
         """The checked events in `data`, lazily: use each before asking for the next."""
@@ -252,7 +288,7 @@ class Conversation:
 
     def _check(self, reply: Reply) -> None:
         """Raises BadReply unless `reply` may come now."""
-        training = self.want == "train" and self._done < len(self.steps)
+        training = self.want == "train" and self._done < len(self.steps) and not self.suspended
         if isinstance(reply, Failed) or (isinstance(reply, Done) and self._complete):
             self.finished = True
         elif isinstance(reply, Root) and self.want == "initial-root" and not self._root_seen:
@@ -261,12 +297,14 @@ class Conversation:
             self._check_step(reply)
         elif isinstance(reply, Segment) and training:
             self._check_segment(reply)
+        elif isinstance(reply, Suspended) and training and self.suspending:
+            self._check_suspended(reply)
         else:
             raise BadReply("wrong-reply", f"{type(reply).__name__.lower()} is not what may come next")
 
     @property
     def _complete(self) -> bool:
-        return self._root_seen if self.want == "initial-root" else self._done == len(self.steps)
+        return self._root_seen if self.want == "initial-root" else self.suspended or self._done == len(self.steps)
 
     def _check_step(self, reply: Step) -> None:
         due = self.steps[self._done]
@@ -279,12 +317,28 @@ class Conversation:
         self.losses.append(reply.loss)
         self._next_step += 1
 
-    def _check_segment(self, reply: Segment) -> None:
+    def _check_size(self, reply: Segment | Suspended) -> None:
         if reply.checkpoint_bytes > self.checkpoint_bytes_max:
             raise BadReply(
                 "oversize-checkpoint",
                 f"a checkpoint of {reply.checkpoint_bytes} bytes, at most {self.checkpoint_bytes_max} are expected",
             )
+
+    def _check_suspended(self, reply: Suspended) -> None:
+        self._check_size(reply)
+        steps = self.steps[self._done]
+        due = (self.first_segment + self._done, self._next_step)
+        if (reply.segment, reply.step) != due or reply.step not in steps:
+            raise BadReply(
+                "wrong-reply", f"suspended at segment, step {(reply.segment, reply.step)} where {due} was due"
+            )
+        if reply.step == steps.start:
+            self.losses.clear()
+        self.suspended = True
+        self.frames.raw_left = reply.checkpoint_bytes
+
+    def _check_segment(self, reply: Segment) -> None:
+        self._check_size(reply)
         steps = self.steps[self._done]
         diverged = self._next_step if reply.diverged_step is not None else None
         last = steps.stop if diverged is None else diverged

@@ -24,7 +24,17 @@ from protocol.task import TaskSpec, learning_rate
 from worker import cheats, checkpoint, exact
 from worker.executor import DTYPES, Diverged, Executor
 
-__all__ = ["Batches", "SegmentResult", "check_task", "initial_root", "initial_state", "rate_of", "run_segments"]
+__all__ = [
+    "Batches",
+    "Partial",
+    "SegmentResult",
+    "Suspended",
+    "check_task",
+    "initial_root",
+    "initial_state",
+    "rate_of",
+    "run_segments",
+]
 
 Data = bytes | memoryview
 
@@ -33,8 +43,8 @@ Data = bytes | memoryview
 class SegmentResult:
     """What one segment gave. last_step is exclusive; after divergence it is the step that diverged.
 
-    losses: of each step done, before its update. operations: charged for them. checkpoint: the end state as
-    safetensors, whose root is out_root.
+    losses: of each step done, before its update; of a resumed segment, from the step it was resumed at.
+    operations: charged for the whole segment. checkpoint: the end state as safetensors, whose root is out_root.
     """
 
     segment: int
@@ -46,6 +56,23 @@ class SegmentResult:
     operations: int
     checkpoint: bytes
     diverged_step: int | None
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Where a suspended segment stands: the state before `step`, whose root is `root`. in_root: the segment's own."""
+
+    step: int
+    in_root: bytes
+    root: bytes
+
+
+class Suspended(Exception):  # no error: the caller asked for it
+    """`stop` was true before `step`. state: the one before it, as safetensors; with in_root a Partial's contents."""
+
+    def __init__(self, segment: int, step: int, in_root: bytes, state: bytes) -> None:
+        self.segment, self.step, self.in_root, self.state = segment, step, in_root, state
+        super().__init__(f"suspended before step {step}")
 
 
 class Batches:
@@ -180,30 +207,40 @@ def run_segments(
     threads: int = 1,
     cheat: str | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    stop: Callable[[], bool] | None = None,
+    partial: Partial | None = None,
 ) -> Iterator[SegmentResult]:
     """Run `segments` one after the other and yield each result.
 
     base: the checkpoint at the start of segments.start as safetensors; None if the task starts from its seed and
     segments.start is 0. cheat: a fraud of worker/cheats.py. on_step: called with each step's number and loss.
-    After a step that diverges, the segment's result says so and is the last.
-    Raises MalformedRecord, VerificationFailed for a task, program, data or base that do not fit each other.
+    After a step that diverges, the segment's result says so and is the last. stop: asked before every step; true
+    raises Suspended. partial: base is the state it stands for, within segments.start, which goes on from there; the
+    bits are those of an uninterrupted run, because a step reads nothing but the state and its number.
+    Raises MalformedRecord, VerificationFailed for a task, program, data, base or partial that do not fit each other.
     """
     cheats.check(cheat)
     check_task(task, program)
     if not len(segments) or segments.step != 1 or segments.start < 0 or segments.stop > task.segments:
         raise LocalProtocolError(f"segments {segments} of a task of {task.segments}")
+    if cheat is not None:
+        stop = None  # a demonstrated fraud leaves steps out: no step number says where it stands
+    if partial is not None and (cheat is not None or partial.step not in task.steps_of(segments.start)):
+        raise MalformedRecord(f"step {partial.step} is not one where segment {segments.start} can go on")
     if cheats.copies(cheat):
         other = msgspec.structs.replace(task, seed=task.seed ^ 1)
         true_root = checkpoint.state_root(_start(task, program, base, segments))
-        for result in _run(other, program, arrays, base, segments, threads, None, on_step):
+        for result in _run(other, program, arrays, base, segments, threads, None, on_step, None, None):
             first = result.segment == segments.start
             yield replace(result, in_root=true_root) if first else result
         return
-    yield from _run(task, program, arrays, base, segments, threads, cheat, on_step)
+    yield from _run(task, program, arrays, base, segments, threads, cheat, on_step, stop, partial)
 
 
-def _start(task: TaskSpec, program: Program, base: Data | None, segments: range) -> dict[str, Tensor]:
-    if segments.start == 0:
+def _start(
+    task: TaskSpec, program: Program, base: Data | None, segments: range, partial: Partial | None = None
+) -> dict[str, Tensor]:
+    if segments.start == 0 and partial is None:
         return initial_state(task, program, base)
     if base is None:
         raise MalformedRecord(f"segment {segments.start} needs the checkpoint it starts from")
@@ -219,19 +256,27 @@ def _run(
     threads: int,
     cheat: str | None,
     on_step: Callable[[int, float], None],
+    stop: Callable[[], bool] | None,
+    partial: Partial | None,
 ) -> Iterator[SegmentResult]:
     batches = Batches(task, program, arrays)
     executor = Executor(program, task.mode, width=task.width, threads=threads)
-    state = _start(task, program, base, segments)
+    state = _start(task, program, base, segments, partial)
     root = checkpoint.state_root(state)
+    if partial is not None and root != partial.root:
+        raise VerificationFailed("the suspended state is not the one that was kept", why="the file was damaged")
     for segment in segments:
         steps = task.steps_of(segment)
-        start_state, in_root = state, root
+        start_state, in_root, begun = state, root, steps.start
+        if partial is not None:
+            in_root, begun, partial = partial.in_root, partial.step, None
         losses: list[float] = []
         diverged: int | None = None
-        for step in cheats.steps_done(cheat, segment, steps):
+        for step in cheats.steps_done(cheat, segment, range(begun, steps.stop)):
             if cheats.is_stale(cheat, segment):
                 break
+            if stop is not None and stop():
+                raise Suspended(segment, step, in_root, checkpoint.dump(state))
             batch = batches.of(step, seed=cheats.batch_seed(cheat, segment, task.seed))
             try:
                 state, loss = executor.step(state, batch, rate_of(task, step), task.seed, step)
@@ -243,7 +288,7 @@ def _run(
         last = steps.stop if diverged is None else diverged
         if state is not start_state:
             root = checkpoint.state_root(state)
-        missing = last - steps.start - len(losses)  # only a fraud leaves steps out: it repeats the loss it had
+        missing = last - begun - len(losses)  # only a fraud leaves steps out: it repeats the loss it had
         losses.extend([losses[-1] if losses else 0.0] * missing)
         done = last - steps.start
         yield SegmentResult(

@@ -1,0 +1,101 @@
+"""What the workshop is asked and what it answers: an order, its segments, and the three ways it can end.
+
+Plain values: they know of no process, bid, money or peer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from protocol.errors import IchibaError
+
+__all__ = ["SegmentDone", "WorkDone", "WorkFailed", "WorkOrder", "WorkSuspended"]
+
+
+class WorkFailed(IchibaError):
+    """A job that came to no end. `log_tail` is the end of what the worker printed: a stranger's words.
+
+    Codes: deadline, out-of-memory, killed, filter, no-reply, short-checkpoint, oversize-checkpoint, bad-frame,
+    oversize-frame, wrong-reply, extra-bytes, log-flood, disk, missing-input, sandbox-failed; and, told by the worker
+    itself, bad-task, bad-program, bad-data, cannot-start, internal.
+    """
+
+    def __init__(self, code: str, what: str, why: str = "", log_tail: str = "", *, next_step: str = "") -> None:
+        self.code, self.log_tail = code, log_tail
+        super().__init__(what, why=why, next_step=next_step)
+
+
+@dataclass(frozen=True)
+class WorkOrder:
+    """One job for one worker.
+
+    task: canonical TaskSpec. program, arrays (by the names of the task), base: regular files, read-only inside.
+    Segments first_segment to last_segment (exclusive) when want is "train". memory_bytes caps what the worker
+    allocates beside its inputs. wall_seconds counts from the hand-over to a warm worker.
+    """
+
+    work_id: str
+    task: bytes
+    program: Path
+    arrays: dict[str, Path]
+    base: Path | None
+    first_segment: int
+    last_segment: int
+    threads: int
+    memory_bytes: int
+    wall_seconds: float
+    checkpoint_bytes_max: int
+    cheat: str | None = None
+    want: Literal["train", "initial-root"] = "train"
+
+
+@dataclass(frozen=True)
+class SegmentDone:
+    """A finished segment, steps first_step to last_step (exclusive).
+
+    losses: of each step (the last SANDBOX_LOSSES_KEPT_MAX), None where it is no finite number. checkpoint: a file in
+    the scratch folder, now the caller's; its bytes are unchecked. diverged_step: where the state stopped being
+    finite, which ends the task.
+    """
+
+    segment: int
+    first_step: int
+    last_step: int
+    in_root: bytes
+    out_root: bytes
+    losses: tuple[float | None, ...]
+    operations: int
+    checkpoint: Path
+    checkpoint_bytes: int
+    diverged_step: int | None
+
+
+@dataclass(frozen=True)
+class WorkSuspended:
+    """A job that stands before `step` of `segment`, whose start has the root in_root.
+
+    losses: as SegmentDone's, of the segment's steps so far. state: a file in the scratch folder, now the caller's;
+    its bytes are unchecked.
+    """
+
+    segment: int
+    step: int
+    in_root: bytes
+    losses: tuple[float | None, ...]
+    state: Path
+    state_bytes: int
+
+
+@dataclass(frozen=True)
+class WorkDone:
+    """A job that ended as it should, or was suspended. root is set for want="initial-root" only."""
+
+    work_id: str
+    segments: int
+    root: bytes | None
+    seconds: float
+    memory_peak_bytes: int
+    log_tail: str
+    suspended: WorkSuspended | None
