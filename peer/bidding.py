@@ -40,7 +40,7 @@ class Bidder:
         means, now = self.desk.means, self.desk.now_ns
         if not means.roles & ROLE_SOLVER or offer.submitter == self.desk.me:
             return
-        refusal = refuse_offer(
+        refusal = self._paused() or refuse_offer(
             offer,
             unit_price=means.unit_price,
             memory_bytes=means.memory_bytes,
@@ -81,12 +81,15 @@ class Bidder:
         self.desk.publish(MARKET, envelope)
         self.desk.emit("bid", offer=offer_id, unit_price=bid.unit_price, eta_s=bid.eta_ns // 10**9)
 
+    def _paused(self) -> Refusal | None:
+        return Refusal("paused", "its owner paused this peer; `ichiba resume`") if self.desk.paused_ns else None
+
     def speed(self) -> int:
         """Operations per second: measured on this peer's own segments, else the configured guess."""
         return self.operations_per_second or self.desk.means.operations_per_second
 
     def publish_ask(self) -> None:
-        """The standing ask of this peer's one slot: what it offers, in every role."""
+        """The standing ask of this peer's one slot: what it offers, in every role; while it is paused, in none."""
         means, now, rules = self.desk.means, self.desk.now_ns, self.desk.network.rules
         if not means.roles:
             return
@@ -97,7 +100,7 @@ class Bidder:
             peer=self.desk.me,
             slot=0,
             sequence=self.ask_sequence,
-            roles=means.roles,
+            roles=0 if self.desk.paused_ns else means.roles,
             unit_price=means.unit_price,
             memory_bytes=means.memory_bytes,
             sandbox=means.sandbox,
@@ -111,6 +114,8 @@ class Bidder:
 
     def refuse_proposal(self, agreement: Agreement, task: TaskSpec) -> Refusal | None:
         """Why the proposal is not what we bid, or cannot be run now."""
+        if refusal := self._paused():
+            return refusal
         if agreement.bid not in self.seeds:
             return Refusal("unknown-bid", "this peer made no such bid, or forgot it in a restart")
         _, bid = self.seeds[agreement.bid]

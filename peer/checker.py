@@ -52,6 +52,8 @@ class Case:
     operations: int = 0
     work: bytes = b""
     answered: bool = False
+    asked_ns: int = 0
+    held: bool = False  # until the end of a pause
     failures: int = 0
 
     @property
@@ -160,11 +162,14 @@ class Checker:
         self.settler.accept(message.agreement)  # the request may overtake the gossip
         if case.agreement_id not in self.settler.channels:
             self.desk.send(peer, CheckDecline(case.agreement_id, "not-funded", "the agreement has no open channel"))
+        elif self.desk.paused_ns:
+            self.desk.send(peer, CheckDecline(case.agreement_id, "paused", "its owner paused this peer"))
         elif not self.desk.means.roles & bit:
             self.desk.send(peer, CheckDecline(case.agreement_id, "role", f"this peer is no {message.role}"))
         elif len(self.cases) >= params.CHECKS_QUEUED_MAX:
             self.desk.send(peer, CheckDecline(case.agreement_id, "busy", "too many cases are queued here"))
         else:
+            case.asked_ns = self.desk.now_ns
             self.cases[case.id] = case
             self.desk.send(peer, CheckAccept(case.agreement_id))
             self.desk.emit("case", submitter=peer, role=message.role, segments=list(message.segments))
@@ -176,7 +181,7 @@ class Checker:
             self._gather(next(iter(self.cases.values())))
 
     def _gather(self, case: Case) -> None:
-        case.started = True
+        case.started, case.held = True, False
         task = task_of(case.task)
         wanted = {task.program: task.program_bytes} | {a.blob: a.size_bytes for a in task.arrays}
         sources = (case.submitter, case.agreement.solver)
@@ -207,7 +212,9 @@ class Checker:
         return [blake("ichiba/check-work", case.id, s.to_bytes(8, "little")) for s in case.request.segments]
 
     def _run(self, case: Case) -> None:
-        case.work = self._works(case)[case.next_index]
+        case.work, case.held = self._works(case)[case.next_index], bool(self.desk.paused_ns)
+        if case.held:
+            return
         self.desk.add(
             StartWork(
                 work=case.work,
@@ -250,6 +257,24 @@ class Checker:
             self._drop(case, "work-failed", event.error[:300])
         else:
             self._run(case)
+
+    def pause(self) -> dict[bytes, int]:
+        """Hold all work. The open cases, and when their submitters ask somebody else."""
+        silence_ns = self.desk.network.rules.check_silence_ms * 10**6
+        for case in self.cases.values():
+            case.held = bool(case.work)
+        return {case.work or case.id: case.asked_ns + silence_ns for case in self.cases.values()}
+
+    def waiting_works(self) -> list[bytes]:
+        """The pieces of work of the open cases."""
+        return [case.work or case.id for case in self.cases.values()]
+
+    def resume(self) -> int:
+        """Start what waits; how many."""
+        held = [case for case in self.cases.values() if case.held]
+        for case in held:
+            self._run(case)
+        return len(held)
 
     def _conclude(
         self, case: Case, finding: str, *, wrong_segment: int = 0, claimed: bytes = b"", found: bytes = b""

@@ -25,6 +25,8 @@ _COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "status": ("peer.cli_node:status", "Show who this peer is, whom it sees and what it does."),
     "connect": ("peer.cli_node:connect", "Connect the running daemon to another peer."),
     "invite": ("peer.cli_node:invite", "Print an invite that brings another peer here."),
+    "pause": ("peer.cli_pause:pause", "Free this machine: stop all work at its next step, and keep where it stands."),
+    "resume": ("peer.cli_pause:resume", "Go on after a pause."),
     "submit": ("peer.cli_submit:submit", "Offer the job in JOB to the market and follow it."),
     "quote": ("peer.cli_submit:quote", "Show what a job would cost, and how long it would take."),
     "job": ("peer.cli_job:job", "List, show, follow, cancel and collect jobs."),

@@ -65,6 +65,10 @@ _LINES: Final[dict[str, Callable[[_Event], str]]] = {
     "agreed": lambda e: f"solver {_who(e['solver'])} signed after {e['after_ns'] / 1e9:.1f} s and begins",
     "refused": _refused,
     "step": lambda e: f"step {e['step'] + 1}: loss {e['loss']:.4f}",
+    "solver-paused": lambda e: (
+        f"solver {_who(e['solver'])} is paused by its owner; it is lost if nothing comes for {e['silence_s']} s"
+    ),
+    "solver-resumed": lambda e: f"solver {_who(e['solver'])} goes on",
     "paid": lambda e: (
         f"segment {e['segment']} done and paid: {credits_of(e['amount_micro'])} credits "
         f"({credits_of(e['cumulative_micro'])} so far), state {e['out_root'][:12]}"

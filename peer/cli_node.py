@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from peer.cli_output import Terminal, common, credits_of, short_id
+from peer.cli_pause import paused_line
 
 __all__ = ["connect", "init", "invite", "roles_of", "status"]
 
@@ -87,6 +88,7 @@ def _status_pairs(found: dict[str, Any]) -> dict[str, object]:
         "price": f"{credits_of(found['unit_price'])} credits per giga-operation",
         "speed": f"{found['operations_per_second'] / 1e9:.2f} giga-operations per second",
         "market": f"{found['asks_seen']} asks and {found['offers_seen']} offers heard",
+        "paused": paused_line(found),
         "work": f"{found['jobs_open']} jobs open, {found['deals_active']} deals for others",
         "free": f"{credits_of(found['free_micro'])} credits",
         "stake": f"{credits_of(found['stake_micro'])} credits free to lock",

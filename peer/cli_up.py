@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from peer.cli_output import CREDITS, SIZE, Terminal, common
+from peer.cli_pause import paused_line
 from protocol.errors import IchibaError
 
 if TYPE_CHECKING:
@@ -125,6 +126,8 @@ async def _run(terminal: Terminal, config: DaemonConfig) -> None:
                 terminal.say(f"listening on {address}")
             if invite:
                 terminal.say(f"invite: {invite}")
+            if status["paused_since_ns"]:
+                terminal.say(f"paused {paused_line(status)}; next: ichiba resume")
             nursery.start_soon(_end_on_signal, daemon, nursery.cancel_scope)
             await daemon.stopped.wait()
             terminal.note("stopping")

@@ -135,6 +135,14 @@ class Client:
         """This peer's buckets, or everybody's."""
         return self.command("wallet", all=everybody)
 
+    def pause(self, *, within_ms: int) -> dict[str, Any]:
+        """Stop working and free the memory of workers; answers when it is free and their state on the disk."""
+        return self.command("pause", within_ms=within_ms)
+
+    def resume(self) -> dict[str, Any]:
+        """Go on after a pause."""
+        return self.command("resume")
+
     # --- the daemon ----------------------------------------------------------------------------------------
     def connect(self, address_or_invite: str) -> dict[str, Any]:
         """Dial another peer."""

@@ -20,6 +20,7 @@ from peer.deals import Deal, Job, JobState, agreement_of, task_of
 from peer.desk import Desk
 from peer.events import Command, Reply
 from peer.jobs import JobDesk
+from peer.pausing import Pausing
 from peer.settler import Settler
 from peer.solver import Solver
 from peer.submitter import Submitter
@@ -62,6 +63,7 @@ class Commands:
     submitter: Submitter
     bidder: Bidder
     solver: Solver
+    pausing: Pausing
 
     def handle(self, command: Command) -> None:
         """Answer one command with one Reply, never an exception."""
@@ -75,6 +77,8 @@ class Commands:
             "quote": self.quote,
             "wallet": self.wallet,
             "bundle": self.bundle,
+            "pause": self.pausing.pause,
+            "resume": self.pausing.resume,
         }
         try:
             if command.verb not in verbs:
@@ -106,6 +110,7 @@ class Commands:
             "stake_micro": self.settler.free_stake(desk.me),
             "settlement_records": len(self.settler.log),
             "clock_ns": desk.now_ns,
+            **self.pausing.status(),
         }
 
     # --- jobs ----------------------------------------------------------------------------------------------

@@ -75,6 +75,14 @@ class _Wallet(msgspec.Struct, forbid_unknown_fields=True):
     all: bool = False
 
 
+class _Pause(msgspec.Struct, forbid_unknown_fields=True):
+    """Of pause: how long workers may take to hand over their state; 0 kills them at once."""
+
+    within_ms: Annotated[int, msgspec.Meta(ge=0, le=int(1000 * params.SUSPEND_SECONDS_MAX))] = int(
+        1000 * params.SUSPEND_SECONDS
+    )
+
+
 VERBS: Final[dict[str, type[msgspec.Struct]]] = {
     "status": _Nothing,
     "jobs": _Nothing,
@@ -85,6 +93,8 @@ VERBS: Final[dict[str, type[msgspec.Struct]]] = {
     "submit": _Submit,
     "quote": _Quote,
     "wallet": _Wallet,
+    "pause": _Pause,
+    "resume": _Nothing,
 }
 
 

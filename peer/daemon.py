@@ -32,6 +32,7 @@ from peer.invite import decode_invite, encode_invite
 from peer.node import Node
 from peer.store import Batch, Store
 from peer.store import Event as LogLine
+from peer.suspension import SuspendedStates
 from peer.workshop import Workshop
 from protocol import params
 from protocol.errors import IchibaError, NotFound, RemoteProtocolError
@@ -109,6 +110,8 @@ class Daemon:
         result: dict[str, Any] = box[0].result
         if verb == "status":
             result = result | {"addresses": self.host.addresses, "network_stats": self.host.stats()}
+        elif verb == "pause":
+            result = result | await self.performer.suspended()
         return result
 
     def _require_blobs(self, arguments: dict[str, Any]) -> None:
@@ -339,7 +342,8 @@ async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATU
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
         send, receive = trio.open_memory_channel[Input](params.INBOX_MAX)
-        performer = Performer(host, blobs, workshop, nursery, inbox=send)
+        states = SuspendedStates(config.data_dir / "suspended")
+        performer = Performer(host, blobs, workshop, nursery, send, states)
         daemon = Daemon(config, network, store, blobs, host, node, workshop, performer, send, note)
         host.serve(BLOB_PROTOCOL, blobs.serve)
         nursery.start_soon(daemon.run, receive)

@@ -54,6 +54,7 @@ class Desk:
     peers: dict[bytes, int] = field(default_factory=dict)  # connected peers -> since when, ns
     lefts: dict[bytes, int] = field(default_factory=dict)  # peers gone -> since when, ns
     now_ns: int = 0
+    paused_ns: int = 0  # since when the owner has paused this peer; 0: it is not
     effects: list[Effect] = field(default_factory=list)
     outbox: dict[str, list[bytes]] = field(default_factory=dict)
 

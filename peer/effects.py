@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -27,13 +28,16 @@ from peer.events import (
     StartWork,
     StepMade,
     StopWork,
+    Suspend,
     WorkEnded,
 )
 from peer.host import Host, PeerUnreachable
-from peer.workshop import SegmentDone, WorkFailed, WorkOrder, Workshop
+from peer.suspension import SuspendedStates
+from peer.work_order import SegmentDone, WorkDone, WorkFailed, WorkOrder, WorkSuspended
+from peer.workshop import Workshop
 from protocol import params
 from protocol.codec import encode
-from protocol.errors import IchibaError, VerificationFailed
+from protocol.errors import IchibaError, RemoteProtocolError, VerificationFailed
 from protocol.merkle import state_root
 from protocol.operations import TensorType
 from protocol.program import Program, state_layout
@@ -55,6 +59,26 @@ def check_checkpoint(path: Path, program: Path, root: bytes) -> None:
         raise VerificationFailed(f"checkpoint has state root {found.hex()[:12]}, its receipt says {root.hex()[:12]}")
 
 
+@dataclass(eq=False)
+class _Running:
+    """One piece of work. `freed`: its worker is dead; `ended`: what became of it is known too."""
+
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    freed: trio.Event = field(default_factory=trio.Event)
+    ended: trio.Event = field(default_factory=trio.Event)
+    suspending: bool = False
+    fate: dict[str, Any] = field(default_factory=dict)
+    again: StartWork | None = None  # wanted back before its suspension was over
+
+
+@dataclass(eq=False)
+class _Suspension:
+    """One Suspend on its way, and its report."""
+
+    done: trio.Event = field(default_factory=trio.Event)
+    report: dict[str, Any] = field(default_factory=lambda: {"freed_ms": 0, "fates": {}})
+
+
 @dataclass
 class Performer:
     """Performs effects in `nursery`; results go to `inbox`, a bounded queue into the node."""
@@ -64,9 +88,11 @@ class Performer:
     workshop: Workshop | None
     nursery: trio.Nursery
     inbox: trio.MemorySendChannel[Input]
+    states: SuspendedStates
     counters: Counter[str] = field(default_factory=Counter)
     outgoing: dict[bytes, trio.MemorySendChannel[bytes]] = field(default_factory=dict)
-    working: dict[bytes, trio.CancelScope] = field(default_factory=dict)
+    working: dict[bytes, _Running] = field(default_factory=dict)
+    suspension: _Suspension | None = None
     turn: trio.Lock = field(default_factory=trio.Lock)  # one worker at a time: the slot of this machine
 
     def perform(self, effect: object) -> None:
@@ -82,8 +108,13 @@ class Performer:
                 self._start_work(effect)
             case StopWork(work=work):
                 if work in self.working:
-                    self.working[work].cancel()
+                    self.working[work].again = None
+                    self.working[work].scope.cancel()
+            case Suspend(within_ms=within_ms):
+                self.suspension = _Suspension()
+                self.nursery.start_soon(self._suspend, within_ms / 1000, self.suspension)
             case Release(owner=owner, keep=keep):
+                self.states.drop(owner)
                 self.blobs.release(owner.hex(), keep=keep)
             case Penalise(peer=peer, reason=reason):
                 self.host.penalise(peer, reason)
@@ -136,41 +167,108 @@ class Performer:
     # --- work ----------------------------------------------------------------------------------------------
     def _start_work(self, order: StartWork) -> None:
         if order.work in self.working:
+            if self.working[order.work].suspending:
+                self.working[order.work].again = order
             return
-        self.working[order.work] = trio.CancelScope()
-        self.nursery.start_soon(self._work, order)
+        self.working[order.work] = _Running()
+        self.nursery.start_soon(self._work, order, self.working[order.work])
 
-    async def _work(self, order: StartWork) -> None:
-        error = ""
-        with self.working[order.work] as scope:
+    async def _work(self, order: StartWork, running: _Running) -> None:
+        error, done = "", None
+        with running.scope:
             try:
-                if self.workshop is None:
-                    raise WorkFailed("sandbox-failed", "this machine has no sandbox", next_step="run `ichiba doctor`")
-                async with self.turn:
-                    await self.workshop.run(
-                        self._work_order(order),
-                        on_step=lambda step, loss: self._step(order.work, step, loss),
-                        on_segment=partial(self._segment, order.work),
-                    )
+                done = await self._run(order)
             except WorkFailed as failure:
                 error = f"{failure.code}: {failure}"
                 log.warning("work failed: %s\n%s", error, failure.log_tail)
+                if failure.code == "bad-data":
+                    self.states.drop(order.work)  # if it went on from one, the disk damaged it: the checkpoint is left
             except (IchibaError, OSError) as failure:
                 error = str(failure) or type(failure).__name__
                 log.warning("work failed: %s", error)
+        running.freed.set()
+        suspended = done.suspended if done is not None else None
+        if suspended is not None:
+            running.fate = await self._keep(order, suspended)
+        elif done is not None or error:
+            running.fate = {"fate": "failed" if error else "finished", "why": error}
         del self.working[order.work]
-        if not scope.cancelled_caught:
+        running.ended.set()
+        if running.again is not None:
+            self._start_work(running.again)
+        elif suspended is None and not running.scope.cancelled_caught:
             await self.inbox.send(WorkEnded(order.work, error))
 
-    def _work_order(self, order: StartWork) -> WorkOrder:
+    async def _run(self, order: StartWork) -> WorkDone:
+        if self.workshop is None:
+            raise WorkFailed("sandbox-failed", "this machine has no sandbox", next_step="run `ichiba doctor`")
+        async with self.turn:
+            kept = self.states.find(order.work, order.task, order.first_segment)
+            return await self.workshop.run(
+                self._work_order(order, kept.state if kept else None),
+                on_step=lambda step, loss: self._step(order.work, step, loss),
+                on_segment=partial(self._segment, order.work),
+                partial=kept.partial if kept else None,
+                losses=kept.losses if kept else (),
+            )
+
+    async def _keep(self, order: StartWork, suspended: WorkSuspended) -> dict[str, Any]:
+        """Keep a state, and say what became of it."""
+        program = self.blobs.path(order.task.program)
+        try:
+            await trio.to_thread.run_sync(self.states.keep, order.work, order.task, program, suspended)
+        except (RemoteProtocolError, OSError) as failure:
+            log.warning("a suspended state is not kept: %s", failure)
+            return {"fate": "restarts", "why": f"its state cannot be kept: {failure}"[:300]}
+        where = {"segment": suspended.segment, "step": suspended.step, "bytes": suspended.state_bytes}
+        return {"fate": "kept", "why": "", **where}
+
+    async def _suspend(self, within_s: float, suspension: _Suspension) -> None:
+        """End every worker, with its state if it gives it in `within_s`, and stop the idle ones."""
+        began = trio.current_time()
+        works = dict(self.working)
+        for work, running in works.items():
+            running.suspending = True
+            running.fate = {"fate": "restarts", "why": f"its worker did not hand over its state in {within_s:g} s"}
+            if not within_s:
+                running.scope.cancel()
+            elif self.workshop is None or not await self.workshop.suspend(_work_id(work)):
+                running.fate["why"] = "it had no worker yet"
+                running.scope.cancel()
+        with trio.move_on_after(within_s):
+            for running in works.values():
+                await running.freed.wait()
+        for running in works.values():
+            if not running.freed.is_set():
+                running.scope.cancel()
+        for running in works.values():
+            await running.freed.wait()
+        if self.workshop is not None:
+            await self.workshop.empty()
+        suspension.report["freed_ms"] = round(1000 * (trio.current_time() - began))
+        for running in works.values():
+            await running.ended.wait()
+        suspension.report["fates"] = {work.hex(): running.fate for work, running in works.items()}
+        suspension.done.set()
+
+    async def suspended(self) -> dict[str, Any]:
+        """The report of the last Suspend, when it is done: how long it took until the memory was free, in ms, and
+        what became of each work."""
+        if self.suspension is None:
+            return _Suspension().report
+        await self.suspension.done.wait()
+        return self.suspension.report
+
+    def _work_order(self, order: StartWork, suspended: Path | None) -> WorkOrder:
         task = order.task
+        base = self.blobs.path(order.base) if order.base else None
         segments = order.last_segment - order.first_segment
         return WorkOrder(
-            work_id=order.work.hex()[:32],
+            work_id=_work_id(order.work),
             task=encode(task),
             program=self.blobs.path(task.program),
             arrays={array.name: self.blobs.path(array.blob) for array in task.arrays},
-            base=self.blobs.path(order.base) if order.base else None,
+            base=suspended or base,
             first_segment=order.first_segment,
             last_segment=order.last_segment,
             threads=1,
@@ -210,3 +308,9 @@ class Performer:
                 done.checkpoint_bytes,
             )
         )
+        self.states.drop(work)  # its segment is over
+
+
+def _work_id(work: bytes) -> str:
+    """The name of a piece of work in the workshop."""
+    return work.hex()[:32]

@@ -30,6 +30,7 @@ __all__ = [
     "StartWork",
     "StepMade",
     "StopWork",
+    "Suspend",
     "Tick",
     "WorkEnded",
 ]
@@ -198,6 +199,14 @@ class StopWork:
 
 
 @dataclass(frozen=True)
+class Suspend:
+    """End every worker at its next step boundary, keep its state on disk, and empty the pool. No WorkEnded follows:
+    a later StartWork of the same work goes on from that state. After `within_ms` a worker is killed without."""
+
+    within_ms: int
+
+
+@dataclass(frozen=True)
 class Release:
     """The blobs fetched or made for `owner` (a deal, a case, a piece of work) may be evicted, but for `keep`."""
 
@@ -231,4 +240,6 @@ class Penalise:
     reason: str
 
 
-Effect: TypeAlias = Save | Post | Send | Publish | Fetch | StartWork | StopWork | Release | Emit | Reply | Penalise
+Effect: TypeAlias = (
+    Save | Post | Send | Publish | Fetch | StartWork | StopWork | Suspend | Release | Emit | Reply | Penalise
+)

@@ -21,6 +21,7 @@ __all__ = [
     "Decline",
     "Message",
     "Opened",
+    "Paused",
     "Progress",
     "ProofOffer",
     "Propose",
@@ -74,6 +75,13 @@ class Progress(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     agreement: Digest
     step: Uint
     loss_millionths: int
+
+
+class Paused(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="paused"):
+    """Unsigned news for people: the solver's owner paused the work, or lets it go on. It buys no time."""
+
+    agreement: Digest
+    paused: bool
 
 
 class ReceiptOffer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="receipt"):
@@ -171,6 +179,7 @@ Message: TypeAlias = (
     | Accept
     | Decline
     | Opened
+    | Paused
     | Progress
     | ReceiptOffer
     | ReceiptBack

@@ -18,7 +18,7 @@ from peer.bidding import Bidder
 from peer.checker import Checker
 from peer.checking import CheckDesk
 from peer.commands import Commands
-from peer.deals import Deal
+from peer.deals import Deal, agreement_of
 from peer.desk import Desk, Means
 from peer.events import (
     Command,
@@ -38,6 +38,7 @@ from peer.events import (
 )
 from peer.jobs import JobDesk
 from peer.messages import unpack
+from peer.pausing import Pausing
 from peer.settler import Settler
 from peer.solver import Solver
 from peer.submitter import Submitter
@@ -79,12 +80,16 @@ class Node:
         self.checks.on_right = self.submitter.checked_right
         self.checks.on_paid_and_wrong = self.submitter.paid_and_wrong
         self.checker = Checker(self.desk, self.settler)
-        self.commands = Commands(self.desk, self.settler, self.jobs, self.submitter, self.bidder, self.solver)
+        self.pausing = Pausing(self.desk, self.bidder, self.solver, self.checker)
+        self.commands = Commands(
+            self.desk, self.settler, self.jobs, self.submitter, self.bidder, self.solver, self.pausing
+        )
         self.next_sync_ns = now_ns
         self._deposit()
         self.settler.restore(rows("settlement"), rows("frozen"))
         self.jobs.restore(rows)
         self.submitter.restore(rows)
+        self.pausing.restore(rows)
         self.solver.restore(rows)
         self.checker.restore(rows)
         self.settler.on_open = self._opened
@@ -225,6 +230,8 @@ class Node:
                 self.solver.on_opened(peer, message)
             case m.Progress():
                 self._progress(peer, message)
+            case m.Paused():
+                self._paused(peer, message)
             case m.ReceiptOffer():
                 self.submitter.on_receipt(peer, message)
             case m.ReceiptBack():
@@ -280,6 +287,14 @@ class Node:
         if deal is not None and self.submitter.solver_of(deal) == peer:
             deal.news_ns = self.desk.now_ns
             self.desk.emit("step", deal.job, deal=deal.id, step=message.step, loss=message.loss_millionths / 1e6)
+
+    def _paused(self, peer: bytes, message: m.Paused) -> None:
+        """Told to people, and no news: a solver cannot hold a job longer by saying that it does not work on it."""
+        deal = self.submitter.deals.get(message.agreement)
+        if deal is not None and self.submitter.solver_of(deal) == peer:
+            silence_ns = agreement_of(deal, self.desk.network.id).segment_deadline_ns
+            kind = "solver-paused" if message.paused else "solver-resumed"
+            self.desk.emit(kind, deal.job, deal=deal.id, solver=peer, silence_s=silence_ns // 10**9)
 
     # --- anti-entropy --------------------------------------------------------------------------------------
     def _sync(self, peer: bytes, message: m.SyncDigest | m.SyncIds) -> None:

@@ -36,6 +36,7 @@ from peer.events import (
     StartWork,
     StepMade,
     StopWork,
+    Suspend,
     Tick,
     WorkEnded,
 )
@@ -242,6 +243,8 @@ class Simulation:
                     self._work(peer, effect)
                 case StopWork(work=work):
                     peer.working.discard(work)
+                case Suspend():
+                    peer.working.clear()
                 case Emit(kind=kind, data=data):
                     self.log.append((self.now_ns, peer.name, kind, data))
                 case Reply():

@@ -73,6 +73,8 @@ class Solver:
     made: dict[bytes, list[bytes]] = field(default_factory=dict)  # every receipt signed here, co-signed or not
     missing: dict[bytes, set[bytes]] = field(default_factory=dict)  # deal -> blobs still fetched
     working: set[bytes] = field(default_factory=set)
+    waiting: set[bytes] = field(default_factory=set)  # for the end of a pause
+    told_ns: dict[bytes, int] = field(default_factory=dict)  # deal -> when its submitter last had news from here
     resend: dict[bytes, int] = field(default_factory=dict)
     step_times: dict[bytes, int] = field(default_factory=dict)
 
@@ -155,6 +157,7 @@ class Solver:
         if base:
             wanted[base] = params.BLOB_BYTES_MAX
         self.missing[deal.id] = set(wanted)
+        self.waiting.discard(deal.id)
         for blob, size in wanted.items():
             self.desk.add(Fetch(blob, deal.id, sender, size))
 
@@ -169,12 +172,16 @@ class Solver:
         self.missing[deal.id].discard(event.blob)
         if not self.missing[deal.id]:
             del self.missing[deal.id]
-            self._start(deal)
+            self.start(deal)
 
-    def _start(self, deal: Deal) -> None:
+    def start(self, deal: Deal) -> None:
+        """Start the worker of a deal whose blobs are here, or note that it waits for the end of a pause."""
         agreement, task = agreement_of(deal, self.desk.network.id), task_of(deal.task)
         first = agreement.first_segment + deal.made
         if first >= agreement.last_segment:
+            return
+        if self.desk.paused_ns:
+            self.waiting.add(deal.id)
             return
         self.working.add(deal.id)
         self.step_times[deal.id] = self.desk.now_ns
@@ -195,6 +202,7 @@ class Solver:
         """News for the submitter's screen."""
         deal = self.deals.get(event.work)
         if deal is not None and deal.lifecycle == State.RUNNING:
+            self.told_ns[deal.id] = self.desk.now_ns
             shown = max(-LOSS_SHOWN_MAX, min(LOSS_SHOWN_MAX, event.loss))
             self.desk.send(self._submitter(deal), Progress(deal.id, event.step, round(shown * 1_000_000)))
 
@@ -248,6 +256,7 @@ class Solver:
         """(Again) offer the oldest receipt that is not co-signed."""
         self.resend[deal.id] = self.desk.now_ns + params.RESEND_NS
         if deal.receipts < deal.made:
+            self.told_ns[deal.id] = self.desk.now_ns
             self.desk.send(self._submitter(deal), ReceiptOffer(self.made[deal.id][deal.receipts]))
 
     def on_work_ended(self, event: WorkEnded) -> None:
