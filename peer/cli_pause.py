@@ -14,7 +14,7 @@ from protocol import params
 __all__ = ["pause", "paused_line", "resume"]
 
 _FATES = {
-    "kept": "stands before step {step}, {bytes} kept",
+    "kept": "stands after step {step}, {bytes} kept",
     "restarts": "starts again from its last checkpoint: {why}",
     "finished": "was finished first",
     "failed": "failed: {why}",
@@ -49,13 +49,13 @@ def paused_line(found: dict[str, Any]) -> str:
 @click.command()
 @click.option(
     "--within",
-    type=click.FloatRange(0, params.SUSPEND_SECONDS_MAX),
+    type=click.IntRange(0, params.SUSPEND_SECONDS_MAX),
     default=params.SUSPEND_SECONDS,
     show_default=True,
     help="Seconds a worker may take to finish its step and hand over its state; 0 kills it at once.",
 )
 @common
-def pause(terminal: Terminal, within: float) -> None:
+def pause(terminal: Terminal, within: int) -> None:
     """Free this machine: stop all work at its next step, and keep where it stands.
 
     Memory, and that of a GPU, is free when this returns: workers are ended, not stopped. The deals stay, for as long
@@ -67,7 +67,7 @@ def pause(terminal: Terminal, within: float) -> None:
     ichiba pause --within 60     for a model with very long steps
     """
     with terminal.client() as client:
-        found = client.pause(within_ms=round(within * 1000))
+        found = client.pause(within_ms=within * 1000)
     terminal.record("ichiba.pause/1", found)
     fates = dict(found["fates"])
     if found["already"]:

@@ -78,7 +78,7 @@ class _Wallet(msgspec.Struct, forbid_unknown_fields=True):
 class _Pause(msgspec.Struct, forbid_unknown_fields=True):
     """Of pause: how long workers may take to hand over their state; 0 kills them at once."""
 
-    within_ms: Annotated[int, msgspec.Meta(ge=0, le=int(1000 * params.SUSPEND_SECONDS_MAX))] = int(
+    within_ms: Annotated[int, msgspec.Meta(ge=0, le=1000 * params.SUSPEND_SECONDS_MAX)] = (
         1000 * params.SUSPEND_SECONDS
     )
 

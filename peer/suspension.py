@@ -1,8 +1,8 @@
 """Suspended work on disk: the state a worker handed over in the middle of a segment, until the work goes on from it.
 
 Promises: what `keep` has returned for survives a crash, and a half-written one is never found; nothing is kept that
-is not a state of its program. A record (one canonical msgpack file) is written after its state and names its root, so
-a state without a record is rubbish and a damaged state is refused by the worker that loads it.
+is not a state of its program. A record (its hash, then canonical msgpack) is written after its state and names the
+state's root, so a state without a record is rubbish, and the worker that loads a damaged one refuses it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import msgspec
 
 from peer.work_order import WorkSuspended
 from protocol import params
-from protocol.codec import Digest, Uint, decode, encode
-from protocol.errors import RemoteProtocolError
+from protocol.codec import Digest, Uint, blake, decode, encode
+from protocol.errors import MalformedRecord, RemoteProtocolError
 from protocol.merkle import state_root
 from protocol.program import Program, state_layout
 from protocol.safetensors import parse
@@ -76,7 +76,7 @@ class SuspendedStates:
             os.replace(suspended.state, self._path(work, "safetensors"))
             part = self._path(work, "part")
             with part.open("wb") as file:
-                file.write(record)
+                file.write(blake("ichiba/suspended", record) + record)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, self._path(work, "record"))
@@ -95,7 +95,9 @@ class SuspendedStates:
         """The state of `work`, if it stands within `segment` of `task`; one of anything else is removed."""
         try:
             data = self._path(work, "record").read_bytes()
-            record = decode(_Record, data, bytes_max=params.SUSPENDED_RECORD_BYTES_MAX)
+            if blake("ichiba/suspended", data[32:]) != data[:32]:
+                raise MalformedRecord("the record of a suspended state is damaged")
+            record = decode(_Record, data[32:], bytes_max=params.SUSPENDED_RECORD_BYTES_MAX)
         except FileNotFoundError:
             return None
         except RemoteProtocolError:  # the disk damaged it: the checkpoint before is still there

@@ -82,8 +82,8 @@ SANDBOX_FILES_MAX: Final = 256  # open descriptors: 66 inputs and what Python an
 SANDBOX_MEMORY_BYTES_MIN: Final = 1024 * 1024 * 1024  # torch alone takes 300 MB, its libraries mapped 1 GB
 SANDBOX_ADDRESS_SLACK_BYTES: Final = 16 * 1024**3  # libraries and arenas reserve addresses they never fill
 
-SUSPEND_SECONDS: Final = 10.0  # a worker hands over its state in this, else it is killed; a small model takes 0.1 s
-SUSPEND_SECONDS_MAX: Final = 60.0  # the most an owner may allow: a control call must still be answered in 120 s
+SUSPEND_SECONDS: Final = 10  # a worker hands over its state in this, else it is killed; a small model takes 0.1 s
+SUSPEND_SECONDS_MAX: Final = 60  # the most an owner may allow: a control call must still be answered in 120 s
 SUSPENDED_STATES_MAX: Final = 8  # kept at once, the oldest gives way: a deal for each slot and the queued checks
 SUSPENDED_RECORD_BYTES_MAX: Final = 1024 * 1024  # 100,000 losses of 9 bytes and some roots
 
