@@ -92,6 +92,7 @@ class Pausing:
             deal = self.solver.deals[deal_id]
             self.desk.send(agreement_of(deal, self.desk.network.id).submitter, Paused(deal_id, paused=False))
             self.solver.start(deal)
+            self.solver.step_times.pop(deal_id, None)
         return len(ready)
 
     def status(self) -> dict[str, Any]:

@@ -219,8 +219,9 @@ class Solver:
             self._give_up(deal, "base", "the task's initial state has another root than the agreement says")
             return
         operations = task.operations_per_step * len(task.steps_of(event.segment))
-        seconds = max(1, self.desk.now_ns - self.step_times.get(deal.id, self.desk.now_ns)) / 1e9
-        self.bidder.operations_per_second = int(operations / seconds)
+        if deal.id in self.step_times:  # not the segment that a pause cut: its time says nothing
+            seconds = max(1, self.desk.now_ns - self.step_times[deal.id]) / 1e9
+            self.bidder.operations_per_second = int(operations / seconds)
         self.step_times[deal.id] = self.desk.now_ns
         receipt = Receipt(
             network=self.desk.network.id,

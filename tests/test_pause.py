@@ -19,7 +19,7 @@ from torch import nn
 import peer.workshop
 from peer.blobs import BlobStore
 from peer.effects import Performer
-from peer.events import Input, SegmentMade, StartWork, StepMade, StopWork, Suspend, WorkEnded
+from peer.events import Input, Release, SegmentMade, StartWork, StepMade, StopWork, Suspend, WorkEnded
 from peer.suspension import SuspendedStates
 from peer.workshop import WorkFailed, WorkOrder, Workshop
 from protocol.codec import encode
@@ -204,7 +204,14 @@ async def test_a_suspended_worker_dies_and_another_goes_on_with_the_same_bits(
         made.append(done)
 
     assert not await workshop.suspend("job-1"), "nobody works on it yet"
-    asking_early(monkeypatch, lambda: workshop.suspend("job-1"))
+
+    async def ask() -> None:
+        cage, _ = workshop._talks["job-1"]
+        with trio.fail_after(60):
+            assert await cage._job.recv(1) == b"", "the worker can say nothing through the socket that stays open"
+        assert await workshop.suspend("job-1")
+
+    asking_early(monkeypatch, ask)
     done = await workshop.run(order, on_step=lambda step, _: told.append(step), on_segment=on_segment)
     stood = done.suspended
     assert stood is not None
@@ -346,6 +353,29 @@ async def test_a_worker_that_gets_no_time_is_killed_and_its_segment_starts_again
         told, (segment,), error = await machine.until_ended()
         assert (error, segment.out_root) == ("", small_task()[3].out_root)
         assert told[-STEPS:] == list(range(STEPS))
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_worker_that_never_answers_is_killed_when_the_time_is_over(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with trio.open_nursery() as nursery:
+        machine = Machine(tmp_path, workshop, nursery)
+        handed_over = trio.Event()
+
+        async def send(cage: Cage, *_: Any) -> None:
+            cage.sent = True  # the job never reaches the worker: it waits for it, and hears nothing else
+            handed_over.set()
+
+        monkeypatch.setattr(Cage, "send", send)
+        machine.performer.perform(await machine.begin())
+        await handed_over.wait()
+        report = await machine.suspend(50)
+        assert report["fates"][WORK.hex()] == {
+            "fate": "restarts",
+            "why": "its worker did not hand over its state in 0.05 s",
+        }
+        assert not machine.performer.working
         nursery.cancel_scope.cancel()
 
 

@@ -57,6 +57,9 @@ def test_a_short_pause_costs_no_deal_even_over_a_crash(crash: bool) -> None:
     resumed = asked(simulation, "bob", "resume")
     assert (resumed["resumed"], resumed["works"]) == (True, 1)
     assert resumed["paused_for_ns"] >= 40 * SECOND
+    before = asked(simulation, "bob", "status")["operations_per_second"]
+    simulation.run(seconds=30, until=lambda: job_state(simulation, job)["segments_done"] == 3)
+    assert asked(simulation, "bob", "status")["operations_per_second"] == before, "a cut segment measures no speed"
     state = finish(simulation, job)
     assert (state["state"], state["retried"], state["paid_micro"]) == ("done", 0, 60_000)
     assert {"solver-paused", "solver-resumed"} <= set(kinds(simulation, "alice"))
