@@ -30,6 +30,7 @@ Progress = Callable[[int, int], None]
 """Called with bytes moved and bytes in all."""
 
 _CALL_SECONDS: Final = 120.0  # a connect tries four addresses, 10 s each
+_PAUSE_SECONDS: Final = 600.0  # the longest wait for workers, then their states to the disk at 30 MB/s or more
 _UPLOAD_SECONDS: Final = 3600.0  # after the last byte the daemon hashes it all
 _FRUITLESS_MAX: Final = 3  # connections in a row that gave nothing: then following is given up
 
@@ -137,7 +138,9 @@ class Client:
 
     def pause(self, *, within_ms: int) -> dict[str, Any]:
         """Stop working and free the memory of workers; answers when it is free and their state on the disk."""
-        return self.command("pause", within_ms=within_ms)
+        body = json.dumps({"within_ms": within_ms}).encode("ascii")
+        # A large state takes its time to the disk after the memory is free.
+        return self._answer("POST", "/v1/command/pause", iter((body,)), len(body), patience=_PAUSE_SECONDS)
 
     def resume(self) -> dict[str, Any]:
         """Go on after a pause."""

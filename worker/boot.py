@@ -51,7 +51,7 @@ class _Mouth:
 
 
 class _Ear:
-    """Listens for frames.SUSPEND between steps: one poll of about a microsecond, all that the graph filter allows."""
+    """Listens for frames.SUSPEND between steps: one poll of some microseconds, all that the graph filter allows."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor

@@ -21,6 +21,7 @@ from protocol.codec import Digest, Uint, decode, encode
 from protocol.errors import IchibaError, LimitExceeded, MalformedRecord
 
 __all__ = [
+    "SUSPEND",
     "Attempted",
     "BadReply",
     "CheckpointBytes",
@@ -28,6 +29,7 @@ __all__ = [
     "Done",
     "Failed",
     "Frames",
+    "Partial",
     "Ready",
     "Rehearsal",
     "Reply",
