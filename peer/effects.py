@@ -14,19 +14,25 @@ from pathlib import Path
 
 import trio
 
+from peer.bench_process import BenchRunner
 from peer.blobs import BlobStore
 from peer.events import (
+    CheckWork,
     Fetch,
     Fetched,
     Input,
+    OpenMemory,
     Penalise,
     Publish,
     Release,
     SegmentMade,
     Send,
+    StartBench,
     StartWork,
     StepMade,
+    StopBench,
     StopWork,
+    WarmBench,
     WorkEnded,
 )
 from peer.host import Host, PeerUnreachable
@@ -68,6 +74,10 @@ class Performer:
     outgoing: dict[bytes, trio.MemorySendChannel[bytes]] = field(default_factory=dict)
     working: dict[bytes, trio.CancelScope] = field(default_factory=dict)
     turn: trio.Lock = field(default_factory=trio.Lock)  # one worker at a time: the slot of this machine
+    bench: BenchRunner = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bench = BenchRunner(self.host, self.blobs, self.nursery, self.inbox, self.turn)
 
     def perform(self, effect: object) -> None:
         """Start one effect; returns at once."""
@@ -83,6 +93,8 @@ class Performer:
             case StopWork(work=work):
                 if work in self.working:
                     self.working[work].cancel()
+            case WarmBench() | StartBench() | OpenMemory() | StopBench() | CheckWork():
+                self.bench.perform(effect)
             case Release(owner=owner, keep=keep):
                 self.blobs.release(owner.hex(), keep=keep)
             case Penalise(peer=peer, reason=reason):
