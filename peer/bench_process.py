@@ -39,7 +39,7 @@ from peer.events import (
 )
 from peer.host import Host
 from protocol import params
-from protocol.bench_card import check_work
+from protocol.bench_card import check_work, evidence_bytes
 from protocol.errors import IchibaError, MalformedRecord, VerificationFailed
 from worker.bench import Chain, Chained, Fill, Filled, Measure, Measured, Moved, Open, Opened, Order, Reply
 
@@ -197,7 +197,7 @@ class BenchRunner:
         terms, error, forged = effect.challenge, "", False
         try:
             if not self.blobs.has(effect.evidence):
-                await self.blobs.fetch(self.host, effect.evidence, (terms.peer,), size_max=terms.side**2)
+                await self.blobs.fetch(self.host, effect.evidence, (terms.peer,), size_max=evidence_bytes(terms.side))
             self.blobs.pin(effect.evidence, effect.id.hex())
             evidence = await trio.Path(self.blobs.path(effect.evidence)).read_bytes()
             check = partial(check_work, terms, effect.id, evidence, randbytes=secrets.token_bytes)

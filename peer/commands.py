@@ -241,6 +241,7 @@ class Commands:
                     "memory_bytes": a.memory_bytes,
                     "sandbox": a.sandbox,
                     "operations_per_second": a.operations_per_second,
+                    "proven": asdict(self.challenger.speed_of(a.peer)),
                     "stake_micro": self.settler.free_stake(a.peer),
                     "trust_ppm": trust_ppm(self.settler.history(a.peer)),
                     "connected": a.peer in self.desk.peers or a.peer == self.desk.me,

@@ -91,6 +91,7 @@ class Node:
         self.prover = Prover(self.desk, free=self._idle)
         self.challenger = Challenger(self.desk)
         self.jobs.speed_of = self.challenger.speed_of
+        self.bidder.carded = self.prover.speed
         self.commands = Commands(
             self.desk, self.settler, self.jobs, self.submitter, self.bidder, self.solver, self.prover, self.challenger
         )

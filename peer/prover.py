@@ -80,6 +80,10 @@ class Prover:
     opened: OpenCard | None = None
     publish_ns: int = 0
 
+    def speed(self) -> int:
+        """Operations per second of our card; 0 without one."""
+        return self.opened.operations_per_second if self.opened is not None else 0
+
     # --- asking --------------------------------------------------------------------------------------------
     def ask(self, peer: bytes, *, memory_bytes: int) -> None:
         """Warm up, then ask a connected peer for a challenge. Raises LocalProtocolError where that is no use now."""

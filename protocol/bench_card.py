@@ -1,12 +1,13 @@
 """The bench card: a chain of exact matrix products that anybody checks in a small part of the time it took. DESIGN §9.
 
-The chain of a challenge is X_0 = B, X_(i+1) = X_i * B[order_i] modulo 251, where B is a matrix and each order_i a
-permutation of its rows, all drawn from the challenge's id and so bound to one peer, one challenger and one moment.
-Its result X_links is the whole evidence: a matrix of one byte an element. Freivalds' method checks every link at
-once: for a row v that the checker alone knows, v * X_links must equal ((v * B) * B[order_0]) * ..., which is one
-pass over B for each link where the maker needed a product of two matrices. A result that is wrong in any element
-passes one vector with probability 1/251, and VECTORS of them with 2.5e-10. The checker draws v itself after it has
-the result, so there is nothing to grind, and every peer convinces itself.
+The chain of a challenge has LANES lanes; each is X_0 = B, X_(i+1) = X_i * B[order_i] modulo 251, where B is a matrix
+and each order_i a permutation of its rows, all drawn from the challenge's id and so bound to one peer, one challenger
+and one moment. The results X_links are the whole evidence: one byte an element. Freivalds' method checks every link
+at once: for a row v that the checker alone knows, v * X_links must equal ((v * B) * B[order_0]) * ..., which is one
+pass over B for each link where the maker needed products of matrices. A result that is wrong in any element passes
+one row with probability 1/251, and VECTORS of them with 2.5e-10. The checker draws v itself after it has the result,
+so there is nothing to grind, and every peer convinces itself. A check is bound by reading B, so the lanes, which
+share B and not their orders, halve it.
 
 The memory of a challenge is a line of blocks, each made of the one before and of one that the content of that one
 points at (as scrypt and Argon2d do), so that a block that was not kept costs the recomputing of many. A Merkle root
@@ -36,6 +37,7 @@ from protocol.records import BenchCard, BenchChallenge, open_record
 
 __all__ = [
     "INNER_MAX",
+    "LANES",
     "LARGEST",
     "PRIME",
     "VECTORS",
@@ -51,6 +53,7 @@ __all__ = [
     "check_card_file",
     "check_opening",
     "check_work",
+    "evidence_bytes",
     "evidence_id",
     "first_block",
     "next_block",
@@ -60,13 +63,14 @@ __all__ = [
     "partner_of",
     "read_card_file",
     "reference_result",
-    "row_order",
+    "row_orders",
     "work_seed",
 ]
 
 PRIME: Final = 251  # the largest below 256: an element is one signed byte
 LARGEST: Final = PRIME // 2  # elements lie in [-125, 125]
 INNER_MAX: Final = 1024  # sums of so many products stay below 2**24: exact in float32, in any order, fused or not
+LANES: Final = 2  # more would lengthen the evidence
 VECTORS: Final = 4  # of one check: a wrong result passes with probability 251**-4 = 2.5e-10
 _BASE, _ORDER = 0, 1  # streams of the generator
 _BLOCK: Final = params.BENCH_MEMORY_BLOCK_BYTES
@@ -121,13 +125,18 @@ class CardFile(
     """A card with its evidence, to be checked offline."""
 
     card: Annotated[bytes, msgspec.Meta(max_length=params.GOSSIP_RECORD_BYTES_MAX)]
-    evidence: Annotated[bytes, msgspec.Meta(max_length=4096 * 4096)]
+    evidence: Annotated[bytes, msgspec.Meta(max_length=LANES * 4096 * 4096)]
 
 
 # --- the chain ---------------------------------------------------------------------------------------------
 def chain_operations(side: int, links: int) -> int:
     """The operations of a chain: 2 a multiply-add, as everywhere."""
-    return 2 * side**3 * links
+    return LANES * 2 * side**3 * links
+
+
+def evidence_bytes(side: int) -> int:
+    """The length of a chain's results, lane after lane, each row-major."""
+    return LANES * side * side
 
 
 def chain_size(operations_per_second: int) -> tuple[int, int]:
@@ -160,9 +169,9 @@ def base_matrix(seed: int, side: int) -> NDArray[np.int8]:
     return np.clip(drawn, -LARGEST, LARGEST, out=drawn).reshape(side, side)
 
 
-def row_order(seed: int, side: int, link: int) -> NDArray[np.int64]:
-    """The order of B's rows in one link: int64 (side,), the stable order of as many random words."""
-    return np.argsort(words(seed, link, _ORDER, side), kind="stable")
+def row_orders(seed: int, side: int, link: int) -> NDArray[np.int64]:
+    """The order of B's rows in one link, for each lane: int64 (LANES, side), the stable order of random words."""
+    return np.argsort(words(seed, link, _ORDER, LANES * side).reshape(LANES, side), axis=1, kind="stable")
 
 
 def balanced(sums: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -177,7 +186,7 @@ def balanced(sums: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _times(vectors: NDArray[np.float32], matrix: NDArray[np.float32]) -> NDArray[np.float32]:
-    """vectors (VECTORS, side) by matrix (side, side) modulo 251, exact: INNER_MAX products at a time.
+    """vectors (rows, side) by matrix (side, side) modulo 251, exact: INNER_MAX products at a time.
 
     Row vectors, because a slice of whole rows is read in one go: columns take a third longer.
     """
@@ -197,21 +206,23 @@ def check_work(
     """
     side = challenge.side
     _bound(challenge)
-    if len(evidence) != side * side:
-        raise MalformedRecord(f"evidence of {len(evidence)} bytes, a result of side {side} has {side * side}")
-    result = np.frombuffer(evidence, dtype=np.int8).reshape(side, side)
+    if len(evidence) != evidence_bytes(side):
+        raise MalformedRecord(f"evidence of {len(evidence)} bytes, results of side {side} have {evidence_bytes(side)}")
+    result = np.frombuffer(evidence, dtype=np.int8).reshape(LANES, side, side)
     if int(result.max()) > LARGEST or int(result.min()) < -LARGEST:
         raise MalformedRecord("the evidence holds an element outside [-125, 125]", why="one residue has one byte")
     drawn = np.frombuffer(randbytes(8 * side * VECTORS), dtype="<u8") % PRIME  # uniform but for 2**-56
     vectors = (drawn.astype(np.float32) - LARGEST).reshape(VECTORS, side)
     seed = work_seed(challenge_id)
     base = base_matrix(seed, side).astype(np.float32)
-    expected = _times(vectors, base)
+    expected = np.tile(_times(vectors, base), (LANES, 1))
     moved = np.empty_like(expected)
     for link in range(challenge.links):
-        moved[:, row_order(seed, side, link)] = expected  # instead of moving the rows of B
+        for lane, order in enumerate(row_orders(seed, side, link)):
+            rows = slice(lane * VECTORS, (lane + 1) * VECTORS)
+            moved[rows, order] = expected[rows]  # instead of moving the rows of B
         expected = _times(moved, base)
-    if not np.array_equal(expected, _times(vectors, result.astype(np.float32))):
+    if not np.array_equal(expected, np.concatenate([_times(vectors, lane.astype(np.float32)) for lane in result])):
         raise VerificationFailed(
             "the evidence is not the result of this challenge's chain",
             why="Freivalds' check failed: an element is wrong, or it was computed for another peer or challenge",
@@ -222,9 +233,9 @@ def reference_result(challenge: BenchChallenge, challenge_id: bytes) -> bytes:
     """The chain in plain 64-bit integers: slow, and what every fast way must agree with."""
     seed = work_seed(challenge_id)
     base = base_matrix(seed, challenge.side).astype(np.int64)
-    state = base
+    state = np.stack([base] * LANES)
     for link in range(challenge.links):
-        state = (state @ base[row_order(seed, challenge.side, link)] + LARGEST) % PRIME - LARGEST
+        state = (state @ base[row_orders(seed, challenge.side, link)] + LARGEST) % PRIME - LARGEST
     return state.astype(np.int8).tobytes()
 
 

@@ -26,7 +26,7 @@ from protocol.bench_card import (
     check_work,
     open_card,
     reference_result,
-    row_order,
+    row_orders,
     work_seed,
 )
 from protocol.codec import encode
@@ -78,8 +78,8 @@ def test_a_side_above_one_exact_sum_is_cut_and_still_right() -> None:
     evidence = chain_result(bytes(32), 2048, 1, backend="float32")
     check_work(terms, bytes(32), evidence, randbytes=randbytes())
     base = base_matrix(work_seed(bytes(32)), 2048).astype(np.int64)
-    row = (base[5] @ base[row_order(work_seed(bytes(32)), 2048, 0)] + LARGEST) % PRIME - LARGEST
-    assert np.array_equal(np.frombuffer(evidence, np.int8).reshape(2048, 2048)[5], row)
+    row = (base[5] @ base[row_orders(work_seed(bytes(32)), 2048, 0)[1]] + LARGEST) % PRIME - LARGEST
+    assert np.array_equal(np.frombuffer(evidence, np.int8).reshape(2, 2048, 2048)[1, 5], row)
 
 
 def test_every_single_wrong_element_tried_is_caught() -> None:
