@@ -28,6 +28,7 @@ from peer.messages import (
 )
 from protocol import params
 from protocol.bench_card import (
+    Figures,
     OpenCard,
     chain_operations,
     chain_size,
@@ -38,7 +39,7 @@ from protocol.bench_card import (
 )
 from protocol.errors import IchibaError, LocalProtocolError, RemoteProtocolError, VerificationFailed
 from protocol.keys import short
-from protocol.records import BenchChallenge, add_signature
+from protocol.records import BenchCard, BenchChallenge, add_signature
 
 __all__ = ["Challenger"]
 
@@ -49,6 +50,7 @@ class _Challenge:
 
     id: bytes
     challenge: BenchChallenge
+    device: tuple[str, int, int]  # what its peer said it is
     envelope: bytes
     issued_ns: int
     resend_ns: int
@@ -68,6 +70,7 @@ class Challenger:
 
     desk: Desk
     waiting: dict[bytes, tuple[BenchAsk, int]] = field(default_factory=dict)  # peer -> its ask, and since when
+    met: dict[frozenset[bytes], int] = field(default_factory=dict)  # look-alikes challenged together -> until when
     open: dict[bytes, _Challenge] = field(default_factory=dict)  # challenge id -> it
     rest: dict[bytes, int] = field(default_factory=dict)  # peer -> when it may be challenged again
     proven: dict[bytes, OpenCard] = field(default_factory=dict)  # peer -> the card we timed and checked ourselves
@@ -92,28 +95,33 @@ class Challenger:
         while len(self.heard) > params.BENCH_CARDS_MAX:
             del self.heard[next(iter(self.heard))]
 
-    def lookalikes(self, peer: bytes) -> list[bytes]:
-        """Connected peers whose card describes the same device as `peer`'s does; they may be one machine."""
-        known = self.heard | self.proven
+    def lookalikes(self, peer: bytes, figures: Figures) -> list[bytes]:
+        """Connected peers with a card of ours for the same device as `figures` describe, that may be `peer`'s machine.
 
-        def device(one: bytes) -> tuple[str, int, int]:
-            card = known[one].card
-            return card.device, card.cores, card.memory_bytes
-
-        if peer not in known:
-            return []
-        return [p for p in sorted(known) if p != peer and p in self.desk.peers and device(p) == device(peer)]
+        Without those that were challenged together with it while such a card lives: once tells, and more would let
+        anybody who copies a description keep its victim at benches.
+        """
+        return [
+            other
+            for other, opened in sorted(self.proven.items())
+            if other != peer
+            and other in self.desk.peers
+            and frozenset((peer, other)) not in self.met
+            and _device(opened.card) == _device(figures)
+        ]
 
     # --- challenging ---------------------------------------------------------------------------------------
     def on_ask(self, peer: bytes, message: BenchAsk) -> None:
         """A peer is ready for a challenge: it gets one, together with those that look like it."""
         if any(c.challenge.peer == peer for c in self.open.values()) or peer in self.waiting:
             return  # it is on its way, and repeated by itself
-        if self.desk.now_ns < self.rest.get(peer, 0) or len(self.open) + len(self.waiting) >= params.BENCH_OPEN_MAX:
+        called = any(peer in self.lookalikes(other, wish.figures) for other, (wish, _) in self.waiting.items())
+        rests = self.desk.now_ns < self.rest.get(peer, 0) and not called
+        if rests or len(self.open) + len(self.waiting) >= params.BENCH_OPEN_MAX:
             self.desk.send(peer, BenchDecline(bytes(32), "busy", "challenged a moment ago, or too many are open here"))
             return
         self.waiting[peer] = (message, self.desk.now_ns)
-        for other in self.lookalikes(peer):
+        for other in self.lookalikes(peer, message.figures):
             if other not in self.waiting:
                 self.desk.send(other, BenchInvite())
         self._issue_ready()
@@ -126,24 +134,25 @@ class Challenger:
 
     def _issue_ready(self) -> None:
         """Challenge every waiting peer whose look-alikes wait too, all of them now, or have let us wait long enough."""
-        for peer, (_, since_ns) in list(self.waiting.items()):
+        for peer, (wish, since_ns) in list(self.waiting.items()):
             if peer not in self.waiting:
                 continue  # gone with its group
-            group = self.lookalikes(peer)
+            group = self.lookalikes(peer, wish.figures)
             absent = [p for p in group if p not in self.waiting]
             if absent and self.desk.now_ns < since_ns + params.BENCH_GATHER_NS:
                 continue
             for other in absent:
                 self._forget(other, "absent", "a peer that looks like it was challenged, and it did not come forward")
+            for other in group:
+                self.met[frozenset((peer, other))] = self.desk.now_ns + params.BENCH_CARD_LIFETIME_NS
             for one in sorted({peer, *group} & self.waiting.keys()):
-                ask, _ = self.waiting.pop(one)
-                self._issue(one, ask.operations_per_second, ask.memory_bytes)
+                self._issue(one, self.waiting.pop(one)[0])
 
-    def _issue(self, peer: bytes, operations_per_second: int, memory_bytes: int) -> None:
+    def _issue(self, peer: bytes, wish: BenchAsk) -> None:
         now = self.desk.now_ns
-        side, links = chain_size(operations_per_second)
-        blocks = min(memory_bytes // params.BENCH_MEMORY_BLOCK_BYTES, params.BENCH_MEMORY_BLOCKS_MAX)
-        expected_ns = chain_operations(side, links) * 10**9 // max(1, operations_per_second)
+        side, links = chain_size(wish.operations_per_second)
+        blocks = min(wish.memory_bytes // params.BENCH_MEMORY_BLOCK_BYTES, params.BENCH_MEMORY_BLOCKS_MAX)
+        expected_ns = chain_operations(side, links) * 10**9 // wish.operations_per_second
         window_ns = min(
             params.BENCH_WINDOW_FACTOR * expected_ns + params.BENCH_WINDOW_SLACK_NS, params.BENCH_WINDOW_NS_MAX
         )
@@ -164,6 +173,7 @@ class Challenger:
         self.open[challenge_id] = _Challenge(
             id=challenge_id,
             challenge=challenge,
+            device=_device(wish.figures),
             envelope=envelope,
             issued_ns=now,
             resend_ns=now + params.RESEND_NS,
@@ -215,11 +225,12 @@ class Challenger:
             if opened.challenge_id in self.witnessed and opened.card.peer == peer:
                 self.desk.send(peer, BenchWitness(self.witnessed[opened.challenge_id]))
             return
-        seen = (one.evidence, one.elapsed_ns)
-        if (opened.card.evidence, opened.card.elapsed_ns) != seen or one.card not in (b"", message.card):
-            self._refuse(
-                one, VerificationFailed("the card names another result or time than was seen, or is a second")
-            )
+        card = opened.card
+        if (card.evidence, card.elapsed_ns, _device(card)) != (one.evidence, one.elapsed_ns, one.device):
+            self._refuse(one, VerificationFailed("the card names another result, time or device than was seen"))
+            return
+        if one.card not in (b"", message.card):
+            self._refuse(one, VerificationFailed("a second, other card for one challenge"))
             return
         if not one.card:
             one.card = message.card
@@ -349,6 +360,8 @@ class Challenger:
                     self.desk.save("proven", peer, None)
         for peer in [p for p, until in self.rest.items() if until <= now]:
             del self.rest[peer]
+        for pair in [p for p, until in self.met.items() if until <= now]:
+            del self.met[pair]
 
     def restore(self, rows: Callable[[str], Iterable[tuple[bytes, bytes]]]) -> None:
         """The cards this peer signed before a restart, if they still hold."""
@@ -357,3 +370,8 @@ class Challenger:
                 self.proven[peer] = open_card(envelope, network=self.desk.network.id, now_ns=self.desk.now_ns)
             except IchibaError:
                 continue  # expired meanwhile
+
+
+def _device(told: BenchCard | Figures) -> tuple[str, int, int]:
+    """What two names of one machine can hardly say differently of it, and be believed."""
+    return told.device, told.cores, told.memory_bytes

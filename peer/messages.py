@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 from protocol import params
-from protocol.bench_card import Opening
+from protocol.bench_card import Figures, Opening
 from protocol.codec import Digest, Uint, decode, encode
 
 __all__ = [
@@ -178,10 +178,11 @@ class SyncIds(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 
 class BenchAsk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="bench-ask"):
-    """Challenge me: what I think I do in a second, and the memory I want to prove."""
+    """Challenge me: what I think I do in a second, the memory I want to prove, and what I am (as the card will say)."""
 
     operations_per_second: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
     memory_bytes: Uint
+    figures: Figures
 
 
 class BenchInvite(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="bench-invite"):

@@ -110,7 +110,7 @@ class Prover:
         """The process runs: nothing of its start will count."""
         if self.asking and self.wish is None:
             self.figures = event.figures
-            self.wish = BenchAsk(max(1, event.operations_per_second), self.memory_bytes)
+            self.wish = BenchAsk(max(1, event.operations_per_second), self.memory_bytes, event.figures)
             self._ask()
 
     def _ask(self) -> None:
@@ -234,6 +234,7 @@ class Prover:
         bench = self._of(opened.challenge_id, peer)
         if bench is None or opened.card.peer != self.desk.me:
             return
+        self._release()
         self.card, self.opened, self.bench = message.card, opened, None
         self.desk.save("bench", b"own", message.card)
         self.desk.add(StopBench())
@@ -262,6 +263,11 @@ class Prover:
         self.desk.add(Release(bench.id))
         self.desk.emit("bench-refused", peer=bench.challenge.challenger, code=code, why=why)
 
+    def _release(self) -> None:
+        """Let the evidence of our last card go: it was kept for whoever wants to check it."""
+        if self.opened is not None:
+            self.desk.add(Release(self.opened.challenge_id))
+
     # --- time ----------------------------------------------------------------------------------------------
     def publish(self) -> None:
         """Gossip our card; it travels beside the ask."""
@@ -280,6 +286,7 @@ class Prover:
         elif bench is not None and bench.say is not None and now >= bench.resend_ns:
             self._say(bench, bench.say)
         if self.opened is not None and now >= self.opened.card.expires_ns:
+            self._release()
             self.card, self.opened = b"", None
             self.desk.save("bench", b"own", None)
         if self.card and now >= self.publish_ns:

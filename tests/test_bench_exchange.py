@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from peer import messages as m
 from peer.desk import Means
@@ -249,7 +250,7 @@ def test_a_card_that_names_a_shorter_time_than_was_seen_is_refused() -> None:
     prover.bench.elapsed_ns //= 2
     simulation.run(seconds=30)
     assert challenge not in node(simulation, "alice").challenger.open
-    assert "another result or time" in told(simulation, "alice", "unproven")[-1]["why"]
+    assert "another result, time" in told(simulation, "alice", "unproven")[-1]["why"]
     assert len(penalties(simulation, "bob")) == 1
 
 
@@ -298,36 +299,72 @@ def test_a_bench_that_nobody_started_makes_nothing() -> None:
 
 
 # --- one machine behind two names --------------------------------------------------------------------------
-def twins() -> Simulation:
-    """Bob and carol both have a card of alice for a device of one description."""
+def twin() -> Simulation:
+    """Bob has a card of alice; carol is the same device by its description."""
     simulation = market()
     for name in ("bob", "carol"):
         simulation.peers[name].device = "the same"
-        bench(simulation, name)
-        simulation.run(seconds=40)
-    assert set(node(simulation, "alice").challenger.proven) == {key("bob"), key("carol")}
-    simulation.run(seconds=60)
+    bench(simulation, "bob")
+    simulation.run(seconds=100)
+    assert set(node(simulation, "alice").challenger.proven) == {key("bob")}
     return simulation
 
 
+def challenges(simulation: Simulation) -> list[tuple[int, bytes]]:
+    return [(at, data["peer"]) for at, who, kind, data in simulation.log if (who, kind) == ("alice", "challenge")]
+
+
 def test_look_alikes_are_challenged_at_the_same_moment() -> None:
-    simulation = twins()
-    before = len(told(simulation, "alice", "challenge"))
-    bench(simulation, "bob")
+    simulation = twin()
+    before = len(challenges(simulation))
+    bench(simulation, "carol")
     simulation.run(seconds=60)
-    fresh = [(at, data) for at, who, kind, data in simulation.log if (who, kind) == ("alice", "challenge")][before:]
-    assert {data["peer"] for _, data in fresh} == {key("bob"), key("carol")}
+    fresh = challenges(simulation)[before:]
+    assert {peer for _, peer in fresh} == {key("bob"), key("carol")}
     assert len({at for at, _ in fresh}) == 1
+    assert set(node(simulation, "alice").challenger.proven) == {key("bob"), key("carol")}
+
+
+def test_a_look_alike_that_was_challenged_a_moment_ago_may_come_again() -> None:
+    simulation = market()
+    for name in ("bob", "carol"):
+        simulation.peers[name].device = "the same"
+    bench(simulation, "bob")
+    simulation.run(seconds=60, until=lambda: bool(told(simulation, "bob", "bench-card")))
+    bench(simulation, "carol")
+    simulation.run(seconds=60)
+    assert set(node(simulation, "alice").challenger.proven) == {key("bob"), key("carol")}
+    assert told(simulation, "alice", "unproven") == []
 
 
 def test_a_look_alike_that_does_not_come_forward_loses_its_card() -> None:
-    simulation = twins()
-    node(simulation, "carol").prover.free = lambda: False  # it says that it is busy: the same machine cannot do both
-    bench(simulation, "bob")
+    simulation = twin()
+    node(simulation, "bob").prover.free = lambda: False  # it says that it is busy: one machine cannot do both
+    bench(simulation, "carol")
     simulation.run(seconds=90)
-    proven = node(simulation, "alice").challenger.proven
-    assert set(proven) == {key("bob")}
+    assert set(node(simulation, "alice").challenger.proven) == {key("carol")}
     assert told(simulation, "alice", "unproven")[-1]["code"] == "absent"
+
+
+def test_a_copied_description_calls_its_victim_once_and_not_for_ever() -> None:
+    simulation = twin()
+    bench(simulation, "carol")
+    simulation.run(seconds=100)
+    before = len(challenges(simulation))
+    bench(simulation, "carol")
+    simulation.run(seconds=100)
+    assert [peer for _, peer in challenges(simulation)[before:]] == [key("carol")]
+
+
+def test_a_card_of_another_device_than_was_asked_for_is_refused() -> None:
+    simulation = market()
+    open_one(simulation)
+    prover = node(simulation, "bob").prover
+    assert prover.figures is not None
+    prover.figures = structs.replace(prover.figures, device="another")
+    simulation.run(seconds=60)
+    assert "device" in told(simulation, "alice", "unproven")[-1]["why"]
+    assert len(penalties(simulation, "bob")) == 1
 
 
 def test_a_challenge_record_is_never_gossiped() -> None:
