@@ -51,6 +51,7 @@ class _Challenge:
     id: bytes
     challenge: BenchChallenge
     device: tuple[str, int, int]  # what its peer said it is
+    absent: list[bytes]  # look-alikes that did not come forward: their cards are void if this peer proves itself
     envelope: bytes
     issued_ns: int
     resend_ns: int
@@ -59,7 +60,6 @@ class _Challenge:
     checked: bool = False
     card: bytes = b""
     indices: tuple[int, ...] = ()
-    probed_ns: int = 0
     probed: bool = False
     deadline_ns: int = 0  # of what comes next
 
@@ -141,18 +141,18 @@ class Challenger:
             absent = [p for p in group if p not in self.waiting]
             if absent and self.desk.now_ns < since_ns + params.BENCH_GATHER_NS:
                 continue
-            for other in absent:
-                self._forget(other, "absent", "a peer that looks like it was challenged, and it did not come forward")
             for other in group:
                 self.met[frozenset((peer, other))] = self.desk.now_ns + params.BENCH_CARD_LIFETIME_NS
             for one in sorted({peer, *group} & self.waiting.keys()):
-                self._issue(one, self.waiting.pop(one)[0])
+                self._issue(one, self.waiting.pop(one)[0], absent=absent if one == peer else [])
 
-    def _issue(self, peer: bytes, wish: BenchAsk) -> None:
+    def _issue(self, peer: bytes, wish: BenchAsk, *, absent: list[bytes]) -> None:
         now = self.desk.now_ns
-        side, links = chain_size(wish.operations_per_second)
+        before = self.proven[peer].operations_per_second if peer in self.proven else 0
+        speed = min(wish.operations_per_second, max(params.BENCH_FIRST_SPEED_MAX, 4 * before))
+        side, links = chain_size(speed)
         blocks = min(wish.memory_bytes // params.BENCH_MEMORY_BLOCK_BYTES, params.BENCH_MEMORY_BLOCKS_MAX)
-        expected_ns = chain_operations(side, links) * 10**9 // wish.operations_per_second
+        expected_ns = chain_operations(side, links) * 10**9 // speed
         window_ns = min(
             params.BENCH_WINDOW_FACTOR * expected_ns + params.BENCH_WINDOW_SLACK_NS, params.BENCH_WINDOW_NS_MAX
         )
@@ -174,6 +174,7 @@ class Challenger:
             id=challenge_id,
             challenge=challenge,
             device=_device(wish.figures),
+            absent=absent,
             envelope=envelope,
             issued_ns=now,
             resend_ns=now + params.RESEND_NS,
@@ -238,7 +239,6 @@ class Challenger:
             if count:
                 draws = min(count, params.BENCH_PROBES)
                 one.indices = tuple(self.desk.rng.sample(range(count), draws))
-                one.probed_ns = self.desk.now_ns
                 one.deadline_ns = self.desk.now_ns + params.BENCH_PROBE_NS
             else:
                 one.probed = True
@@ -306,6 +306,8 @@ class Challenger:
             del self.witnessed[next(iter(self.witnessed))]
         self.desk.save("proven", peer, envelope)
         self.desk.send(peer, BenchWitness(envelope))
+        for other in one.absent:
+            self._forget(other, "absent", "a peer that looks like it was challenged, and it did not come forward")
         self.desk.emit("proven", peer=peer, card=opened.id, speed=opened.operations_per_second)
 
     # --- refusing ------------------------------------------------------------------------------------------

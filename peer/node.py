@@ -167,19 +167,15 @@ class Node:
 
     def _bench_event(self, event: BenchInput) -> None:
         """What the bench process made, or the check of another's work."""
-        match event:
-            case BenchWarm():
-                self.prover.on_warm(event)
-            case BenchMade():
-                self.prover.on_made(event)
-            case BenchFilled():
-                self.prover.on_filled(event)
-            case MemoryOpened():
-                self.prover.on_opened(event)
-            case BenchEnded():
-                self.prover.on_ended(event)
-            case WorkChecked():
-                self.challenger.on_checked(event)
+        acts: dict[type[BenchInput], Callable[..., None]] = {
+            BenchWarm: self.prover.on_warm,
+            BenchMade: self.prover.on_made,
+            BenchFilled: self.prover.on_filled,
+            MemoryOpened: self.prover.on_opened,
+            BenchEnded: self.prover.on_ended,
+            WorkChecked: self.challenger.on_checked,
+        }
+        self.desk.attempt(acts[type(event)], event)  # a card that ran out meanwhile must not stop the node
 
     def _guard(self, peer: bytes, act: Callable[..., None], *arguments: Any) -> None:
         """Run `act` on a peer's bytes; what is wrong with them costs the peer, not us."""

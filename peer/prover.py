@@ -101,7 +101,8 @@ class Prover:
     def on_invite(self, peer: bytes) -> None:
         """A peer that looks like us is challenged, or somebody wants to know: ask, unless we are at work."""
         now, means = self.desk.now_ns, self.desk.means
-        rested = now >= self.invited_ns.get(peer, 0) + params.BENCH_REST_NS
+        newest = max(self.invited_ns.values(), default=0)
+        rested = peer not in self.invited_ns and now >= newest + params.BENCH_ANY_INVITED_REST_NS
         if means.roles and rested and self.free() and self.bench is None and not self.asking:
             self.invited_ns[peer] = now
             self.ask(peer, memory_bytes=means.memory_bytes)
@@ -271,7 +272,7 @@ class Prover:
     # --- time ----------------------------------------------------------------------------------------------
     def publish(self) -> None:
         """Gossip our card; it travels beside the ask."""
-        self.publish_ns = self.desk.now_ns + params.ASK_REPEAT_NS
+        self.publish_ns = self.desk.now_ns + params.BENCH_REPEAT_NS
         self.desk.publish(MARKET, self.card)
 
     def tick(self) -> None:
@@ -291,7 +292,7 @@ class Prover:
             self.desk.save("bench", b"own", None)
         if self.card and now >= self.publish_ns:
             self.publish()
-        for peer in [p for p, at in self.invited_ns.items() if now >= at + params.BENCH_REST_NS]:
+        for peer in [p for p, at in self.invited_ns.items() if now >= at + params.BENCH_INVITED_REST_NS]:
             del self.invited_ns[peer]
 
     def restore(self, rows: Callable[[str], Iterable[tuple[bytes, bytes]]]) -> None:

@@ -203,6 +203,11 @@ BENCH_PROBE_NS: Final = 5 * 10**9  # from the probe to its answer: two sendings 
 BENCH_REST_NS: Final = 60 * 10**9  # one peer is challenged at most so often: its chain costs 20 s, our check 0.1 s
 BENCH_GATHER_NS: Final = 30 * 10**9  # a challenge waits so long for look-alikes to be ready: torch starts in 2-6 s
 BENCH_ASK_NS: Final = 2 * BENCH_GATHER_NS  # an ask without a challenge is given up after this
+BENCH_INVITED_REST_NS: Final = 1800 * 10**9  # an invitation of one peer is followed so often, for each costs a minute
+BENCH_ANY_INVITED_REST_NS: Final = 300 * 10**9  # and of all peers together
+BENCH_REPEAT_NS: Final = 600 * 10**9  # a card is gossiped so often; a peer just met is told at once
+BENCH_FIRST_SPEED_MAX: Final = 2 * 10**12  # operations a second: a chain is not sized by more at a peer's word, or
+# anybody could send us a forged result that takes seconds to check; it may be four times what was proven before
 BENCH_OPEN_MAX: Final = 16  # challenges this peer has open at a time
 BENCH_JOB_SHARE: Final = 4  # a first guess: an exact training step runs at a third to a quarter of pure products
 BENCH_CARDS_MAX: Final = 10_000  # cards of others that are remembered; the oldest gives way

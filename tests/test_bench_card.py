@@ -228,6 +228,12 @@ def test_a_self_made_card_says_so_and_proves_no_memory() -> None:
     assert (opened.grade, opened.proven_memory_bytes) == ("self-timed", 0)
 
 
+def test_a_device_name_that_would_write_to_the_readers_terminal_is_no_record() -> None:
+    terms, evidence, _ = honest()
+    with pytest.raises(MalformedRecord):
+        check(witnessed(card(terms, evidence, device="\x1b[2Jclean")), evidence)
+
+
 def test_an_oversize_file_is_refused_before_it_is_read() -> None:
     with pytest.raises(LimitExceeded):
         check_card_file(bytes(params.BENCH_FILE_BYTES_MAX + 1), network=NETWORK, now_ns=LATER, randbytes=randbytes())

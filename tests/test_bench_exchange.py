@@ -13,7 +13,7 @@ from msgspec import structs
 
 from peer import messages as m
 from peer.desk import Means
-from peer.events import BenchMade, MessageIn
+from peer.events import BenchMade, MessageIn, WorkChecked
 from peer.node import Node
 from peer.simulator import SECOND, Faults, Simulation
 from protocol import params
@@ -344,6 +344,51 @@ def test_a_look_alike_that_does_not_come_forward_loses_its_card() -> None:
     simulation.run(seconds=90)
     assert set(node(simulation, "alice").challenger.proven) == {key("carol")}
     assert told(simulation, "alice", "unproven")[-1]["code"] == "absent"
+
+
+def test_a_copied_description_without_the_machine_takes_no_card_away() -> None:
+    simulation = twin()
+    node(simulation, "bob").prover.free = lambda: False
+    simulation.peers["carol"].bench_lie = "result"
+    bench(simulation, "carol")
+    simulation.run(seconds=90)
+    assert set(node(simulation, "alice").challenger.proven) == {key("bob")}
+
+
+def test_invitations_are_followed_at_their_rate() -> None:
+    simulation = market()
+    for _ in range(5):
+        simulation.command("alice", "challenge", {"peers": [peer_name(key("bob"))]})
+        simulation.run(seconds=80)
+    assert len(told(simulation, "bob", "bench-card")) == 1
+
+
+def test_a_first_chain_is_not_sized_by_a_boast() -> None:
+    simulation = market()
+    simulation.peers["bob"].bench_speed = 10**16
+    bench(simulation)
+    simulation.run(seconds=60)
+    (sized,) = told(simulation, "alice", "challenge")
+    assert 4 * sized["side"] ** 3 * sized["links"] <= params.BENCH_FIRST_SPEED_MAX * 20
+    simulation.run(seconds=60)
+    bench(simulation)
+    simulation.run(seconds=60)
+    assert told(simulation, "alice", "challenge")[-1]["links"] > sized["links"]
+
+
+def test_a_card_that_runs_out_before_it_is_signed_stops_nobody() -> None:
+    simulation = market()
+    challenge = open_one(simulation)
+    one = node(simulation, "alice").challenger.open[challenge]
+    simulation.run(seconds=60, until=lambda: bool(one.card))
+    record = open_record(one.card, network=simulation.network.id)[0]
+    assert isinstance(record, BenchCard)
+    one.card = _half(structs.replace(record, expires_ns=record.created_ns + 1))
+    one.probed = True
+    simulation._handle(simulation.peers["alice"], WorkChecked(challenge))
+    assert "expired" in told(simulation, "alice", "problem")[-1]["what"]
+    simulation.run(seconds=120)
+    assert not node(simulation, "alice").challenger.open
 
 
 def test_a_copied_description_calls_its_victim_once_and_not_for_ever() -> None:

@@ -257,11 +257,12 @@ class Memory:
 
 # --- the device --------------------------------------------------------------------------------------------
 def _device() -> str:
-    """The processor's name, as the system tells it."""
+    """The processor's name, as the system tells it, in printable ASCII."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return (names[0] if names else platform.processor() or platform.machine())[:96]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return "".join(c for c in name if " " <= c <= "~")[:96]
 
 
 def _disk(directory: Path) -> tuple[int, int]:
