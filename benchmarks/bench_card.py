@@ -1,6 +1,6 @@
 """What a bench card costs to make and to check. Prints one JSON line last.
 
-    python benchmarks/bench_card.py [--side 2048] [--seconds 20] [--threads 1]
+    python benchmarks/bench_card.py [--side 2048] [--seconds 30] [--threads 1]
 
 make_s: the chain of a challenge, exact products by the fastest way here. check_s: the whole of protocol's check_work,
 drawing the matrix included, by numpy on the same number of threads. ratio: check by make; the baseline is making,
@@ -18,7 +18,7 @@ from pathlib import Path
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--side", type=int, default=2048)
-parser.add_argument("--seconds", type=float, default=20)
+parser.add_argument("--seconds", type=float, default=30)
 parser.add_argument("--threads", type=int, default=1)
 options = parser.parse_args()
 os.environ["OPENBLAS_NUM_THREADS"] = str(options.threads)  # read when numpy is imported

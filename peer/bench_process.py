@@ -1,6 +1,6 @@
 """The bench process as the daemon and the command line hold it, and the daemon's bench effects, performed.
 
-torch is never loaded in the daemon, and a chain takes a core for a quarter of a minute: both happen in a child
+torch is never loaded in the daemon, and a chain takes a core for half a minute: both happen in a child
 (worker/bench.py) that dies with us. What it says is bounded and decoded like everything that comes through a pipe.
 """
 

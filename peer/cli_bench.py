@@ -58,7 +58,7 @@ def bench(
 ) -> None:
     """Measure this device and make its bench card, the proof of what it can do.
 
-    A chain of exact matrix products, bound to this peer's key, takes about 20 seconds; anybody checks it in under a
+    A chain of exact matrix products, bound to this peer's key, takes about half a minute; anybody checks it in under a
     hundredth of that. If the daemon has a connected peer, that peer draws the chain, times it on its own clock and
     probes the memory at random; without one the card is self-timed, and others believe it less. It expires after six
     hours.
@@ -118,9 +118,7 @@ def _alone(terminal: Terminal, out: Path | None) -> None:
         opened, data = trio.run(_make, key, network.id, terminal.data_dir, moved)
     out.write_bytes(data)
     _show(terminal, opened, out)
-    terminal.note(
-        "timed by this machine alone: with a connected peer `ichiba bench` makes a card that weighs more"
-    )
+    terminal.note("timed by this machine alone: with a connected peer `ichiba bench` makes a card that weighs more")
 
 
 async def _make(

@@ -90,7 +90,7 @@ class Prover:
         if peer not in self.desk.peers:
             raise LocalProtocolError(f"{short(peer)} is not connected", next_step="see `ichiba status`")
         if self.bench is not None or self.asking:
-            raise LocalProtocolError("a bench is under way", next_step="wait for its end, a minute at most")
+            raise LocalProtocolError("a bench is under way", next_step="wait for its end, a minute or two")
         if not self.free():
             raise LocalProtocolError("this peer is at work", why="a bench beside a job would measure too little")
         self.asking, self.wish, self.memory_bytes = peer, None, memory_bytes

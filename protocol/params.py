@@ -189,18 +189,18 @@ FRUITLESS_DEALS_MAX: Final = 20  # a job fails when so many deals in a row bring
 
 # --- bench cards (protocol/bench_card.py) ------------------------------------------------------------------
 BENCH_LINKS_MAX: Final = 4096  # products of one chain; with its side it bounds what a check costs
-BENCH_OPERATIONS_MAX: Final = 2**47  # of one chain: 20 s at 7 Tflop/s, and at most 512 links of side 4,096
+BENCH_OPERATIONS_MAX: Final = 2**47  # of one chain: 30 s at 4.7 Top/s, and at most 512 links of side 4,096
 BENCH_MEMORY_BLOCK_BYTES: Final = 8192  # one cell of the memory that is filled; three are opened for each probe
 BENCH_MEMORY_BLOCKS_MAX: Final = 2**22  # 32 GiB; filling runs at about 150 MB/s
 BENCH_PROBES: Final = 16  # 16 x 3 blocks of 8 KiB and their paths fit a message; 10 % missing is seen 4 times in 5
 BENCH_CARD_LIFETIME_NS: Final = 6 * 3600 * 10**9  # a machine may be sold, throttled or shared after it was measured
-BENCH_TARGET_NS: Final = 20 * 10**9  # a chain of so long: a check, and a network's 100 ms, are under 1 % of it
+BENCH_TARGET_NS: Final = 30 * 10**9  # a chain of so long: a check, and a network's 100 ms, are under 1 % of it
 BENCH_WINDOW_FACTOR: Final = 3  # a challenge is open so many times the expected duration, for a loaded machine
 BENCH_WINDOW_SLACK_NS: Final = 20 * 10**9  # starting torch, and the way there and back
 BENCH_WINDOW_NS_MAX: Final = 15 * 60 * 10**9
 BENCH_FILL_BYTES_PER_SECOND_MIN: Final = 20 * 10**6  # a slower filling is given up: a fifth of what one core does
 BENCH_PROBE_NS: Final = 5 * 10**9  # from the probe to its answer: two sendings of a message, or 1 GB filled anew
-BENCH_REST_NS: Final = 60 * 10**9  # one peer is challenged at most so often: its chain costs 20 s, our check 0.1 s
+BENCH_REST_NS: Final = 60 * 10**9  # one peer is challenged at most so often: its chain costs 30 s, our check 0.1 s
 BENCH_GATHER_NS: Final = 30 * 10**9  # a challenge waits so long for look-alikes to be ready: torch starts in 2-6 s
 BENCH_ASK_NS: Final = 2 * BENCH_GATHER_NS  # an ask without a challenge is given up after this
 BENCH_INVITED_REST_NS: Final = 1800 * 10**9  # an invitation of one peer is followed so often, for each costs a minute

@@ -31,6 +31,7 @@ from protocol.bench_card import (
 )
 from protocol.codec import encode
 from protocol.errors import LimitExceeded, MalformedRecord, RemoteProtocolError, VerificationFailed, WrongNetwork
+from protocol.philox import words
 from tests.bench_scene import (
     CHALLENGER,
     EVE,
@@ -78,7 +79,7 @@ def test_a_side_above_one_exact_sum_is_cut_and_still_right() -> None:
     evidence = chain_result(bytes(32), 2048, 1, backend="float32")
     check_work(terms, bytes(32), evidence, randbytes=randbytes())
     base = base_matrix(work_seed(bytes(32)), 2048).astype(np.int64)
-    row = (base[5] @ base[row_orders(work_seed(bytes(32)), 2048, 0)[1]] + LARGEST) % PRIME - LARGEST
+    row = (base[5] @ base[next(row_orders(work_seed(bytes(32)), 2048, 1))[1]] + LARGEST) % PRIME - LARGEST
     assert np.array_equal(np.frombuffer(evidence, np.int8).reshape(2, 2048, 2048)[1, 5], row)
 
 
@@ -110,6 +111,14 @@ def test_a_wrong_element_passes_vectors_that_its_maker_knew() -> None:
     check_work(terms, challenge_id(terms), bytes(wrong), randbytes=known)
     with pytest.raises(VerificationFailed):
         check_work(terms, challenge_id(terms), bytes(wrong), randbytes=randbytes())
+
+
+def test_the_orders_are_stable_orders_of_the_generators_words() -> None:
+    orders = list(row_orders(5, 256, 20))
+    assert len(orders) == 20
+    for link in (0, 15, 16, 19):
+        drawn = words(5, link // 16, 1, 16 * 2 * 256).reshape(16, 2, 256)[link % 16]
+        assert np.array_equal(orders[link], np.argsort(drawn, axis=1, kind="stable"))
 
 
 def test_a_chain_that_leaves_out_a_link_is_caught() -> None:

@@ -369,7 +369,7 @@ def test_a_first_chain_is_not_sized_by_a_boast() -> None:
     bench(simulation)
     simulation.run(seconds=60)
     (sized,) = told(simulation, "alice", "challenge")
-    assert 4 * sized["side"] ** 3 * sized["links"] <= params.BENCH_FIRST_SPEED_MAX * 20
+    assert 4 * sized["side"] ** 3 * sized["links"] <= params.BENCH_FIRST_SPEED_MAX * params.BENCH_TARGET_NS // 10**9
     simulation.run(seconds=60)
     bench(simulation)
     simulation.run(seconds=60)

@@ -160,8 +160,8 @@ def chain_result(
     base = base if bytes_ else base.float()
     lanes, rows = [base.clone() for _ in range(LANES)], torch.empty_like(base)
     total, part, quotient = (torch.empty(side, side) for _ in range(3))
-    for link in range(links):
-        for state, order in zip(lanes, torch.from_numpy(row_orders(seed, side, link)), strict=True):
+    for done, orders in enumerate(row_orders(seed, side, links), 1):
+        for state, order in zip(lanes, torch.from_numpy(orders), strict=True):
             torch.index_select(base, 0, order, out=rows)
             for first in range(0, side, INNER_MAX):
                 left, right = state[:, first : first + INNER_MAX], rows[first : first + INNER_MAX]
@@ -176,7 +176,7 @@ def chain_result(
             if side > INNER_MAX:
                 _reduce(total, quotient)
             state.copy_(total)  # to bytes, where the state is bytes
-        on_link(link + 1)
+        on_link(done)
     last = torch.stack(lanes).to(torch.int16)
     last[last > LARGEST] -= PRIME
     last[last < -LARGEST] += PRIME
