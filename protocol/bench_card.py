@@ -89,7 +89,7 @@ class Figures(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     disk_bytes_per_second: Uint
     cores: Annotated[int, msgspec.Meta(ge=1, le=2**20)]
     threads: Annotated[int, msgspec.Meta(ge=1, le=2**20)]
-    device: Annotated[str, msgspec.Meta(max_length=96, pattern="^[ -~]*$")]
+    device: Annotated[str, msgspec.Meta(max_length=96, pattern=r"^[ -~]*\Z")]
 
 
 class Opening(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

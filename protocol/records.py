@@ -278,7 +278,7 @@ class BenchCard(
     disk_bytes_per_second: Uint
     cores: Annotated[int, msgspec.Meta(ge=1, le=2**20)]
     threads: Annotated[int, msgspec.Meta(ge=1, le=2**20)]
-    device: Annotated[str, msgspec.Meta(max_length=96, pattern="^[ -~]*$")]  # it is shown on terminals
+    device: Annotated[str, msgspec.Meta(max_length=96, pattern=r"^[ -~]*\Z")]  # it is shown on terminals
     created_ns: Uint
     expires_ns: Uint
 

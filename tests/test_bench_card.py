@@ -239,8 +239,9 @@ def test_a_self_made_card_says_so_and_proves_no_memory() -> None:
 
 def test_a_device_name_that_would_write_to_the_readers_terminal_is_no_record() -> None:
     terms, evidence, _ = honest()
-    with pytest.raises(MalformedRecord):
-        check(witnessed(card(terms, evidence, device="\x1b[2Jclean")), evidence)
+    for name in ("\x1b[2Jclean", "two\n", "\u202e"):
+        with pytest.raises(MalformedRecord):
+            check(witnessed(card(terms, evidence, device=name)), evidence)
 
 
 def test_an_oversize_file_is_refused_before_it_is_read() -> None:
