@@ -45,7 +45,8 @@ from tests.bench_scene import (
     honest,
     witnessed,
 )
-from worker.bench import Memory, chain_result
+from worker.bench import BACKENDS, Memory, chain_result
+from worker.exact import compiled
 from worker.exact.products import int8_is_exact
 
 LATER = NOW + 10 * SECOND
@@ -68,7 +69,10 @@ def test_an_honest_card_passes_and_says_what_was_measured() -> None:
     assert opened.proven_memory_bytes == 8 * params.BENCH_MEMORY_BLOCK_BYTES
 
 
-@pytest.mark.parametrize("backend", ["float32", *(["int8"] if int8_is_exact() else [])])
+HERE = {"float32": True, "int8": int8_is_exact(), "int16": compiled.has_products()}
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if HERE[backend]])
 def test_every_fast_way_gives_the_bytes_of_plain_integers(backend: str) -> None:
     terms = challenge(links=5)
     assert chain_result(bytes(32), 256, 5, backend=backend) == reference_result(terms, bytes(32))
@@ -81,6 +85,8 @@ def test_a_side_above_one_exact_sum_is_cut_and_still_right() -> None:
     base = base_matrix(work_seed(bytes(32)), 2048).astype(np.int64)
     row = (base[5] @ base[next(row_orders(work_seed(bytes(32)), 2048, 1))[1]] + LARGEST) % PRIME - LARGEST
     assert np.array_equal(np.frombuffer(evidence, np.int8).reshape(2, 2048, 2048)[1, 5], row)
+    if HERE["int16"]:
+        assert chain_result(bytes(32), 2048, 1, backend="int16") == evidence
 
 
 def test_every_single_wrong_element_tried_is_caught() -> None:

@@ -5,7 +5,8 @@ line in, some out, until the input ends. The orders are its owner's; of a strang
 sizes, which protocol/bench_card.py bounds. It signs nothing and knows no network.
 
 The product is taken by the fastest exact way there is: float32 (sums of 1,024 products of values up to 126 by 125
-stay below 2**24, so no addition rounds, in whatever order), or int8 where the processor has it and it is faster.
+stay below 2**24, so no addition rounds, in whatever order), or where they are faster int8 (torch._int_mm) or the
+16-bit multiply-add of the compiled helper (elements fit its 8 bits, and its result is one rounding of the exact sum).
 All give the same bits.
 """
 
@@ -41,6 +42,7 @@ from protocol.bench_card import (
 from protocol.merkle import merkle_levels
 
 __all__ = [
+    "BACKENDS",
     "Chain",
     "Chained",
     "Fill",
@@ -58,6 +60,8 @@ __all__ = [
 ]
 
 _BLOCK: Final = params.BENCH_MEMORY_BLOCK_BYTES
+BACKENDS: Final = ("float32", "int8", "int16")
+_HELPER_WIDTH: Final = 8
 _TRIAL_SIDE: Final = 1024
 _COPY_BYTES: Final = 256 << 20  # well beyond any cache
 _DISK_BYTES: Final = 64 << 20
@@ -147,17 +151,19 @@ def chain_result(
     backend: str = "",
     on_link: Callable[[int], None] = lambda _: None,
 ) -> bytes:
-    """The results of a chain, int8 (LANES, side, side) row-major: the same for every backend, "float32" or "int8".
+    """The results of a chain, int8 (LANES, side, side) row-major: the same for every backend of BACKENDS.
 
     Without a backend the faster one is taken. on_link(done) is called after each link.
     """
     import torch
 
+    from worker.exact import compiled
+
     torch.set_num_threads(threads)
     seed = work_seed(challenge)
     base = torch.from_numpy(base_matrix(seed, side))
-    bytes_ = (backend or _fastest()) == "int8"
-    base = base if bytes_ else base.float()
+    backend = backend or _fastest()
+    base = base if backend == "int8" else base.float()
     lanes, rows = [base.clone() for _ in range(LANES)], torch.empty_like(base)
     total, part, quotient = (torch.empty(side, side) for _ in range(3))
     for done, orders in enumerate(row_orders(seed, side, links), 1):
@@ -166,8 +172,10 @@ def chain_result(
             for first in range(0, side, INNER_MAX):
                 left, right = state[:, first : first + INNER_MAX], rows[first : first + INNER_MAX]
                 into = part if first else total
-                if bytes_:
+                if backend == "int8":
                     into.copy_(torch._int_mm(left.contiguous(), right))
+                elif backend == "int16":
+                    into.copy_(compiled.product(left, right, _HELPER_WIDTH))
                 else:
                     torch.mm(left, right, out=into)
                 _reduce(into, quotient)
@@ -195,17 +203,20 @@ def _seconds(call: Callable[[], Any], times: int = 3) -> float:
 
 
 def _fastest() -> str:
-    """The backend whose product is faster here; int8 only where it is exact."""
+    """The backend whose product is fastest here, of those that are there and exact."""
     import torch
 
+    from worker.exact import compiled
     from worker.exact.products import int8_is_exact
 
     left = torch.ones(512, 512)
     bytes_ = left.to(torch.int8)
-    if not int8_is_exact():
-        return "float32"
-    faster = _seconds(lambda: torch._int_mm(bytes_, bytes_), 1) < _seconds(lambda: left @ left)
-    return "int8" if faster else "float32"
+    taken = {"float32": _seconds(lambda: left @ left)}
+    if int8_is_exact():
+        taken["int8"] = _seconds(lambda: torch._int_mm(bytes_, bytes_), 1)
+    if compiled.has_products():
+        taken["int16"] = _seconds(lambda: compiled.product(left, left, _HELPER_WIDTH))
+    return min(taken, key=lambda backend: taken[backend])
 
 
 # --- memory ------------------------------------------------------------------------------------------------
@@ -290,7 +301,8 @@ def measure(directory: Path, threads: int) -> Measured:
     one = torch.randint(-LARGEST, LARGEST + 1, (_TRIAL_SIDE, _TRIAL_SIDE)).float()
     other, out = torch.randn(_TRIAL_SIDE, _TRIAL_SIDE), torch.empty(_TRIAL_SIDE, _TRIAL_SIDE)
     links = 2
-    exact = _seconds(lambda: chain_result(bytes(32), _TRIAL_SIDE, links, threads=threads, backend="float32"), 1)
+    fastest = _fastest()
+    exact = _seconds(lambda: chain_result(bytes(32), _TRIAL_SIDE, links, threads=threads, backend=fastest), 1)
     float32 = _seconds(lambda: torch.mm(one, other, out=out))
     source = torch.ones(_COPY_BYTES // 4)
     target = torch.empty_like(source)
