@@ -9,12 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Final, Literal
 
 from protocol import params
 from protocol.codec import blake
 from protocol.records import Bid, Offer, amount_for
 
-__all__ = ["Choice", "Record", "Refusal", "Scored", "match_round", "refuse_bid", "refuse_offer", "trust_ppm"]
+__all__ = [
+    "Choice",
+    "Proven",
+    "Record",
+    "Refusal",
+    "Scored",
+    "believed_ns",
+    "match_round",
+    "refuse_bid",
+    "refuse_offer",
+    "trust_ppm",
+]
 
 
 @dataclass(frozen=True)
@@ -23,6 +35,37 @@ class Record:
 
     right: int = 0
     wrong: int = 0
+
+
+@dataclass(frozen=True)
+class Proven:
+    """What is known of a solver's speed. grade: who timed its bench card: this peer, somebody else, nobody.
+
+    operations_per_second: of pure products, which no job exceeds; 0 without a card.
+    """
+
+    grade: Literal["witnessed", "self-timed", "none"]
+    operations_per_second: int
+
+
+_SLOWDOWN: Final = {
+    "witnessed": 1000,
+    "self-timed": params.SELF_TIMED_SLOWDOWN_PERMILLE,
+    "none": params.UNPROVEN_SLOWDOWN_PERMILLE,
+}
+
+
+def believed_ns(operations: int, eta_ns: int, proven: Proven) -> int:
+    """How long `operations` are expected to take, in ns, of a solver that says `eta_ns`; rounded down.
+
+    Never less than the work takes at the speed of the card, which multiplies and does nothing else; and without a
+    card that this peer timed itself never less than at UNPROVEN_SPEED_MAX, and longer than the solver says: a word
+    alone must not win against a measurement.
+    """
+    fastest = proven.operations_per_second or params.UNPROVEN_SPEED_MAX
+    if proven.grade != "witnessed":
+        fastest = min(fastest, params.UNPROVEN_SPEED_MAX)
+    return max(eta_ns * _SLOWDOWN[proven.grade] // 1000, operations * 10**9 // fastest)
 
 
 @dataclass(frozen=True)
@@ -124,6 +167,7 @@ def match_round(
     record_of: Callable[[bytes], Record],
     excluded: Collection[bytes],
     reachable: Callable[[bytes], bool],
+    proven: Callable[[bytes], Proven] = lambda _: Proven("none", 0),
 ) -> Choice:
     """The best bid for one offer in one round. Ties go to the smaller bid id; nothing depends on arrival.
 
@@ -144,7 +188,8 @@ def match_round(
             continue
         price = amount_for(offer.operations, bid.unit_price)
         risk = price * (1_000_000 - trust_ppm(record_of(bid.solver))) // 1_000_000
-        wait = amount_for(offer.operations, offer.unit_price_max) * bid.eta_ns // (3600 * 10**9)
+        expected_ns = believed_ns(offer.operations, bid.eta_ns, proven(bid.solver))
+        wait = amount_for(offer.operations, offer.unit_price_max) * expected_ns // (3600 * 10**9)
         scored.append(Scored(bid_id, bid.solver, price, risk, wait))
     scored.sort(key=lambda s: (s.score_micro, s.bid_id))
     explored = False

@@ -27,6 +27,7 @@ class Bidder:
     desk: Desk
     settler: Settler
     slots_free: Callable[[], int] = lambda: 0
+    carded: Callable[[], int] = lambda: 0  # operations a second of this peer's bench card, 0 for none
     seeds: dict[bytes, tuple[bytes, Bid]] = field(default_factory=dict)  # bid id -> its seed and terms
     bid_on: dict[bytes, int] = field(default_factory=dict)  # offer -> when our bid on it expires
     refusals: dict[bytes, Refusal] = field(default_factory=dict)  # offer -> why not, for `why`
@@ -85,8 +86,9 @@ class Bidder:
         return Refusal("paused", "its owner paused this peer; `ichiba resume`") if self.desk.paused_ns else None
 
     def speed(self) -> int:
-        """Operations per second: measured on this peer's own segments, else the configured guess."""
-        return self.operations_per_second or self.desk.means.operations_per_second
+        """Operations per second: measured on this peer's own segments, else by its card, else the configured guess."""
+        by_card = self.carded() // params.BENCH_JOB_SHARE
+        return self.operations_per_second or by_card or self.desk.means.operations_per_second
 
     def publish_ask(self) -> None:
         """The standing ask of this peer's one slot: what it offers, in every role; while it is paused, in none."""

@@ -33,6 +33,7 @@ _COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "book": ("peer.cli_money:book", "Show the asks and offers this peer has heard of."),
     "wallet": ("peer.cli_money:wallet", "Show what this peer holds, locks, earns and owes."),
     "receipts": ("peer.cli_money:receipts", "Check the evidence of finished work, offline."),
+    "bench": ("peer.cli_bench:bench", "Measure this device and make its bench card, the proof of what it can do."),
     "doctor": ("peer.cli_doctor:doctor", "Check this machine and peer, and say how to mend what is wrong."),
     "swarm": (
         "peer.cli_swarm:swarm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -80,6 +81,8 @@ def up(
     ichiba up --roles solver,verifier --price 0.001 --memory 8G
     ichiba up --peer ichiba1qyp... --listen /ip4/0.0.0.0/tcp/4748
     """
+    # Before numpy is loaded: a check of a bench card reads memory, and a second thread only waits for it.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     import trio
 
     from peer.daemon import DaemonConfig

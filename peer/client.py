@@ -132,6 +132,18 @@ class Client:
             "quote", operations=operations, unit_price_max=unit_price_max, memory_bytes=memory_bytes, sandbox=sandbox
         )
 
+    def bench(self, *, peer: str = "", memory_bytes: int | None = None) -> dict[str, Any]:
+        """Have a connected peer challenge this one, and make the card; `events` tells how it goes."""
+        return self.command("bench", peer=peer, memory_bytes=memory_bytes)
+
+    def challenge(self, peers: list[str]) -> list[str]:
+        """Invite peers to be challenged by this one, all connected solvers if none is named; those invited."""
+        return list(self.command("challenge", peers=peers)["invited"])
+
+    def cards(self) -> dict[str, Any]:
+        """The bench cards this peer knows, and its own."""
+        return self.command("cards")
+
     def wallet(self, *, everybody: bool = False) -> dict[str, Any]:
         """This peer's buckets, or everybody's."""
         return self.command("wallet", all=everybody)

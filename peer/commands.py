@@ -16,14 +16,17 @@ from market.ledger import money_table
 from market.matching import trust_ppm
 from market.quoting import quote
 from peer.bidding import Bidder
+from peer.challenger import Challenger
 from peer.deals import Deal, Job, JobState, agreement_of, task_of
 from peer.desk import Desk
 from peer.events import Command, Reply
 from peer.jobs import JobDesk
 from peer.pausing import Pausing
+from peer.prover import Prover
 from peer.settler import Settler
 from peer.solver import Solver
 from peer.submitter import Submitter
+from protocol.bench_card import Figures
 from protocol.codec import blake
 from protocol.errors import IchibaError, LocalProtocolError, NotFound
 from protocol.keys import peer_key, peer_name
@@ -64,6 +67,8 @@ class Commands:
     bidder: Bidder
     solver: Solver
     pausing: Pausing
+    prover: Prover
+    challenger: Challenger
 
     def handle(self, command: Command) -> None:
         """Answer one command with one Reply, never an exception."""
@@ -79,6 +84,9 @@ class Commands:
             "bundle": self.bundle,
             "pause": self.pausing.pause,
             "resume": self.pausing.resume,
+            "bench": self.bench,
+            "challenge": self.challenge,
+            "cards": self.cards,
         }
         try:
             if command.verb not in verbs:
@@ -238,6 +246,7 @@ class Commands:
                     "memory_bytes": a.memory_bytes,
                     "sandbox": a.sandbox,
                     "operations_per_second": a.operations_per_second,
+                    "proven": asdict(self.challenger.speed_of(a.peer)),
                     "stake_micro": self.settler.free_stake(a.peer),
                     "trust_ppm": trust_ppm(self.settler.history(a.peer)),
                     "connected": a.peer in self.desk.peers or a.peer == self.desk.me,
@@ -281,6 +290,57 @@ class Commands:
             unit_price_max=limit,
         )
         return {**asdict(made), "operations": operations, "round_ms": self.desk.network.rules.round_ms}
+
+    # --- bench cards ---------------------------------------------------------------------------------------
+    def bench(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Ask a connected peer, named or drawn, for a challenge; events tell how it goes."""
+        peers = sorted(self.desk.peers)
+        if not peers:
+            raise NotFound("no peer is connected that could time a bench", next_step="ichiba bench --alone")
+        name = str(arguments.get("peer") or "")
+        peer = peer_key(name) if name else self.desk.rng.choice(peers)
+        memory = arguments.get("memory_bytes")
+        memory_bytes = self.desk.means.memory_bytes if memory is None else int(memory)
+        self.prover.ask(peer, memory_bytes=memory_bytes)
+        return {"challenger": peer_name(peer), "memory_bytes": memory_bytes}
+
+    def challenge(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Invite peers, all connected solvers if none is named, to be challenged by this one."""
+        book = self.desk.book.live_asks(role=ROLE_SOLVER, now_ns=self.desk.now_ns)
+        solvers = {a.peer for a in book if a.peer in self.desk.peers}
+        named = {peer_key(str(name)) for name in arguments.get("peers", [])}
+        for peer in sorted(named or solvers):
+            self.challenger.invite(peer)
+        return {"invited": [peer_name(p) for p in sorted(named or solvers)]}
+
+    def cards(self, _: dict[str, Any]) -> dict[str, Any]:
+        """Every card known here: our own, those we timed, those we only heard of."""
+        rows = []
+        known = {**self.challenger.heard, **self.challenger.proven}
+        if self.prover.opened is not None:
+            known[self.desk.me] = self.prover.opened
+        for peer in sorted(known):
+            opened = known[peer]
+            card = opened.card
+            ours = peer in self.challenger.proven
+            rows.append(
+                {
+                    "peer": peer_name(peer),
+                    "card": opened.id.hex(),
+                    "challenger": peer_name(card.challenger),
+                    "timed": "by this peer" if ours else opened.grade,
+                    "operations_per_second": opened.operations_per_second,
+                    "proven_memory_bytes": opened.proven_memory_bytes,
+                    **{name: getattr(card, name) for name in Figures.__struct_fields__},
+                    "evidence": card.evidence.hex(),
+                    "created_ns": card.created_ns,
+                    "expires_ns": card.expires_ns,
+                }
+            )
+        return {"cards": rows, "own": self.prover.card.hex(), "own_evidence": self._own_evidence()}
+
+    def _own_evidence(self) -> str:
+        return self.prover.opened.card.evidence.hex() if self.prover.opened is not None else ""
 
     # --- money ---------------------------------------------------------------------------------------------
     def wallet(self, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ _Level = Annotated[int, msgspec.Meta(ge=0, le=4)]
 
 
 class _Nothing(msgspec.Struct, forbid_unknown_fields=True):
-    """Of status, jobs and book."""
+    """Of status, jobs, book and cards."""
 
 
 class _OneJob(msgspec.Struct, forbid_unknown_fields=True):
@@ -83,6 +83,21 @@ class _Pause(msgspec.Struct, forbid_unknown_fields=True):
     )
 
 
+class _Bench(msgspec.Struct, forbid_unknown_fields=True):
+    """Of bench: who is to challenge us (else anybody connected), and how much memory to prove."""
+
+    peer: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    memory_bytes: _Count | None = None
+
+
+class _Challenge(msgspec.Struct, forbid_unknown_fields=True):
+    """Of challenge: the peers to be challenged; none for all connected solvers."""
+
+    peers: Annotated[
+        list[Annotated[str, msgspec.Meta(max_length=64)]], msgspec.Meta(max_length=params.BENCH_OPEN_MAX)
+    ] = []
+
+
 VERBS: Final[dict[str, type[msgspec.Struct]]] = {
     "status": _Nothing,
     "jobs": _Nothing,
@@ -95,6 +110,9 @@ VERBS: Final[dict[str, type[msgspec.Struct]]] = {
     "wallet": _Wallet,
     "pause": _Pause,
     "resume": _Nothing,
+    "bench": _Bench,
+    "challenge": _Challenge,
+    "cards": _Nothing,
 }
 
 

@@ -15,20 +15,26 @@ from typing import Any
 
 import trio
 
+from peer.bench_process import BenchRunner
 from peer.blobs import BlobStore
 from peer.events import (
+    CheckWork,
     Fetch,
     Fetched,
     Input,
+    OpenMemory,
     Penalise,
     Publish,
     Release,
     SegmentMade,
     Send,
+    StartBench,
     StartWork,
     StepMade,
+    StopBench,
     StopWork,
     Suspend,
+    WarmBench,
     WorkEnded,
 )
 from peer.host import Host, PeerUnreachable
@@ -94,6 +100,10 @@ class Performer:
     working: dict[bytes, _Running] = field(default_factory=dict)
     suspension: _Suspension | None = None
     turn: trio.Lock = field(default_factory=trio.Lock)  # one worker at a time: the slot of this machine
+    bench: BenchRunner = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bench = BenchRunner(self.host, self.blobs, self.nursery, self.inbox, self.turn)
 
     def perform(self, effect: object) -> None:
         """Start one effect; returns at once."""
@@ -113,6 +123,8 @@ class Performer:
             case Suspend(within_ms=within_ms):
                 self.suspension = _Suspension()
                 self.nursery.start_soon(self._suspend, within_ms / 1000, self.suspension)
+            case WarmBench() | StartBench() | OpenMemory() | StopBench() | CheckWork():
+                self.bench.perform(effect)
             case Release(owner=owner, keep=keep):
                 self.states.drop(owner)
                 self.blobs.release(owner.hex(), keep=keep)

@@ -6,9 +6,18 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from market.entries import Entry
+from protocol.bench_card import Figures, Opening
+from protocol.records import BenchChallenge
 from protocol.task import TaskSpec
 
 __all__ = [
+    "BenchEffect",
+    "BenchEnded",
+    "BenchFilled",
+    "BenchInput",
+    "BenchMade",
+    "BenchWarm",
+    "CheckWork",
     "Command",
     "Effect",
     "Emit",
@@ -16,7 +25,9 @@ __all__ = [
     "Fetched",
     "GossipIn",
     "Input",
+    "MemoryOpened",
     "MessageIn",
+    "OpenMemory",
     "PeerDown",
     "PeerUp",
     "Penalise",
@@ -27,11 +38,15 @@ __all__ = [
     "Save",
     "SegmentMade",
     "Send",
+    "StartBench",
     "StartWork",
     "StepMade",
+    "StopBench",
     "StopWork",
     "Suspend",
     "Tick",
+    "WarmBench",
+    "WorkChecked",
     "WorkEnded",
 ]
 
@@ -119,6 +134,54 @@ class WorkEnded:
 
 
 @dataclass(frozen=True)
+class BenchWarm:
+    """The bench process runs, and has measured the device. operations_per_second: of exact products."""
+
+    operations_per_second: int
+    figures: Figures
+
+
+@dataclass(frozen=True)
+class BenchMade:
+    """The chain of `challenge` is multiplied; its result lies in the blob store as `evidence`."""
+
+    challenge: bytes
+    evidence: bytes
+
+
+@dataclass(frozen=True)
+class BenchFilled:
+    """The memory of `challenge` is filled and held; `root` commits to it."""
+
+    challenge: bytes
+    root: bytes
+
+
+@dataclass(frozen=True)
+class MemoryOpened:
+    """What OpenMemory asked for."""
+
+    challenge: bytes
+    openings: tuple[Opening, ...]
+
+
+@dataclass(frozen=True)
+class BenchEnded:
+    """The bench process ended by itself, and its memory is gone."""
+
+    error: str
+
+
+@dataclass(frozen=True)
+class WorkChecked:
+    """The end of a CheckWork: `error` is empty when the evidence is right; `forged` when it is here and wrong."""
+
+    challenge: bytes
+    error: str = ""
+    forged: bool = False
+
+
+@dataclass(frozen=True)
 class Command:
     """A person's wish, from the control socket. `token` comes back in the Reply."""
 
@@ -127,8 +190,19 @@ class Command:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
+BenchInput: TypeAlias = BenchWarm | BenchMade | BenchFilled | MemoryOpened | BenchEnded | WorkChecked
 Input: TypeAlias = (
-    Tick | PeerUp | PeerDown | GossipIn | MessageIn | Fetched | StepMade | SegmentMade | WorkEnded | Command
+    Tick
+    | PeerUp
+    | PeerDown
+    | GossipIn
+    | MessageIn
+    | Fetched
+    | StepMade
+    | SegmentMade
+    | WorkEnded
+    | BenchInput
+    | Command
 )
 
 
@@ -207,6 +281,41 @@ class Suspend:
 
 
 @dataclass(frozen=True)
+class WarmBench:
+    """Start the bench process. Answered by BenchWarm, or BenchEnded."""
+
+
+@dataclass(frozen=True)
+class StartBench:
+    """Multiply the chain of a challenge, then fill its memory. Answered by BenchMade and BenchFilled, or BenchEnded."""
+
+    id: bytes
+    challenge: BenchChallenge
+
+
+@dataclass(frozen=True)
+class OpenMemory:
+    """Open blocks of the memory of the bench. Answered by MemoryOpened."""
+
+    id: bytes
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StopBench:
+    """End the bench process and free its memory, if it runs."""
+
+
+@dataclass(frozen=True)
+class CheckWork:
+    """Fetch the evidence of a challenge from its peer and check it (protocol.bench_card). Answered by WorkChecked."""
+
+    id: bytes
+    challenge: BenchChallenge
+    evidence: bytes
+
+
+@dataclass(frozen=True)
 class Release:
     """The blobs fetched or made for `owner` (a deal, a case, a piece of work) may be evicted, but for `keep`."""
 
@@ -240,6 +349,19 @@ class Penalise:
     reason: str
 
 
+BenchEffect: TypeAlias = WarmBench | StartBench | OpenMemory | StopBench | CheckWork
 Effect: TypeAlias = (
-    Save | Post | Send | Publish | Fetch | StartWork | StopWork | Suspend | Release | Emit | Reply | Penalise
+    Save
+    | Post
+    | Send
+    | Publish
+    | Fetch
+    | StartWork
+    | StopWork
+    | Suspend
+    | BenchEffect
+    | Release
+    | Emit
+    | Reply
+    | Penalise
 )

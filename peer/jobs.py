@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from market.matching import Choice, match_round
+from market.matching import Choice, Proven, match_round
 from market.quoting import channel_micro, lock_micro
 from peer.deals import Job, JobState, task_of
 from peer.desk import MARKET, Desk
@@ -31,6 +31,7 @@ class JobDesk:
     desk: Desk
     settler: Settler
     on_choice: Callable[[Job, Offer, Bid, Choice], None] = lambda *_: None
+    speed_of: Callable[[bytes], Proven] = lambda _: Proven("none", 0)
     jobs: dict[bytes, Job] = field(default_factory=dict)
     rounds: dict[bytes, int] = field(default_factory=dict)  # job -> next round at
     repeats: dict[bytes, int] = field(default_factory=dict)  # job -> gossip the offer again at
@@ -145,6 +146,7 @@ class JobDesk:
             record_of=self.settler.history,
             excluded={*job.culprits, *(p for p, until in job.resting.items() if now < until)},
             reachable=lambda peer: peer in self.desk.peers,
+            proven=self.speed_of,
         )
         if self.told.get(job.id) != choice:
             self.told[job.id] = choice

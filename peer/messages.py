@@ -10,10 +10,21 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 from protocol import params
+from protocol.bench_card import Figures, Opening
 from protocol.codec import Digest, Uint, decode, encode
 
 __all__ = [
     "Accept",
+    "BenchAsk",
+    "BenchDecline",
+    "BenchDone",
+    "BenchInvite",
+    "BenchOffer",
+    "BenchProbe",
+    "BenchProbed",
+    "BenchStart",
+    "BenchTimed",
+    "BenchWitness",
     "Cancel",
     "CheckAccept",
     "CheckDecline",
@@ -174,6 +185,72 @@ class SyncIds(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     answer: bool
 
 
+class BenchAsk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="bench-ask"):
+    """Challenge me: what I think I do in a second, the memory I want to prove, and what I am (as the card will say)."""
+
+    operations_per_second: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
+    memory_bytes: Uint
+    figures: Figures
+
+
+class BenchInvite(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="bench-invite"):
+    """Get ready and ask me for a challenge."""
+
+
+class BenchStart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="bench-start"):
+    """A signed challenge; its clock runs."""
+
+    challenge: Sealed
+
+
+class BenchDone(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="bench-done"):
+    """The chain is multiplied; its result is this blob. The first one stops the clock."""
+
+    challenge: Digest
+    evidence: Digest
+
+
+class BenchTimed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="bench-timed"):
+    """How long it took, on the challenger's clock."""
+
+    challenge: Digest
+    elapsed_ns: Uint
+
+
+class BenchOffer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="bench-offer"):
+    """The card with its peer's signature: the memory is filled and committed to."""
+
+    card: Sealed
+
+
+class BenchProbe(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="bench-probe"):
+    """Open these blocks of the memory, now."""
+
+    challenge: Digest
+    indices: Annotated[tuple[Uint, ...], msgspec.Meta(min_length=1, max_length=params.BENCH_PROBES)]
+
+
+class BenchProbed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="bench-probed"):
+    """The opened blocks, in the order of the probe."""
+
+    challenge: Digest
+    openings: Annotated[tuple[Opening, ...], msgspec.Meta(min_length=1, max_length=params.BENCH_PROBES)]
+
+
+class BenchWitness(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="bench-witness"):
+    """The card with both signatures."""
+
+    card: Sealed
+
+
+class BenchDecline(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="bench-decline"):
+    """No challenge, no answer, or no card, with a typed reason. An ask is declined with zeros."""
+
+    challenge: Digest
+    code: Text
+    why: Text
+
+
 Message: TypeAlias = (
     Propose
     | Accept
@@ -194,6 +271,16 @@ Message: TypeAlias = (
     | Records
     | SyncDigest
     | SyncIds
+    | BenchAsk
+    | BenchInvite
+    | BenchStart
+    | BenchDone
+    | BenchTimed
+    | BenchOffer
+    | BenchProbe
+    | BenchProbed
+    | BenchWitness
+    | BenchDecline
 )
 
 

@@ -15,17 +15,24 @@ from market import entries as money
 from market.ledger import Ledger
 from peer import messages as m
 from peer.bidding import Bidder
+from peer.challenger import Challenger
 from peer.checker import Checker
 from peer.checking import CheckDesk
 from peer.commands import Commands
 from peer.deals import Deal, agreement_of
 from peer.desk import Desk, Means
 from peer.events import (
+    BenchEnded,
+    BenchFilled,
+    BenchInput,
+    BenchMade,
+    BenchWarm,
     Command,
     Effect,
     Fetched,
     GossipIn,
     Input,
+    MemoryOpened,
     MessageIn,
     PeerDown,
     PeerUp,
@@ -34,11 +41,13 @@ from peer.events import (
     SegmentMade,
     StepMade,
     Tick,
+    WorkChecked,
     WorkEnded,
 )
 from peer.jobs import JobDesk
 from peer.messages import unpack
 from peer.pausing import Pausing
+from peer.prover import Prover
 from peer.settler import Settler
 from peer.solver import Solver
 from peer.submitter import Submitter
@@ -47,7 +56,7 @@ from protocol.codec import blake, decode
 from protocol.errors import LimitExceeded, LocalProtocolError, MalformedRecord, RemoteProtocolError
 from protocol.keys import SigningKey, peer_key
 from protocol.network import Network
-from protocol.records import Agreement, Ask, Bid, Claim, Offer, Settlement, Slash, Verdict, open_record
+from protocol.records import Agreement, Ask, BenchCard, Bid, Claim, Offer, Settlement, Slash, Verdict, open_record
 
 __all__ = ["Node"]
 
@@ -81,9 +90,14 @@ class Node:
         self.checks.on_paid_and_wrong = self.submitter.paid_and_wrong
         self.checker = Checker(self.desk, self.settler)
         self.pausing = Pausing(self.desk, self.bidder, self.solver, self.checker)
+        self.prover = Prover(self.desk, free=self._idle)
+        self.challenger = Challenger(self.desk)
+        self.jobs.speed_of = self.challenger.speed_of
+        self.bidder.carded = self.prover.speed
         self.commands = Commands(
-            self.desk, self.settler, self.jobs, self.submitter, self.bidder, self.solver, self.pausing
-        )
+            self.desk, self.settler, self.jobs, self.submitter, self.bidder, self.solver, self.pausing, self.prover,
+            self.challenger,
+        )  # fmt: skip
         self.next_sync_ns = now_ns
         self._deposit()
         self.settler.restore(rows("settlement"), rows("frozen"))
@@ -92,6 +106,8 @@ class Node:
         self.pausing.restore(rows)
         self.solver.restore(rows)
         self.checker.restore(rows)
+        self.prover.restore(rows)
+        self.challenger.restore(rows)
         self.settler.on_open = self._opened
         self.settler.on_close = self._closed
 
@@ -114,6 +130,10 @@ class Node:
     def _closed(self, agreement_id: bytes, how: str) -> None:
         self.submitter.closed(agreement_id, how)
         self.solver.closed(agreement_id, how)
+
+    def _idle(self) -> bool:
+        """Whether no job and no check runs here, and none is only paused."""
+        return not self.desk.paused_ns and self.solver.slots_free() == self.desk.means.slots and not self.checker.cases
 
     # --- the one door --------------------------------------------------------------------------------------
     def handle(self, event: Input, now_ns: int) -> list[Effect]:
@@ -142,10 +162,24 @@ class Node:
             case WorkEnded():
                 for worker in (self.solver, self.checker):
                     self.desk.attempt(worker.on_work_ended, event)
+            case BenchWarm() | BenchMade() | BenchFilled() | MemoryOpened() | BenchEnded() | WorkChecked():
+                self._bench_event(event)
             case Command():
                 self.commands.handle(event)
         effects, self.desk.effects = self.desk.effects, []
         return sorted(effects, key=lambda effect: not isinstance(effect, Save | Post))
+
+    def _bench_event(self, event: BenchInput) -> None:
+        """What the bench process made, or the check of another's work."""
+        acts: dict[type[BenchInput], Callable[..., None]] = {
+            BenchWarm: self.prover.on_warm,
+            BenchMade: self.prover.on_made,
+            BenchFilled: self.prover.on_filled,
+            MemoryOpened: self.prover.on_opened,
+            BenchEnded: self.prover.on_ended,
+            WorkChecked: self.challenger.on_checked,
+        }
+        self.desk.attempt(acts[type(event)], event)  # a card that ran out meanwhile must not stop the node
 
     def _guard(self, peer: bytes, act: Callable[..., None], *arguments: Any) -> None:
         """Run `act` on a peer's bytes; what is wrong with them costs the peer, not us."""
@@ -168,6 +202,8 @@ class Node:
         self.bidder.tick()
         self.solver.tick()
         self.settler.tick()
+        self.prover.tick()
+        self.challenger.tick()
         self.desk.book.expire(now_ns=self.desk.now_ns)
         if self.desk.now_ns >= self.next_sync_ns and self.desk.peers:
             self.next_sync_ns = self.desk.now_ns + params.SYNC_NS
@@ -180,7 +216,7 @@ class Node:
         if peer in self.desk.peers:
             return
         self.desk.peers[peer] = self.desk.now_ns
-        standing = tuple(e for e in (self.bidder.ask, *self.jobs.live_offers()) if e)
+        standing = tuple(e for e in (self.bidder.ask, self.prover.card, *self.jobs.live_offers()) if e)
         if standing:
             self.desk.send(peer, m.Records(standing[:512]))
         self.desk.send(peer, m.SyncDigest(*self.settler.digest()))
@@ -205,6 +241,8 @@ class Node:
             case Bid():
                 if record.expires_ns > now:
                     book.add_bid(record_id, record, now_ns=now)
+            case BenchCard():
+                self.challenger.on_card(envelope)
             case Verdict():
                 self.settler.freeze(record)
                 deal = self.submitter.deals.get(record.agreement)
@@ -257,6 +295,34 @@ class Node:
                     self._guard(peer, self._record, peer, envelope)
             case m.SyncDigest() | m.SyncIds():
                 self._sync(peer, message)
+            case _:
+                self._bench_message(peer, message)
+
+    def _bench_message(self, peer: bytes, message: m.Message) -> None:
+        match message:
+            case m.BenchInvite():
+                self.prover.on_invite(peer)
+            case m.BenchAsk():
+                self.challenger.on_ask(peer, message)
+            case m.BenchStart():
+                self.prover.on_start(peer, message)
+            case m.BenchDone():
+                self.challenger.on_done(peer, message)
+            case m.BenchTimed():
+                self.prover.on_timed(peer, message)
+            case m.BenchOffer():
+                self.challenger.on_offer(peer, message)
+            case m.BenchProbe():
+                self.prover.on_probe(peer, message)
+            case m.BenchProbed():
+                self.challenger.on_probed(peer, message)
+            case m.BenchWitness():
+                self.prover.on_witness(peer, message)
+            case m.BenchDecline():
+                self.prover.on_decline(peer, message)
+                self.challenger.on_decline(peer, message)
+            case _:
+                raise AssertionError(message)
 
     def _by_side(self, peer: bytes, message: m.ProofOffer | m.RevealOffer) -> None:
         """Proofs and reveals go both ways: the deal says which side we are on."""

@@ -16,6 +16,11 @@ from market.entries import Entry
 from market.ledger import Ledger
 from peer.desk import Means
 from peer.events import (
+    BenchEffect,
+    BenchFilled,
+    BenchMade,
+    BenchWarm,
+    CheckWork,
     Command,
     Effect,
     Emit,
@@ -23,7 +28,9 @@ from peer.events import (
     Fetched,
     GossipIn,
     Input,
+    MemoryOpened,
     MessageIn,
+    OpenMemory,
     PeerDown,
     PeerUp,
     Penalise,
@@ -33,17 +40,23 @@ from peer.events import (
     Save,
     SegmentMade,
     Send,
+    StartBench,
     StartWork,
     StepMade,
+    StopBench,
     StopWork,
     Suspend,
     Tick,
+    WarmBench,
+    WorkChecked,
     WorkEnded,
 )
 from peer.node import Node
+from protocol.bench_card import Figures, chain_operations
 from protocol.codec import blake
 from protocol.keys import SigningKey
 from protocol.network import Network
+from worker.bench import Memory
 
 __all__ = ["Faults", "InvariantBroken", "SimulatedPeer", "Simulation"]
 
@@ -94,6 +107,10 @@ class SimulatedPeer:
     life: int = 0  # grows with every start: events meant for an earlier process are dropped
     working: set[bytes] = field(default_factory=set)
     crashes: int = 0
+    bench_speed: int = 10**10  # operations a second of its device
+    bench_lie: str = ""  # "result": another chain's; "memory": another challenge's; "claim": says to be 10 times faster
+    device: str = ""  # what it says it is; else its name
+    memory: Memory | None = None
 
 
 class Simulation:
@@ -245,6 +262,8 @@ class Simulation:
                     peer.working.discard(work)
                 case Suspend():
                     peer.working.clear()
+                case WarmBench() | StartBench() | OpenMemory() | StopBench() | CheckWork():
+                    self._bench(peer, effect)
                 case Emit(kind=kind, data=data):
                     self.log.append((self.now_ns, peer.name, kind, data))
                 case Reply():
@@ -297,6 +316,34 @@ class Simulation:
             self._at(at, peer, made)
             root = out
         self._at((order.last_segment - order.first_segment) * SEGMENT_NS + 1, peer, WorkEnded(order.work))
+
+    def _bench(self, peer: SimulatedPeer, effect: BenchEffect) -> None:
+        """A bench process: its chain takes its time, its result is a hash; its memory is real, so keep it small."""
+        match effect:
+            case WarmBench():
+                figures = Figures(
+                    float32_per_second=peer.bench_speed, memory_bytes=2**30, memory_bytes_per_second=10**10,
+                    disk_bytes=10**9, disk_bytes_per_second=10**8, cores=1, threads=1, device=peer.device or peer.name,
+                )  # fmt: skip
+                claim = peer.bench_speed * (10 if peer.bench_lie == "claim" else 1)
+                self._at(3 * SECOND, peer, BenchWarm(claim, figures))
+            case StartBench(id=challenge, challenge=terms):
+                took = chain_operations(terms.side, terms.links) * SECOND // peer.bench_speed
+                blob = bench_result(bytes(32) if peer.bench_lie == "result" else challenge)
+                peer.blobs.add(blob)
+                peer.memory = Memory(bytes(32) if peer.bench_lie == "memory" else challenge, terms.memory_blocks)
+                self._at(took, peer, BenchMade(challenge, blob))
+                self._at(took + SECOND, peer, BenchFilled(challenge, peer.memory.root))
+            case OpenMemory(id=challenge, indices=indices):
+                assert peer.memory is not None
+                self._at(SECOND // 100, peer, MemoryOpened(challenge, tuple(map(peer.memory.open, indices))))
+            case StopBench():
+                peer.memory = None
+            case CheckWork(id=challenge, challenge=terms, evidence=blob):
+                holder = self.by_key[terms.peer]
+                here = holder.node is not None and blob in holder.blobs
+                error = "" if here and blob == bench_result(challenge) else "wrong" if here else "no peer has it"
+                self._at(SECOND // 5, peer, WorkChecked(challenge, error, forged=here and bool(error)))
 
     # --- promises ------------------------------------------------------------------------------------------
     def check(self, peer: SimulatedPeer) -> None:
@@ -360,3 +407,8 @@ class Simulation:
 def initial_root(seed: int) -> bytes:
     """The state root of a simulated task's start."""
     return blake("sim/initial", seed.to_bytes(8, "big"))
+
+
+def bench_result(challenge: bytes) -> bytes:
+    """The blob of a simulated challenge's right result."""
+    return blake("sim/bench", challenge)

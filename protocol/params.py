@@ -191,3 +191,32 @@ TRIAL_OPERATIONS_MAX: Final = 20 * 10**9  # a step up to this is tried before mo
 JOB_FILE_BYTES_MAX: Final = 64 * 1024
 CHECKER_REST_NS: Final = 30 * 10**9  # a checker that declined or vanished may be asked again after this
 FRUITLESS_DEALS_MAX: Final = 20  # a job fails when so many deals in a row bring it no further
+
+# --- bench cards (protocol/bench_card.py) ------------------------------------------------------------------
+BENCH_LINKS_MAX: Final = 4096  # products of one chain; with its side it bounds what a check costs
+BENCH_OPERATIONS_MAX: Final = 2**47  # of one chain: 30 s at 4.7 Top/s, and at most 512 links of side 4,096
+BENCH_MEMORY_BLOCK_BYTES: Final = 8192  # one cell of the memory that is filled; three are opened for each probe
+BENCH_MEMORY_BLOCKS_MAX: Final = 2**22  # 32 GiB; filling runs at about 150 MB/s
+BENCH_PROBES: Final = 16  # 16 x 3 blocks of 8 KiB and their paths fit a message; 10 % missing is seen 4 times in 5
+BENCH_CARD_LIFETIME_NS: Final = 6 * 3600 * 10**9  # a machine may be sold, throttled or shared after it was measured
+BENCH_TARGET_NS: Final = 30 * 10**9  # a chain of so long: a check, and a network's 100 ms, are under 1 % of it
+BENCH_WINDOW_FACTOR: Final = 3  # a challenge is open so many times the expected duration, for a loaded machine
+BENCH_WINDOW_SLACK_NS: Final = 20 * 10**9  # storing the result, and the way there and back with resendings
+BENCH_WINDOW_NS_MAX: Final = 15 * 60 * 10**9
+BENCH_FILL_BYTES_PER_SECOND_MIN: Final = 20 * 10**6  # a slower filling is given up: a fifth of what one core does
+BENCH_PROBE_NS: Final = 5 * 10**9  # from the probe to its answer: two sendings of a message, or 1 GB filled anew
+BENCH_REST_NS: Final = 60 * 10**9  # one peer is challenged at most so often: its chain costs 30 s, our check 0.1 s
+BENCH_GATHER_NS: Final = 30 * 10**9  # a challenge waits so long for look-alikes to be ready: torch starts in 2-6 s
+BENCH_ASK_NS: Final = 2 * BENCH_GATHER_NS  # an ask without a challenge is given up after this
+BENCH_INVITED_REST_NS: Final = 1800 * 10**9  # an invitation of one peer is followed so often, for each costs a minute
+BENCH_ANY_INVITED_REST_NS: Final = 300 * 10**9  # and of all peers together
+BENCH_REPEAT_NS: Final = 600 * 10**9  # a card is gossiped so often; a peer just met is told at once
+BENCH_FIRST_SPEED_MAX: Final = 2 * 10**12  # operations a second: a chain is not sized by more at a peer's word, or
+# anybody could send us a forged result that takes seconds to check; it may be four times what was proven before
+BENCH_OPEN_MAX: Final = 16  # challenges this peer has open at a time
+BENCH_JOB_SHARE: Final = 4  # a first guess: an exact training step runs at a third to a quarter of pure products
+BENCH_CARDS_MAX: Final = 10_000  # cards of others that are remembered; the oldest gives way
+BENCH_FILE_BYTES_MAX: Final = 33 * 1024 * 1024  # a card and the largest results, twice 4,096 x 4,096 bytes
+UNPROVEN_SPEED_MAX: Final = 50 * 10**9  # operations a second a peer is believed without our own challenge: one core
+UNPROVEN_SLOWDOWN_PERMILLE: Final = 2000  # what nobody proved is expected to take twice as long as it says
+SELF_TIMED_SLOWDOWN_PERMILLE: Final = 1500  # real work, but on a clock we do not know

@@ -20,6 +20,8 @@ from protocol.keys import SigningKey, verify
 __all__ = [
     "Agreement",
     "Ask",
+    "BenchCard",
+    "BenchChallenge",
     "Bid",
     "Claim",
     "Envelope",
@@ -238,8 +240,64 @@ class Slash(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, k
     verdicts: Annotated[tuple[Sealed, ...], msgspec.Meta(min_length=1, max_length=8)]  # Envelopes of Verdicts
 
 
+class BenchChallenge(
+    _Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/bench-challenge/1"
+):
+    """Multiply this chain (protocol/bench_card.py) now. A peer that challenges itself makes a self-timed card."""
+
+    challenger: PeerKey
+    peer: PeerKey
+    nonce: Digest
+    side: Literal[256, 512, 1024, 2048, 4096]
+    links: Annotated[int, msgspec.Meta(ge=1, le=params.BENCH_LINKS_MAX)]
+    memory_blocks: Annotated[int, msgspec.Meta(ge=0, le=params.BENCH_MEMORY_BLOCKS_MAX)]
+    window_ns: Annotated[int, msgspec.Meta(ge=1, le=params.BENCH_WINDOW_NS_MAX)]
+    created_ns: Uint
+    expires_ns: Uint
+
+
+class BenchCard(
+    _Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/bench-card/1"
+):
+    """Proof of capacity: signed by its peer, and by the challenger who timed it and probed its memory.
+
+    Proven: the chain's result (the blob `evidence`) and, for who trusts the challenger's clock, `elapsed_ns` and the
+    memory under `memory_root`. The peer's word only: the other figures, per second and in bytes.
+    """
+
+    peer: PeerKey
+    challenger: PeerKey
+    challenge: Sealed  # an Envelope of the BenchChallenge
+    evidence: Digest
+    elapsed_ns: Annotated[int, msgspec.Meta(ge=1, le=params.BENCH_WINDOW_NS_MAX)]
+    memory_root: Digest
+    float32_per_second: Uint
+    memory_bytes: Uint
+    memory_bytes_per_second: Uint
+    disk_bytes: Uint
+    disk_bytes_per_second: Uint
+    cores: Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+    threads: Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+    device: Annotated[str, msgspec.Meta(max_length=96, pattern=r"^[ -~]*\Z")]  # it is shown on terminals
+    created_ns: Uint
+    expires_ns: Uint
+
+
 Record: TypeAlias = (
-    Offer | Ask | Bid | Agreement | Receipt | Voucher | Proof | Reveal | Verdict | Settlement | Claim | Slash
+    Offer
+    | Ask
+    | Bid
+    | Agreement
+    | Receipt
+    | Voucher
+    | Proof
+    | Reveal
+    | Verdict
+    | Settlement
+    | Claim
+    | Slash
+    | BenchChallenge
+    | BenchCard
 )
 
 
@@ -267,7 +325,9 @@ def parties(record: Record) -> frozenset[bytes]:
             return frozenset((peer,))
         case Proof(author=peer) | Reveal(author=peer) | Claim(author=peer) | Slash(author=peer):
             return frozenset((peer,))
-        case Agreement(submitter=a, solver=b) | Settlement(submitter=a, solver=b):
+        case BenchChallenge(challenger=peer):
+            return frozenset((peer,))
+        case Agreement(submitter=a, solver=b) | Settlement(submitter=a, solver=b) | BenchCard(peer=a, challenger=b):
             return frozenset((a, b))
         case Receipt():
             return frozenset()  # its parties are those of its agreement: the caller compares

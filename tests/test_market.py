@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from market.book import OrderBook
-from market.matching import Record, match_round, refuse_offer, trust_ppm
+from market.matching import Proven, Record, match_round, refuse_offer, trust_ppm
 from market.quoting import channel_micro, quote, sampled_segments
 from protocol import params
 from protocol.codec import blake
@@ -95,6 +95,7 @@ def match(
     records: dict[bytes, Record] | None = None,
     excluded: tuple[bytes, ...] = (),
     offer_id: bytes = b"o",
+    proven: dict[bytes, Proven] | None = None,
 ):  # type: ignore[no-untyped-def]
     return match_round(
         offer(),
@@ -105,6 +106,7 @@ def match(
         record_of=lambda p: (records or {}).get(p, Record(20, 0)),
         excluded=excluded,
         reachable=lambda p: p != peer(99),
+        proven=lambda p: (proven or {}).get(p, Proven("none", 0)),
     )
 
 
@@ -112,6 +114,22 @@ def test_the_cheaper_of_two_equals_wins_whatever_the_order() -> None:
     bids = [bid(2, unit_price=700), bid(3, unit_price=600), bid(4, unit_price=650)]
     winners = {match(random.Random(i).sample(bids, 3)).winner.solver for i in range(10)}
     assert winners == {peer(3)}
+
+
+def test_a_measured_speed_wins_against_a_boast_of_the_same_price() -> None:
+    hour = 3600 * 10**9
+    bids = [bid(2, eta_ns=6 * hour // 10), bid(3, eta_ns=hour)]
+    assert match(bids).winner.solver == peer(2)
+    assert match(bids, proven={peer(3): Proven("witnessed", 10**15)}).winner.solver == peer(3)
+
+
+def test_a_card_exposes_a_bid_that_promises_more_than_the_device_does() -> None:
+    hour = 3600 * 10**9
+    bids = [bid(2, eta_ns=1), bid(3, eta_ns=hour)]
+    slow = max(1, offer().operations // 7200)  # two hours for this work, however short the bid says
+    proven = {peer(2): Proven("witnessed", slow), peer(3): Proven("witnessed", 10**15)}
+    assert match(bids).winner.solver == peer(2)
+    assert match(bids, proven=proven).winner.solver == peer(3)
 
 
 def test_a_bad_record_costs_more_than_a_small_discount() -> None:

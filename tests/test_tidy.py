@@ -22,8 +22,8 @@ ALLOWED_IMPORTS = {
 SANS_IO = {  # everything the simulator runs as the daemon does, and the simulator itself
     f"peer/{name}.py"
     for name in (
-        "bidding", "checker", "checking", "commands", "deals", "desk", "events", "jobs", "messages",
-        "node", "settler", "simulator", "solver", "submitter",
+        "bidding", "challenger", "checker", "checking", "commands", "deals", "desk", "events", "jobs", "messages",
+        "node", "prover", "settler", "simulator", "solver", "submitter",
     )
 }  # fmt: skip
 BANNED_NAMES = {"utils", "helpers", "common", "misc"}
