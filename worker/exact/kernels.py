@@ -114,7 +114,7 @@ _FIXED: dict[str, Kernel] = {
     "div.Tensor": _div,
     "neg.default": torch.neg,
     "abs.default": torch.abs,
-    "sqrt.default": torch.sqrt,
+    "sqrt.default": elementary.sqrt,
     "reciprocal.default": _reciprocal,
     "sign.default": _sign,
     "maximum.default": _positive_zero(torch.maximum),
