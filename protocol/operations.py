@@ -121,7 +121,7 @@ def cost_of(name: str, args: Sequence[Value], result: TensorType) -> int:
 
 
 def _is_number(arg: object) -> bool:
-    return isinstance(arg, int | float) and not isinstance(arg, bool)
+    return isinstance(arg, float) or _is_int(arg)
 
 
 def _is_int(arg: object) -> bool:

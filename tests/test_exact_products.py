@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from protocol.errors import LocalProtocolError
+from protocol import params
+from protocol.errors import LimitExceeded, LocalProtocolError
 from worker import exact
 from worker.exact.products import Products
 
@@ -121,6 +122,13 @@ def test_sums_longer_than_float64_or_int32_holds_are_exact(backend: str) -> None
         a[0, ::3] = 0.3337
         expected = slow_product(a, a.t(), width)
         assert torch.equal(bits(Products(width, backend).mm(a, a.t().contiguous())), bits(expected))
+
+
+def test_a_sum_that_no_int64_holds_is_refused() -> None:
+    long = torch.zeros(1, params.PRODUCT_LENGTH_22_MAX + 1)
+    with pytest.raises(LimitExceeded, match="width 22"):
+        Products(22).mm(long, long.t())
+    assert Products(15).mm(long, long.t()).tolist() == [[0.0]]
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])

@@ -17,6 +17,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from protocol.errors import MalformedRecord
 from protocol.program import NODE_STREAM
 from worker.exact import compiled, elementary, reductions
 from worker.exact.devices import checked_device, device_kernels, prove
@@ -32,12 +33,24 @@ Kernel = Callable[..., Tensor]
 _INT64_FLOAT_MAX = 9223371487098961920.0  # the largest float32 below 2**63
 
 
+def _number(value: float, dtype: torch.dtype) -> float:
+    """`value` as an element of `dtype`: a float beyond float32 is infinite, where torch.full would refuse it."""
+    if dtype != torch.float32 or isinstance(value, int):
+        return value
+    return float(torch.tensor(value, dtype=torch.float64).to(torch.float32))
+
+
 def _full(shape: Sequence[int], value: float, dtype: torch.dtype) -> Tensor:
-    return torch.full(list(shape), value, dtype=dtype)
+    return torch.full(list(shape), _number(value, dtype), dtype=dtype)
+
+
+def _pad(x: Tensor, pads: Sequence[int], value: float) -> Tensor:
+    return torch.constant_pad_nd(x, list(pads), _number(value, x.dtype))
 
 
 def _arange(start: int, end: int, step: int) -> Tensor:
-    return torch.arange(start, end, step, dtype=torch.int64)
+    """By the number of elements: torch.arange loses them all where end - start is no int64."""
+    return torch.arange(len(range(start, end, step)), dtype=torch.int64).mul_(step).add_(start)
 
 
 def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,7 +73,7 @@ def _gather(x: Tensor, dim: int, index: Tensor) -> Tensor:
 def _div(x: Tensor, y: Tensor | float) -> Tensor:
     """x / y, rounded once. Some devices divide by a number through its rounded reciprocal: a tensor prevents it."""
     if not isinstance(y, Tensor):
-        y = torch.full((), y, dtype=x.dtype, device=x.device)
+        y = torch.full((), _number(y, x.dtype), dtype=x.dtype, device=x.device)
     return torch.div(x, y)
 
 
@@ -88,6 +101,10 @@ def _uniform(draw: Callable[[int, int, int, Sequence[int]], Tensor]) -> Kernel:
 
     def kernel(step_key: Tensor, number: int, shape: Sequence[int]) -> Tensor:
         seed, step = step_key.tolist()
+        if seed < 0 or step < 0:
+            raise MalformedRecord(
+                f"a step key of {seed} and {step}, below zero", next_step="pass the program's step key on as it is"
+            )
         return draw(seed, step, NODE_STREAM + number, shape)
 
     return kernel
@@ -100,7 +117,7 @@ _FIXED: dict[str, Kernel] = {
     "expand.default": lambda x, shape: x.expand(shape),
     "slice.Tensor": aten.slice.Tensor,
     "cat.default": lambda tensors, dim: torch.cat(tensors, dim),
-    "constant_pad_nd.default": torch.constant_pad_nd,
+    "constant_pad_nd.default": _pad,
     "embedding.default": _embedding,
     "gather.default": _gather,
     "where.self": torch.where,

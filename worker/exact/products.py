@@ -24,7 +24,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from protocol.errors import LocalProtocolError
+from protocol import params
+from protocol.errors import LimitExceeded, LocalProtocolError
 from worker.exact import compiled
 from worker.exact.scales import Rounded, round_for_product
 
@@ -214,6 +215,12 @@ class Products:
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         inner = a.shape[-1]
         shape = (*a.shape[:-1], b.shape[-1])
+        if self.width == 22 and inner > params.PRODUCT_LENGTH_22_MAX:
+            raise LimitExceeded(
+                f"a product over {inner} elements at width 22, at most {params.PRODUCT_LENGTH_22_MAX}",
+                why="its sum may not fit 64 bits",
+                next_step="use width 15, or a smaller batch",
+            )
         if 0 in shape or not inner:
             return a.new_zeros(shape)
         a, b, backend = _dense(a), _dense(b), self._chosen(a, b)
