@@ -11,8 +11,8 @@ Their sum over K is an exact integer; it is scaled and rounded to float32 once. 
     the multiply-add of 16-bit integers that every x86 processor since 2013 has, as fast as float32 products.
 
 A zero result is +0.0. A row of A or column of B that holds a NaN or an infinity gives NaN in its whole row or
-column, so that divergence stays visible. Result error: at most (K/2**width) * 2**(ea+eb) + half a unit in the
-last place, with ea, eb the exponents of the row and the column.
+column, so that divergence stays visible. Result error: at most K * 2**(ea + eb + 2 - width) and half a unit in the
+last place, with ea, eb the exponents of the row and the column; half of it where nothing is clamped.
 """
 
 from __future__ import annotations
