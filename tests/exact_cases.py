@@ -73,7 +73,7 @@ def _near(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def two_floats(*, numbers: bool, integers: bool) -> tuple[list[Args], list[Args]]:
-    random: list[Args] = [(random_bits(600, 1), random_bits(600, 2)), _near(600, 3), (plain(4, 5), plain(4, 5, seed=1))]
+    random: list[Args] = [(random_bits(2000, 1), random_bits(2000, 2)), _near(2000, 3), (plain(4, 5), plain(4, 5, seed=1))]
     adversarial: list[Args] = [
         _pairs(SPECIAL),
         (SPECIAL, SCALAR),
@@ -94,7 +94,7 @@ def two_floats(*, numbers: bool, integers: bool) -> tuple[list[Args], list[Args]
 
 
 def one_float(
-    *, integers: bool = False, extra: Tensor | None = None, count: int = 1500
+    *, integers: bool = False, extra: Tensor | None = None, count: int = 4000
 ) -> tuple[list[Args], list[Args]]:
     random: list[Args] = [(random_bits(count, 4),), (plain(3, 4, 5) * 10,)]
     adversarial: list[Args] = [(SPECIAL,), (EMPTY,), (SCALAR,), (SPECIAL[:60].reshape(3, 4, 5),)]
@@ -344,6 +344,8 @@ def products() -> list[tuple[Tensor, Tensor]]:
     spoilt_a, spoilt_b = a.clone(), b.clone()
     spoilt_a[3, 4], spoilt_a[7, 0], spoilt_b[9, 5] = math.nan, math.inf, -math.inf
     spoilt_a[5] = 3e38
+    wide_a, wide_b = plain(20, 48), plain(48, 40, seed=1)  # wide enough for vectors of a processor
+    wide_a[2, 30], wide_a[17, 0], wide_b[0, 1], wide_b[12, 28], wide_b[47, 39] = (math.nan, -math.inf) + (math.nan,) * 3
     ones = torch.full((1, 5000), 0.99)
     ones[0, ::3] = 0.3337
     return [
@@ -364,6 +366,7 @@ def products() -> list[tuple[Tensor, Tensor]]:
         (spoilt_a, b),
         (a, spoilt_b),
         (spoilt_a, spoilt_b),
+        (wide_a, wide_b),
         (SPECIAL[:, None], SPECIAL[None, ::5]),
         (ones, ones.t().contiguous()),
         (ones[:, :2049] * 1e-30, ones[:, :2049].t().contiguous()),
@@ -384,7 +387,7 @@ def _cases() -> dict[str, tuple[list[Args], list[Args]]]:
     for name in ("sqrt.default", "reciprocal.default", "sign.default"):
         found[name] = one_float()
     for name, bend in BENDS.items():
-        found[f"{name}.default"] = one_float(extra=bend, count=800)
+        found[f"{name}.default"] = one_float(extra=bend)
     for name in ("logical_and.default", "logical_or.default"):
         found[name] = (
             [(FLAGS, ~FLAGS), (FLAGS, FLAGS)],

@@ -37,7 +37,7 @@ NAMES = {torch_dtype: name for name, torch_dtype in DTYPES.items()}
 PATTERNS = st.one_of(
     st.integers(0, 2**32 - 1), st.sampled_from(SPECIAL.view(torch.int32).tolist()).map(lambda x: x % 2**32)
 )
-bounded = settings(derandomize=True, deadline=None, max_examples=60, database=None)
+bounded = settings(derandomize=True, deadline=None, max_examples=120, database=None)
 
 
 def array_of(x: Tensor) -> Array:
