@@ -22,6 +22,7 @@ LITERAL_BYTES_MAX: Final = 64 * 1024  # one literal tensor: a rotary table, not 
 NODE_LIST_MAX: Final = 4096  # tensors one `cat` joins: a 64x64 convolution window
 PRODUCT_LENGTH_MAX: Final = 2**31  # the inner dimension of a product, in elements
 PRODUCT_LENGTH_22_MAX: Final = 2**21  # the same at width 22, where an int64 holds no longer sum
+RANDOM_WORDS_MAX: Final = 2**34  # of one draw: the block index is one 32-bit word and a block gives four
 RANDOM_NODES_MAX: Final = 2**31 - 1  # stream numbers below those of the init rules
 TENSOR_RANK_MAX: Final = 8
 TENSOR_ELEMENTS_MAX: Final = 2**40

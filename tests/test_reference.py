@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import doctest
 import functools
 import itertools
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,7 @@ from tests.exact_cases import CASES, DTYPES, LAYOUTS, SPECIAL
 from worker import exact, training
 from worker.exact import compiled, reductions
 
+ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = [
     "float64",
     *(["int8"] if exact.int8_is_exact() else []),
@@ -107,6 +111,17 @@ def test_every_operation_has_a_reference_and_cases_of_both_kinds() -> None:
     assert set(CASES) == set(OPERATIONS), "give it cases in tests/exact_cases.py"
     for name, (random, adversarial) in CASES.items():
         assert random and adversarial, f"{name} needs a random and an adversarial case"
+
+
+def test_the_specification_names_every_operation_and_every_constant() -> None:
+    page = (ROOT / "docs" / "exact.md").read_text()
+    assert [name for name in OPERATIONS if f"`{name}`" not in page] == []
+    for module in ("elementary", "random"):
+        source = (ROOT / "protocol" / f"reference_{module}.py").read_text()
+        constants = set(re.findall(r"0x[0-9A-F]{8,}", source))
+        assert len(constants) > 20
+        assert constants - set(re.findall(r"0x[0-9A-F]{8,}", page)) == set()
+    assert doctest.testfile(str(ROOT / "docs" / "exact.md"), module_relative=False) == (0, 2)
 
 
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
