@@ -14,16 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CASES", "DTYPES", "LAYOUTS", "SPECIAL"]
+__all__ = ["CASES", "LAYOUTS", "SPECIAL"]
 
 Args = tuple[Any, ...]
-DTYPES = {
-    "float32": torch.float32,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "uint8": torch.uint8,
-    "bool": torch.bool,
-}
 
 
 def from_bits(patterns: list[int]) -> Tensor:

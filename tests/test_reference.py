@@ -24,9 +24,10 @@ from protocol.program import Init, Input, Program
 from protocol.reference import Array
 from protocol.softfloat import BINARY32
 from protocol.task import ArrayRef, BatchRule, Initial, Schedule, TaskSpec, learning_rate
-from tests.exact_cases import CASES, DTYPES, LAYOUTS, SPECIAL
+from tests.exact_cases import CASES, LAYOUTS, SPECIAL
 from worker import exact, training
 from worker.exact import compiled, reductions
+from worker.executor import DTYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = [
@@ -203,6 +204,22 @@ def test_the_reference_refuses_what_the_executor_refuses() -> None:
     inner = params.PRODUCT_LENGTH_22_MAX + 1
     with pytest.raises(LimitExceeded, match="width 22"):
         reference.evaluate("mm.default", (Array("float32", (0, inner), ()), Array("float32", (inner, 0), ())), width=22)
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "int16"])
+@pytest.mark.parametrize("last", [-1, 0, 1])
+def test_one_unit_in_2_to_the_56_decides_a_tie(last: int, backend: str) -> None:
+    # At width 22 the integers of 0.5, 2**-5 and 2**-21 are 2**20, 2**16 and 1. Their sum is halfway between two
+    # float32, or one unit beside it, and four bits longer than a float64.
+    inner = 2**16 + 2
+    left, right = torch.full((1, inner), 0.5), torch.full((inner, 1), 0.5)
+    left[0, 5], right[5], left[0, 70], right[70] = 2.0**-5, 2.0**-5, 2.0**-21, last * 2.0**-21
+    whole = 2**56 + 2**32 + last
+    wanted = reference_products.scaled(whole, 0, 0, 22)
+    assert wanted == reference_products.scaled(2**56 + (last > 0) * 2**33, 0, 0, 22)
+    for sign in (1, -1):
+        found = exact.kernels(22, backend)["mm.default"](left, sign * right)
+        assert array_of(found).elements == (wanted | (BINARY32.sign if sign < 0 else 0),)
 
 
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "int16"])
