@@ -276,7 +276,12 @@ def values() -> dict[str, tuple[list[Args], list[Args]]]:
 def reductions() -> dict[str, tuple[list[Args], list[Args]]]:
     x = plain(5, 7, 9)
     spread = plain(6, 40) * torch.logspace(-44, 38, 6)[:, None].clamp(1e-45)
-    tie = torch.tensor([[1.0, 2.0**-31, 3 * 2.0**-31, -(2.0**-31)], [0.99999994, 2.0**-30, 2.0**-31, 5 * 2.0**-31]])
+    # The largest values cancel, so that the last bit kept of the others, and its ties, are seen in the result.
+    half = 2.0**-31
+    top, one = 0.99999994, 2 * half
+    tie = torch.tensor(
+        [[0.75, half, 5 * half, one, -0.75], [top, 3 * half, 3 * half, one, -top], [1, 3 * one, 3 * one, 2 * one, -1]]
+    )
     lone = torch.full((3, 30), 2.0**-60)
     lone[:, 11] = torch.tensor([1.0, -(2.0**127), 2.0**-30])
     poisoned = plain(4, 6)
@@ -297,7 +302,7 @@ def reductions() -> dict[str, tuple[list[Args], list[Args]]]:
     gradients += [
         (torch.full((2, 4, 1), 3e38), index, 4, -1, False),
         (torch.full((2, 4, 2), -0.0), index, 4, -1, False),
-        (torch.cat([tie.t(), tie.t()])[None, :4].expand(2, 4, 2), index, 4, -1, False),
+        (torch.stack([tie.t(), tie.t()]), torch.tensor([[0, 3, 3, 3, 0], [1, 2, 1, 2, 1]]), 4, -1, False),
         (torch.empty(0, 4), torch.empty(0, dtype=torch.int64), 3, 0, False),
         (torch.empty(3, 0), torch.tensor([0, 2, 2]), 3, -1, False),
         (SPECIAL[:4], torch.tensor(1), 3, -1, False),

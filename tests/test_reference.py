@@ -6,7 +6,7 @@ import doctest
 import functools
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from protocol import params, philox, reference, reference_products, reference_random
+from protocol import params, philox, reference, reference_elementary, reference_products, reference_random
 from protocol.errors import LimitExceeded, LocalProtocolError, MalformedRecord
 from protocol.operations import OPERATIONS
 from protocol.program import Init, Input, Program
@@ -26,7 +26,7 @@ from protocol.softfloat import BINARY32
 from protocol.task import ArrayRef, BatchRule, Initial, Schedule, TaskSpec, learning_rate
 from tests.exact_cases import CASES, LAYOUTS, SPECIAL
 from worker import exact, training
-from worker.exact import compiled, reductions
+from worker.exact import compiled, elementary, random, reductions
 from worker.executor import DTYPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,8 +110,8 @@ def agree(name: str, args: tuple[Any, ...], *, width: int = 15, backend: str = "
 def test_every_operation_has_a_reference_and_cases_of_both_kinds() -> None:
     assert set(reference.rules()) == set(OPERATIONS), "write its rule in protocol/reference*.py and docs/exact.md"
     assert set(CASES) == set(OPERATIONS), "give it cases in tests/exact_cases.py"
-    for name, (random, adversarial) in CASES.items():
-        assert random and adversarial, f"{name} needs a random and an adversarial case"
+    for name, (ordinary, adversarial) in CASES.items():
+        assert ordinary and adversarial, f"{name} needs a random and an adversarial case"
 
 
 def test_the_specification_names_every_operation_and_every_constant() -> None:
@@ -123,6 +123,26 @@ def test_the_specification_names_every_operation_and_every_constant() -> None:
         assert len(constants) > 20
         assert constants - set(re.findall(r"0x[0-9A-F]{8,}", page)) == set()
     assert doctest.testfile(str(ROOT / "docs" / "exact.md"), module_relative=False) == (0, 2)
+
+
+def test_the_executors_constants_are_the_specified_bits() -> None:
+    # One unit in a high coefficient changes one result in a hundred thousand: comparing results may miss it.
+    def patterns(numbers: Sequence[float], dtype: torch.dtype) -> list[int]:
+        bits = torch.tensor(numbers, dtype=dtype).view(torch.int32 if dtype == torch.float32 else torch.int64)
+        return [pattern % 2 ** (8 * bits.element_size()) for pattern in bits.tolist()]
+
+    ours, theirs = reference_elementary, elementary
+    for name in ("_EXP", "_LOG", "_SIN", "_COS"):
+        assert patterns(getattr(theirs, name), torch.float32) == list(getattr(ours, name))
+    for name in ("_ERF_NUMERATOR", "_ERF_DENOMINATOR", "_TANH_NUMERATOR", "_TANH_DENOMINATOR"):
+        assert patterns(getattr(theirs, name), torch.float64) == list(getattr(ours, name))
+    for name in ("_CENTRE", "_TAIL", "_FAR_TAIL"):
+        wanted = getattr(reference_random, name)
+        assert tuple(tuple(patterns(part, torch.float32)) for part in getattr(random, name)) == wanted
+    high, low, parts = elementary._turns()
+    for j in range(1, 105):
+        assert tuple(patterns([float(high[j]), float(low[j])], torch.float64)) == ours._turned(j)
+    assert patterns(parts, torch.float64) == list(ours._PARTS)
 
 
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
