@@ -27,6 +27,8 @@ from protocol.task import ArrayRef, BatchRule, Initial, Schedule, TaskSpec, lear
 from tests.exact_cases import CASES, LAYOUTS, SPECIAL
 from worker import exact, training
 from worker.exact import compiled, elementary, random, reductions
+from worker.exact.devices import device_kernels
+from worker.exact.products import Products
 from worker.executor import DTYPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +38,7 @@ BACKENDS = [
     *(["int16"] if compiled.has_products() else []),
 ]
 PATHS = [(width, backend) for width in (8, 15, 22) for backend in BACKENDS if (width, backend) != (22, "int16")]
+DEVICE = device_kernels(torch.device("cpu"))  # what a GPU would run
 PRODUCTS = ("mm.default", "bmm.default")
 OTHERS = sorted(OPERATIONS.keys() - set(PRODUCTS))
 NAMES = {torch_dtype: name for name, torch_dtype in DTYPES.items()}
@@ -94,6 +97,10 @@ def agree(name: str, args: tuple[Any, ...], *, width: int = 15, backend: str = "
     expected = reference.evaluate(name, [for_reference(arg) for arg in args], width=width)
     wanted = one_nan(expected)
     kernels = {exact.kernels(width, backend, helper=helper)[name] for helper in {True, backend == "int16"}}
+    kernels |= {kernel for there, kernel in DEVICE.items() if there == name}
+    if name in PRODUCTS and backend == "int8":
+        padded = Products(width, backend, helper=False, padded=True)
+        kernels.add(padded.mm if name == "mm.default" else padded.bmm)
     for kernel, layout in itertools.product(kernels, LAYOUTS):
         found = one_nan(array_of(kernel(*(for_kernel(arg, layout) for arg in args))))
         if found == wanted:

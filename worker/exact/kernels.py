@@ -17,10 +17,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from protocol.errors import MalformedRecord
 from protocol.program import NODE_STREAM
 from worker.exact import compiled, elementary, reductions
-from worker.exact.devices import checked_device, device_kernels, prove
+from worker.exact.devices import arange, checked_device, device_kernels, full, number, prove, seed_and_step
 from worker.exact.memory import keep_freed_memory
 from worker.exact.products import Products
 from worker.exact.random import uniform
@@ -33,24 +32,8 @@ Kernel = Callable[..., Tensor]
 _INT64_FLOAT_MAX = 9223371487098961920.0  # the largest float32 below 2**63
 
 
-def _number(value: float, dtype: torch.dtype) -> float:
-    """`value` as an element of `dtype`: a float beyond float32 is infinite, where torch.full would refuse it."""
-    if dtype != torch.float32 or isinstance(value, int):
-        return value
-    return float(torch.tensor(value, dtype=torch.float64).to(torch.float32))
-
-
-def _full(shape: Sequence[int], value: float, dtype: torch.dtype) -> Tensor:
-    return torch.full(list(shape), _number(value, dtype), dtype=dtype)
-
-
 def _pad(x: Tensor, pads: Sequence[int], value: float) -> Tensor:
-    return torch.constant_pad_nd(x, list(pads), _number(value, x.dtype))
-
-
-def _arange(start: int, end: int, step: int) -> Tensor:
-    """By the number of elements: torch.arange loses them all where end - start is no int64."""
-    return torch.arange(len(range(start, end, step)), dtype=torch.int64).mul_(step).add_(start)
+    return torch.constant_pad_nd(x, list(pads), number(value, x.dtype))
 
 
 def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,7 +56,7 @@ def _gather(x: Tensor, dim: int, index: Tensor) -> Tensor:
 def _div(x: Tensor, y: Tensor | float) -> Tensor:
     """x / y, rounded once. Some devices divide by a number through its rounded reciprocal: a tensor prevents it."""
     if not isinstance(y, Tensor):
-        y = torch.full((), _number(y, x.dtype), dtype=x.dtype, device=x.device)
+        y = torch.full((), number(y, x.dtype), dtype=x.dtype, device=x.device)
     return torch.div(x, y)
 
 
@@ -100,11 +83,7 @@ def _uniform(draw: Callable[[int, int, int, Sequence[int]], Tensor]) -> Kernel:
     """The kernel of `ichiba.uniform` from a generator's `draw(seed, step, stream, shape)`."""
 
     def kernel(step_key: Tensor, number: int, shape: Sequence[int]) -> Tensor:
-        seed, step = step_key.tolist()
-        if seed < 0 or step < 0:
-            raise MalformedRecord(
-                f"a step key of {seed} and {step}, below zero", next_step="pass the program's step key on as it is"
-            )
+        seed, step = seed_and_step(step_key)
         return draw(seed, step, NODE_STREAM + number, shape)
 
     return kernel
@@ -122,8 +101,8 @@ _FIXED: dict[str, Kernel] = {
     "gather.default": _gather,
     "where.self": torch.where,
     "to.dtype": _to,
-    "full.default": _full,
-    "arange.start_step": _arange,
+    "full.default": full,
+    "arange.start_step": arange,
     # One rounding, or none, for each element.
     "add.Tensor": torch.add,
     "sub.Tensor": torch.sub,
