@@ -121,7 +121,7 @@ def cost_of(name: str, args: Sequence[Value], result: TensorType) -> int:
 
 
 def _is_number(arg: object) -> bool:
-    return isinstance(arg, int | float) and not isinstance(arg, bool)
+    return isinstance(arg, float) or _is_int(arg)
 
 
 def _is_int(arg: object) -> bool:
@@ -369,4 +369,5 @@ def _embedding_backward(grad: TensorType, index: TensorType, rows: int, padding:
 def _uniform(step_key: TensorType, number: int, shape: tuple[int, ...]) -> TensorType:
     _need(step_key == TensorType("int64", (2,)), f"step key of type {step_key}")
     _need(0 <= number < params.RANDOM_NODES_MAX, f"random node number {number}")
-    return TensorType("float32", _sizes(shape))
+    _need(math.prod(_sizes(shape)) <= params.RANDOM_WORDS_MAX, f"a random tensor of shape {shape}")
+    return TensorType("float32", shape)

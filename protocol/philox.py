@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from protocol import params
 from protocol.errors import LocalProtocolError
 
 __all__ = ["blocks", "integers", "words"]
@@ -25,7 +26,6 @@ _ROUNDS: Final = 10
 _MASK: Final = np.uint64(0xFFFFFFFF)
 _SHIFT: Final = np.uint64(32)
 _LANE_BLOCKS: Final = 8192  # six working arrays of 64 KiB stay inside a 1 MiB second-level cache
-_WORDS_MAX: Final = 2**34  # the block index is one 32-bit word of the counter and a block gives four words
 
 
 def _bounded(name: str, value: int, below: int) -> int:
@@ -70,7 +70,7 @@ def words(seed: int, step: int, stream: int, count: int) -> NDArray[np.uint32]:
     key = _bounded("seed", seed, 2**64)
     _bounded("step", step, 2**64)
     _bounded("stream", stream, 2**32)
-    _bounded("count", count, _WORDS_MAX + 1)
+    _bounded("count", count, params.RANDOM_WORDS_MAX + 1)
     total = -(-count // 4)
     out = np.empty((total, 4), dtype="<u4")
     lane = np.empty((4, min(total, _LANE_BLOCKS)), dtype=np.uint64)

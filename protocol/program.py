@@ -37,6 +37,7 @@ __all__ = [
     "Real",
     "Ref",
     "Type",
+    "longest_product",
     "operations_per_step",
     "peak_bytes",
     "program_id",
@@ -322,6 +323,12 @@ def operations_per_step(program: Program) -> int:
     """The operations one step is charged for (protocol.operations.cost_of, summed over the nodes)."""
     types = list(program.types)
     return sum(cost_of(node.op, _resolve(node.args, types), node.type) for node in program.nodes)
+
+
+def longest_product(program: Program) -> int:
+    """The largest inner dimension of a matrix product in it, 0 if there is none."""
+    products = [node for node in program.nodes if node.op in ("mm.default", "bmm.default")]
+    return max((program.types[next(node.refs())].shape[-1] for node in products), default=0)
 
 
 def peak_bytes(program: Program) -> int:

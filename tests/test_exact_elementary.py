@@ -12,6 +12,7 @@ from torch import Tensor
 
 from protocol import philox
 from protocol.errors import LocalProtocolError
+from protocol.softfloat import BINARY32
 from worker.exact import elementary, kernels
 from worker.exact.random import normal, uniform
 
@@ -46,6 +47,22 @@ def test_errors_stay_within_the_stated_units_in_the_last_place(name: str) -> Non
     below = error[representable & (true.abs() < 2.0**-126)]
     if below.numel():  # the unit stays 2**-149, and one more half unit is lost
         assert float(below.max()) <= ULPS[name] + 0.5
+
+
+@pytest.mark.parametrize("numpy_is_right", [True, False])
+def test_a_square_root_is_the_nearest_float32(monkeypatch: pytest.MonkeyPatch, numpy_is_right: bool) -> None:
+    if numpy_is_right:
+        assert elementary._numpy_roots()
+    monkeypatch.setattr(elementary, "_numpy_roots", lambda: numpy_is_right)
+    # The vector library behind torch.sqrt is one unit in the last place off for one float32 in six.
+    patterns = torch.arange(0, 2**31, 520_001, dtype=torch.int64).to(torch.int32)
+    near_squares = (torch.arange(1, 400).float() ** 2).view(torch.int32)[:, None] + torch.arange(-2, 3)
+    for bits in (patterns, near_squares.reshape(-1).to(torch.int32), torch.tensor([1, 2, 0x7FFFFF, -(2**31), -5])):
+        x = bits.to(torch.int32).view(torch.float32)
+        found = kernels()["sqrt.default"](x)
+        expected = [BINARY32.square_root(pattern % 2**32) for pattern in bits.tolist()]
+        found = torch.where(found.isnan(), torch.nan, found).view(torch.int32)
+        assert [pattern % 2**32 for pattern in found.tolist()] == expected
 
 
 SPECIAL = {

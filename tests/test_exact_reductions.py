@@ -151,3 +151,28 @@ def test_conversions_have_one_meaning_for_every_value() -> None:
     wide = [2**53 + 2**29 + 1, -(2**53 + 2**29 + 1), 2**24 + 1, 2**63 - 1] * 8
     rounded = [2**53 + 2**30, -(2**53 + 2**30), 2**24, 2**63] * 8
     assert KERNELS["to.dtype"](torch.tensor(wide), torch.float32).double().tolist() == rounded
+
+
+def test_a_number_beyond_float32_is_infinite_wherever_it_stands() -> None:
+    one = torch.ones(2)
+    for number, infinite in ((1e300, math.inf), (-1e300, -math.inf), (2.0**128 - 2.0**103, math.inf)):
+        assert KERNELS["full.default"]([1], number, torch.float32).tolist() == [infinite]
+        assert KERNELS["constant_pad_nd.default"](one, [1, 0], number).tolist() == [infinite, 1.0, 1.0]
+        assert KERNELS["add.Tensor"](one, number).tolist() == [infinite, infinite]
+        assert KERNELS["div.Tensor"](one, number).tolist() == [0.0, 0.0]
+    assert KERNELS["full.default"]([1], 2.0**128 - 2.0**103 - 2.0**75, torch.float32).isfinite().all()
+
+
+def test_a_range_wider_than_an_int64_keeps_its_elements() -> None:
+    found = KERNELS["arange.start_step"](-(2**63) + 1, 2**63 - 1, 2**62)
+    assert found.tolist() == [-(2**63) + 1, -(2**62) + 1, 1, 2**62 + 1]
+
+
+def test_gradients_of_rows_without_columns_are_empty() -> None:
+    found = KERNELS["embedding_dense_backward.default"](torch.empty(3, 0), torch.tensor([0, 1, 0]), 4, -1, False)
+    assert found.shape == (4, 0)
+
+
+def test_a_step_key_below_zero_is_the_programs_fault() -> None:
+    with pytest.raises(MalformedRecord, match="step key"):
+        KERNELS["ichiba.uniform"](torch.tensor([-1, 0]), 0, [2])

@@ -206,6 +206,21 @@ def test_a_program_above_the_limits_of_size_is_refused() -> None:
         Program.from_bytes(bytes(params.PROGRAM_BYTES_MAX + 1))
 
 
+def test_an_integer_that_no_int64_holds_is_no_argument() -> None:
+    x = TensorType("float32", (2,))
+    assert result_type("add.Tensor", (x, 2**63 - 1)) == x
+    for number in (2**63, -(2**63), 2**64 - 1):
+        with pytest.raises(MalformedRecord):
+            result_type("add.Tensor", (x, number))
+
+
+def test_a_random_tensor_longer_than_a_draw_is_refused() -> None:
+    key = TensorType("int64", (2,))
+    assert result_type("ichiba.uniform", (key, 0, (2**34,))).elements == 2**34
+    with pytest.raises(MalformedRecord):
+        result_type("ichiba.uniform", (key, 0, (2**33 + 1, 2)))
+
+
 def test_a_program_that_needs_more_memory_than_any_machine_is_refused() -> None:
     size = 2**40
     inputs = (Input("w", "parameter", F32, (size,), Init.of("given")), Input("x", "batch", F32, (size,), None))

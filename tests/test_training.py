@@ -136,6 +136,15 @@ def test_each_fraud_ends_in_other_roots_than_honest_work(cheat: str) -> None:
     assert checkpoint.state_root(checkpoint.load(fraud[1].checkpoint)) == fraud[1].out_root
 
 
+def test_a_product_longer_than_its_width_allows_is_refused_before_anything_runs(monkeypatch: Any) -> None:
+    monkeypatch.setattr(params, "PRODUCT_LENGTH_22_MAX", 8)
+    task, program, arrays = gpt_task(width=22, mode="exact")
+    with pytest.raises(MalformedRecord, match="width 22") as refusal:
+        whole(task, program, arrays)
+    assert "width 15" in refusal.value.next_step
+    assert whole(*gpt_task(width=15, mode="exact"))
+
+
 def test_an_unknown_fraud_is_refused() -> None:
     task, program, arrays = gpt_task()
     with pytest.raises(LocalProtocolError, match="skip-step"):

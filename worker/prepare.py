@@ -31,7 +31,7 @@ from worker import checkpoint
 from worker.capture import Captured, capture_built
 from worker.executor import DTYPES, Diverged, Executor
 from worker.job_file import BadJobFile, JobFile, read_job_file
-from worker.training import Batches, initial_state, rate_of
+from worker.training import Batches, check_task, initial_state, rate_of
 
 __all__ = ["Prepared", "PreparedArray", "UserCodeFailed", "prepare"]
 
@@ -129,6 +129,7 @@ def prepare(job_toml: Path, network: bytes, progress: Callable[[str], None] = la
     with _explained(job):
         # The decoder holds rules that a constructor does not (protocol/task.py).
         TaskSpec.from_bytes(encode(task), network=network)
+        check_task(task, captured.program)
         batches = Batches(task, captured.program, {array.name: array.data for array in arrays})
         state = initial_state(task, captured.program, base)
     if base is None:

@@ -17,9 +17,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from protocol import philox
+from protocol import params, philox
 from protocol.errors import LocalProtocolError, MalformedRecord, VerificationFailed
-from protocol.program import BATCH_STREAM, INIT_STREAM, Input, Program, operations_per_step, program_id, state_layout
+from protocol.program import (
+    BATCH_STREAM,
+    INIT_STREAM,
+    Input,
+    Program,
+    longest_product,
+    operations_per_step,
+    program_id,
+    state_layout,
+)
 from protocol.task import TaskSpec, learning_rate
 from worker import cheats, checkpoint, exact
 from worker.executor import DTYPES, Diverged, Executor
@@ -150,6 +159,13 @@ def check_task(task: TaskSpec, program: Program) -> None:
         raise MalformedRecord(
             f"the task states {task.operations_per_step} operations a step, the program has "
             f"{operations_per_step(program)}"
+        )
+    longest = longest_product(program)
+    if task.mode == "exact" and task.width == 22 and longest > params.PRODUCT_LENGTH_22_MAX:
+        raise MalformedRecord(
+            f"a product over {longest} elements at width 22, at most {params.PRODUCT_LENGTH_22_MAX}",
+            why="its sum may not fit 64 bits",
+            next_step="use width 15, or a smaller batch",
         )
 
 

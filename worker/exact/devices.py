@@ -10,19 +10,20 @@ operations (there is none: each is a kernel of its own), exact int8 products (to
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from protocol.errors import LocalProtocolError
+from protocol.errors import LocalProtocolError, MalformedRecord
 from protocol.program import NODE_STREAM
 from worker.exact.random import normal
 from worker.exact.reductions import check_index, sum_bits
 from worker.exact.scales import anchor64
 
-__all__ = ["checked_device", "device_kernels", "prove"]
+__all__ = ["arange", "checked_device", "device_kernels", "full", "number", "prove", "seed_and_step"]
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -76,7 +77,7 @@ def embedding_dense_backward(
     """reductions.embedding_dense_backward by int64 additions, whose order on a GPU is free and moves no bit."""
     check_index(index, rows, "embedding gradient")
     assert not scale_by_frequency, "capture never makes it"
-    flat, places = grad.reshape(-1, grad.shape[-1]), index.reshape(-1)
+    flat, places = grad.reshape(index.numel(), grad.shape[-1]), index.reshape(-1)
     total = torch.zeros((rows, flat.shape[1]), dtype=torch.int64, device=grad.device)
     unit = torch.ones((1, flat.shape[1]), dtype=torch.float64, device=grad.device)
     if flat.numel():
@@ -84,30 +85,51 @@ def embedding_dense_backward(
         unit = anchor / _ANCHOR  # a power of two, NaN for a column that holds NaN or infinity
         whole = (flat.double() + anchor).sub_(anchor).div_(unit)
         total.index_add_(0, places, torch.where(whole == whole, whole, 0.0).long())
-    if padding >= 0:
-        total[padding] = 0
     summed = (total.double() * unit).to(torch.float32).add_(0.0)
+    named = torch.zeros((rows, 1), dtype=torch.bool, device=grad.device)
+    named[places] = True
     if padding >= 0:
-        summed[padding] = 0.0
-    return summed
+        named[padding] = False
+    return torch.where(named, summed, 0.0)  # what no index names is zero, also where the unit is NaN
+
+
+def number(value: float, dtype: torch.dtype) -> float:
+    """`value` as an element of `dtype`: a float beyond float32 is infinite, where torch.full would refuse it."""
+    if dtype != torch.float32 or isinstance(value, int):
+        return value
+    return float(torch.tensor(value, dtype=torch.float64).to(torch.float32))
+
+
+def full(shape: Sequence[int], value: float, dtype: torch.dtype, device: str | torch.device = "cpu") -> Tensor:
+    """`shape` of `dtype`, `value` everywhere."""
+    return torch.full(list(shape), number(value, dtype), dtype=dtype, device=device)
+
+
+def arange(start: int, end: int, step: int, device: str | torch.device = "cpu") -> Tensor:
+    """int64 start, start + step, ... below end. torch.arange loses all of it where end - start is no int64."""
+    return torch.arange(len(range(start, end, step)), dtype=torch.int64, device=device).mul_(step).add_(start)
+
+
+def seed_and_step(step_key: Tensor) -> tuple[int, int]:
+    """What a step key of int64 (2,) holds. Raises MalformedRecord for numbers below zero."""
+    seed, step = step_key.tolist()
+    if seed < 0 or step < 0:
+        raise MalformedRecord(
+            f"a step key of {seed} and {step}, below zero", next_step="pass the program's step key on as it is"
+        )
+    return seed, step
 
 
 def device_kernels(device: torch.device) -> dict[str, Callable[..., Tensor]]:
     """The kernels that differ on `device`, by operation."""
 
-    def full(shape: Sequence[int], value: float, dtype: torch.dtype) -> Tensor:
-        return torch.full(list(shape), value, dtype=dtype, device=device)
-
-    def arange(start: int, end: int, step: int) -> Tensor:
-        return torch.arange(start, end, step, dtype=torch.int64, device=device)
-
     def draw(step_key: Tensor, number: int, shape: Sequence[int]) -> Tensor:
-        seed, step = step_key.tolist()
+        seed, step = seed_and_step(step_key)
         return uniform(seed, step, NODE_STREAM + number, shape, device)
 
     return {
-        "full.default": full,
-        "arange.start_step": arange,
+        "full.default": functools.partial(full, device=device),
+        "arange.start_step": functools.partial(arange, device=device),
         "ichiba.uniform": draw,
         "embedding_dense_backward.default": embedding_dense_backward,
     }

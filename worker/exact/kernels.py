@@ -19,7 +19,7 @@ from torch import Tensor
 
 from protocol.program import NODE_STREAM
 from worker.exact import compiled, elementary, reductions
-from worker.exact.devices import checked_device, device_kernels, prove
+from worker.exact.devices import arange, checked_device, device_kernels, full, number, prove, seed_and_step
 from worker.exact.memory import keep_freed_memory
 from worker.exact.products import Products
 from worker.exact.random import uniform
@@ -32,12 +32,8 @@ Kernel = Callable[..., Tensor]
 _INT64_FLOAT_MAX = 9223371487098961920.0  # the largest float32 below 2**63
 
 
-def _full(shape: Sequence[int], value: float, dtype: torch.dtype) -> Tensor:
-    return torch.full(list(shape), value, dtype=dtype)
-
-
-def _arange(start: int, end: int, step: int) -> Tensor:
-    return torch.arange(start, end, step, dtype=torch.int64)
+def _pad(x: Tensor, pads: Sequence[int], value: float) -> Tensor:
+    return torch.constant_pad_nd(x, list(pads), number(value, x.dtype))
 
 
 def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,7 +56,7 @@ def _gather(x: Tensor, dim: int, index: Tensor) -> Tensor:
 def _div(x: Tensor, y: Tensor | float) -> Tensor:
     """x / y, rounded once. Some devices divide by a number through its rounded reciprocal: a tensor prevents it."""
     if not isinstance(y, Tensor):
-        y = torch.full((), y, dtype=x.dtype, device=x.device)
+        y = torch.full((), number(y, x.dtype), dtype=x.dtype, device=x.device)
     return torch.div(x, y)
 
 
@@ -87,7 +83,7 @@ def _uniform(draw: Callable[[int, int, int, Sequence[int]], Tensor]) -> Kernel:
     """The kernel of `ichiba.uniform` from a generator's `draw(seed, step, stream, shape)`."""
 
     def kernel(step_key: Tensor, number: int, shape: Sequence[int]) -> Tensor:
-        seed, step = step_key.tolist()
+        seed, step = seed_and_step(step_key)
         return draw(seed, step, NODE_STREAM + number, shape)
 
     return kernel
@@ -100,13 +96,13 @@ _FIXED: dict[str, Kernel] = {
     "expand.default": lambda x, shape: x.expand(shape),
     "slice.Tensor": aten.slice.Tensor,
     "cat.default": lambda tensors, dim: torch.cat(tensors, dim),
-    "constant_pad_nd.default": torch.constant_pad_nd,
+    "constant_pad_nd.default": _pad,
     "embedding.default": _embedding,
     "gather.default": _gather,
     "where.self": torch.where,
     "to.dtype": _to,
-    "full.default": _full,
-    "arange.start_step": _arange,
+    "full.default": full,
+    "arange.start_step": arange,
     # One rounding, or none, for each element.
     "add.Tensor": torch.add,
     "sub.Tensor": torch.sub,
@@ -114,7 +110,7 @@ _FIXED: dict[str, Kernel] = {
     "div.Tensor": _div,
     "neg.default": torch.neg,
     "abs.default": torch.abs,
-    "sqrt.default": torch.sqrt,
+    "sqrt.default": elementary.sqrt,
     "reciprocal.default": _reciprocal,
     "sign.default": _sign,
     "maximum.default": _positive_zero(torch.maximum),

@@ -11,8 +11,8 @@ Their sum over K is an exact integer; it is scaled and rounded to float32 once. 
     the multiply-add of 16-bit integers that every x86 processor since 2013 has, as fast as float32 products.
 
 A zero result is +0.0. A row of A or column of B that holds a NaN or an infinity gives NaN in its whole row or
-column, so that divergence stays visible. Result error: at most (K/2**width) * 2**(ea+eb) + half a unit in the
-last place, with ea, eb the exponents of the row and the column.
+column, so that divergence stays visible. Result error: at most K * 2**(ea + eb + 2 - width) and half a unit in the
+last place, with ea, eb the exponents of the row and the column; half of it where nothing is clamped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from protocol.errors import LocalProtocolError
+from protocol import params
+from protocol.errors import LimitExceeded, LocalProtocolError
 from worker.exact import compiled
 from worker.exact.scales import Rounded, round_for_product
 
@@ -214,6 +215,12 @@ class Products:
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         inner = a.shape[-1]
         shape = (*a.shape[:-1], b.shape[-1])
+        if self.width == 22 and inner > params.PRODUCT_LENGTH_22_MAX:
+            raise LimitExceeded(
+                f"a product over {inner} elements at width 22, at most {params.PRODUCT_LENGTH_22_MAX}",
+                why="its sum may not fit 64 bits",
+                next_step="use width 15, or a smaller batch",
+            )
         if 0 in shape or not inner:
             return a.new_zeros(shape)
         a, b, backend = _dense(a), _dense(b), self._chosen(a, b)

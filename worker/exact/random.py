@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from protocol import philox
-from worker.exact.elementary import horner, log
+from worker.exact.elementary import horner, log, sqrt
 
 __all__ = ["normal", "uniform"]
 
@@ -56,7 +56,7 @@ def normal(seed: int, step: int, stream: int, shape: Sequence[int], mean: float 
     q = p - 0.5
     r = 0.180625 - q * q
     centre = (horner(r, _CENTRE[0]) * q).div_(horner(r, _CENTRE[1]))
-    tail = log(torch.minimum(p, 1.0 - p)).neg_().sqrt_()
+    tail = sqrt(log(torch.minimum(p, 1.0 - p)).neg_())
     near, far = tail - 1.6, tail - 5.0
     z = torch.where(
         tail <= 5.0,

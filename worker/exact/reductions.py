@@ -70,7 +70,7 @@ def embedding_dense_backward(
     """
     check_index(index, rows, "embedding gradient")
     assert not scale_by_frequency, "capture never makes it"
-    flat, places = grad.reshape(-1, grad.shape[-1]), index.reshape(-1)
+    flat, places = grad.reshape(index.numel(), grad.shape[-1]), index.reshape(-1)
     total = torch.zeros((rows, flat.shape[1]), dtype=torch.float64, device=grad.device)
     if flat.numel():
         anchor = anchor64(flat.abs().amax(0, keepdim=True), sum_bits(flat.shape[0]))

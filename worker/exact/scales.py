@@ -25,9 +25,10 @@ def _exponents(m64: Tensor) -> Tensor:
     """e with m = f * 2**e, f in [1/2, 1), as int64; -1022 for zero and 1025 for NaN or infinity.
 
     m64: float64, not negative, converted from float32, so that float32 subnormals are normal here. Bit moves
-    rather than torch.frexp, whose answer for zero and infinity the standard leaves open.
+    rather than torch.frexp, whose answer for zero and infinity the standard leaves open. The sign is masked, because
+    the NaN that a vectorized maximum makes has all bits set.
     """
-    return (m64.view(torch.int64) >> 52).sub_(1022)
+    return (m64.view(torch.int64) >> 52).bitwise_and_(0x7FF).sub_(1022)
 
 
 def _power64(exponent: Tensor) -> Tensor:
