@@ -488,3 +488,12 @@ def test_the_exact_kernels_are_those_of_the_allow_list() -> None:
             inferred = result_type(name, [_typed(arg) for arg in args])
             result = kernels[name](*args)
             assert (result.dtype, tuple(result.shape)) == (DTYPES[inferred.dtype], inferred.shape), name
+
+
+def test_a_view_of_what_a_convolution_gave_is_captured_whatever_our_memory_order() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 3))
+    example = {"x": torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8), "y": torch.tensor([0, 2])}
+    captured = capture(model, F.cross_entropy, torch.optim.SGD(model.parameters(), lr=0.1), example)
+    _, loss = Executor(captured.program, "native").step(captured.initial_state, example, 0.1, 0, 0)
+    assert loss == pytest.approx(float(F.cross_entropy(model(example["x"]), example["y"]).detach()), rel=1e-5)

@@ -26,6 +26,14 @@ aten = torch.ops.aten
 
 
 # --- movement ----------------------------------------------------------------------------------------------
+@lowers(aten.view.default, aten._unsafe_view.default)
+def view(x: Tensor, size: Sequence[int]) -> Any:
+    # PyTorch asked for a view of its own kernel's memory order; ours may have left another, and order is not a value.
+    if x.is_contiguous():
+        return NotImplemented
+    return aten.view.default(aten.clone.default(x, memory_format=torch.contiguous_format), size)
+
+
 @lowers(aten.copy.default)
 def copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(x.dtype).expand(x.shape).clone()
