@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from protocol.errors import UnsupportedModel
 from protocol.operations import ITEM_BYTES
 from protocol.program import Init, Input, Program
-from worker import checkpoint, lowering, lowering_images, lowering_pointwise, lowering_random
+from worker import checkpoint, lowering, lowering_images, lowering_indices, lowering_pointwise, lowering_random
 from worker.assembly import TRANSLATED, assemble
 from worker.init_rules import record_init
 from worker.optimizers import FunctionalOptimizer, functional
@@ -40,10 +40,11 @@ __all__ = ["Captured", "Training", "capture", "capture_built"]
 _GIVEN = Init.of("given")
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_OWN_FILES = {_OURS + name for name in ("capture.py", "optimizers.py")} | {
+_LOWERINGS = {
     os.path.abspath(module.__file__ or "")
-    for module in (lowering, lowering_images, lowering_pointwise, lowering_random)
+    for module in (lowering, lowering_images, lowering_indices, lowering_pointwise, lowering_random)
 }
+_OWN_FILES = {_OURS + name for name in ("capture.py", "optimizers.py")} | _LOWERINGS
 _SITE = os.path.join(sys.prefix, "lib") + os.sep
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+)')
 
@@ -347,7 +348,11 @@ def _trace(step: _Step, tensors: list[Tensor]) -> fx.GraphModule:
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
-            with torch.autograd.set_detect_anomaly(True, check_nan=False):
+            with (
+                torch.autograd.set_detect_anomaly(True, check_nan=False),
+                torch.backends.mkldnn.flags(enabled=False),  # its fused LSTM is one opaque operation
+                lowering_indices.shape_known_functions(),
+            ):
                 # Batch norm writes its running sums; only our form of it says so in a way functionalize sees.
                 table: dict[Any, Callable[..., Any]] = {torch.ops.aten.native_batch_norm.default: lowering.batch_norm}
                 first = make_fx(step, decomposition_table=table)(*tensors)
@@ -385,6 +390,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
 
 def _user_frame(frames: list[tuple[str, int]]) -> str:
     """The innermost frame that is the user's, as base name and line; frames outside our step do not count."""
+    frames = [frame for frame in frames if frame[0] not in _LOWERINGS]  # those stand between the user's and torch's
     inside = [place for place, (name, _) in enumerate(frames) if name in _OWN_FILES]
     if inside:
         if frames[inside[-1]][0].endswith("optimizers.py"):
@@ -409,6 +415,6 @@ def _line_of_error(error: BaseException) -> str:
     frames = [
         (frame.filename, frame.lineno or 0)
         for frame in traceback.extract_tb(error.__traceback__)
-        if frame.name != "__torch_dispatch__"  # ours lies inside the user's frame
+        if frame.name not in ("__torch_dispatch__", "__torch_function__")  # ours lie inside the user's frame
     ]
     return _user_frame(frames)

@@ -365,12 +365,3 @@ def _one_hot(index: Tensor, like: Tensor, dim: int) -> Tensor:
     places = torch.arange(like.shape[dim]).view([-1 if axis == dim else 1 for axis in range(like.dim())])
     return places == index
 
-
-@lowers(aten.scatter_add.default)
-def scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Any:
-    dim %= x.dim()
-    others = [axis for axis in range(x.dim()) if axis != dim]
-    if index.shape[dim] != 1 or any(index.shape[axis] != x.shape[axis] for axis in others):
-        return NotImplemented
-    taken = aten.slice.Tensor(source, dim, 0, 1)
-    return x + torch.where(_one_hot(index, x, dim), taken, torch.zeros_like(taken))

@@ -39,6 +39,7 @@ __all__ = [
     "SegmentResult",
     "Suspended",
     "check_task",
+    "drawn",
     "initial_root",
     "initial_state",
     "rate_of",
@@ -183,10 +184,11 @@ def initial_state(task: TaskSpec, program: Program, base: Data | None) -> dict[s
             raise VerificationFailed("the checkpoint is not the state the task starts from")
         return state
     rules = {item.name: item for item in program.inputs if item.init is not None}
-    return {name: _drawn(rules[name], task.seed, index) for index, name in enumerate(state_layout(program))}
+    return {name: drawn(rules[name], task.seed, index) for index, name in enumerate(state_layout(program))}
 
 
-def _drawn(item: Input, seed: int, index: int) -> Tensor:
+def drawn(item: Input, seed: int, index: int) -> Tensor:
+    """The first value of state tensor number `index`, in name order, by its init rule. Raises MalformedRecord."""
     init = item.init
     assert init is not None
     if init.kind == "given":
