@@ -25,7 +25,7 @@ from protocol import params
 from protocol.codec import decode
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.task import TaskSpec
-from worker.cage import Cage, CageFailed
+from worker.cage import Cage, CageFailed, harmless
 from worker.cgroups import sweep
 from worker.frames import (
     BadReply,
@@ -94,7 +94,7 @@ class _Progress:
         elif isinstance(event, Root):
             self.root = event.root
         elif isinstance(event, Failed):
-            raise WorkFailed(event.code, f"the worker gave up: {event.what}", event.why)
+            raise WorkFailed(event.code, f"the worker gave up: {harmless(event.what)}", harmless(event.why))
 
     @property
     def _part(self) -> Path:

@@ -80,6 +80,7 @@ SANDBOX_POOL_MAX: Final = 2  # warm workers of about 300 MB each
 SANDBOX_WARM_SECONDS_MAX: Final = 600.0  # an unused warm worker is stopped: an idle daemon must stay small
 SANDBOX_SCRATCH_BYTES: Final = 16 * 1024 * 1024  # /scratch inside; a graph writes nothing there
 SANDBOX_PROCESSES_MAX: Final = 64  # processes and threads together, beside a thread for each core
+SANDBOX_STACK_BYTES: Final = 8 * 1024 * 1024  # of a thread, the usual default; RLIMIT_DATA does not count stacks
 SANDBOX_FILES_MAX: Final = 256  # open descriptors: 66 inputs and what Python and torch open
 SANDBOX_MEMORY_BYTES_MIN: Final = 1024 * 1024 * 1024  # torch alone takes 300 MB, its libraries mapped 1 GB
 SANDBOX_ADDRESS_SLACK_BYTES: Final = 16 * 1024**3  # libraries and arenas reserve addresses they never fill

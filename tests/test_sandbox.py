@@ -331,9 +331,16 @@ def test_a_filter_refuses_what_it_does_not_know(tier: Tier) -> None:
         ("fcntl", (0, 1030, 0, 0, 0, 0), True, True),
         ("fcntl", (0, 8, 0, 0, 0, 0), False, False),  # F_SETOWN
         ("socket", (2, 1, 0, 0, 0, 0), False, False),
+        ("mmap", (0, 4096, 3, 0x22, -1 % 2**64, 0), True, True),  # private memory
+        ("mmap", (0, 4096, 1, 0x1, 3, 0), True, True),  # a file lent to it
+        ("mmap", (0, 4096, 3, 0x21, -1 % 2**64, 0), True, False),  # shared memory, which RLIMIT_DATA does not count
+        ("mmap", (0, 4096, 3, 0x23, -1 % 2**64, 0), True, False),
+        ("mmap", (0, 4096, 3, 0x122, -1 % 2**64, 0), False, False),  # nor a stack that grows
         ("recvmsg", (3, 0, 0, 0, 0, 0), True, False),
         ("execve", (0, 0, 0, 0, 0, 0), True, False),
-        ("fchmod", (0, 0, 0, 0, 0, 0), True, False),
+        ("fchmod", (0, 0, 0, 0, 0, 0), False, False),
+        ("utimensat", (3, 0, 0, 0, 0, 0), False, False),  # of a descriptor
+        ("utimensat", (0, 0x7F0000001000, 0, 0, 0, 0), True, False),  # of a path
     ],
 )
 def test_a_call_is_judged_by_its_arguments(name: str, arguments: tuple[int, ...], base: bool, graph: bool) -> None:

@@ -38,7 +38,7 @@ from worker.cgroups import Cgroup, CgroupUnavailable
 from worker.frames import SUSPEND, Request, frame
 from worker.seccomp import Tier, filter_program
 
-__all__ = ["Cage", "CageFailed", "Level", "Log", "find_bubblewrap"]
+__all__ = ["Cage", "CageFailed", "Level", "Log", "find_bubblewrap", "harmless"]
 
 _BUBBLEWRAP_OLDEST: Final = (0, 8)  # has --size, --perms and --disable-userns
 _UID_FIRST: Final = 2_000_000_000  # far from any user, system or container number
@@ -79,9 +79,14 @@ class Log:
         del self.kept[: -params.SANDBOX_LOG_KEPT_BYTES]
 
     def tail(self) -> str:
-        """What is kept, as text: a stranger's words, with control characters made harmless."""
-        text = self.kept.decode("utf-8", "replace")
-        return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+        """What is kept, as text that is safe to show."""
+        return harmless(self.kept.decode("utf-8", "replace"))
+
+
+def harmless(text: str) -> str:
+    """A stranger's words for a person's terminal: what is no printable sign becomes U+FFFD, so no escape sequence
+    moves the cursor, renames the window or answers in the person's place."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def find_bubblewrap() -> tuple[str | None, str]:
@@ -177,6 +182,7 @@ def _limits(memory_bytes: int, tasks: int, root: bool) -> dict[str, int]:
         "NOFILE": params.SANDBOX_FILES_MAX,
         "NPROC": tasks + (0 if root else _user_tasks()),
         "MEMLOCK": 0,
+        "STACK": params.SANDBOX_STACK_BYTES,
         "MSGQUEUE": 0,
         "SIGPENDING": 256,
     }
