@@ -1,0 +1,138 @@
+"""The table of attacks in docs/security.md, made by running them: `python -m tests.attacks.table` writes it.
+
+Each column is one kind of owner; a machine can only fill those that it can be.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.attacks.as_user import CANNOT
+from tests.attacks.catalogue import ATTACKS, SPEECHES, STUDIED
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "security.md"
+BEGIN, END = "<!-- attacks: begin -->", "<!-- attacks: end -->"
+COMMAND = "python -m tests.attacks.table"
+NAMESPACED, CONTAINED = 3, 4
+COLUMNS = {
+    "user": "an ordinary user, NAMESPACED",
+    "user with group": "an ordinary user with a control group, CONTAINED",
+    "root": "root, CONTAINED",
+}
+SECONDS_MAX = 300  # of one harness; it takes 20, ten times that on a loaded machine
+
+Outcome = dict[str, Any]
+"""What tests/attacks/harness.py printed: uid, level, words, results."""
+
+
+def column_of(outcome: Outcome) -> str | None:
+    """Which column an outcome fills; None if its level is below NAMESPACED."""
+    if outcome["level"] < NAMESPACED:
+        return None
+    contained = outcome["level"] == CONTAINED
+    if outcome["uid"] == 0:
+        return "root" if contained else None
+    return "user with group" if contained else "user"
+
+
+def run_all(*, control: bool) -> tuple[dict[str, Outcome], list[str]]:
+    """Every column that this machine can fill, and why it cannot fill the others.
+
+    control: also "control", the attacks that get through everywhere, without a sandbox.
+    """
+    harness = ["-m", "tests.attacks.harness"]
+    as_user = ["-m", "tests.attacks.as_user"]
+    root = os.geteuid() == 0
+    commands = [harness, [*as_user, "none"], [*as_user, "group"]] if root else [harness]
+    if control:
+        commands.append([*as_user, "none", "--level", "0"] if root else [*harness, "--level", "0"])
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for command in commands
+    ]
+    outcomes: dict[str, Outcome] = {}
+    reasons = [] if root else ["these tests do not run as root"]
+    for process in running:
+        out, error = process.communicate(timeout=SECONDS_MAX)
+        if process.returncode == CANNOT:
+            reasons.append(error.strip())
+            continue
+        if process.returncode:
+            raise RuntimeError(f"{process.args} ended with {process.returncode}: {error[-3000:]}")
+        outcome: Outcome = json.loads(out.splitlines()[-1])
+        column = "control" if "--level" in process.args else column_of(outcome)
+        if column is None:
+            reasons.append(outcome["words"])
+        else:
+            outcomes[column] = outcome
+    return outcomes, reasons
+
+
+def names() -> list[tuple[str, str, str]]:
+    """(attack, what blocked means, its harmless twin) of each row: the study's first, in its order of kinds."""
+    own = len(ATTACKS) - (STUDIED - 6)
+    studied = [(a.name, a.meaning, _twin(a.twin, a.twin_script)) for a in ATTACKS[:-own]]
+    others = [(a.name, a.meaning, _twin(a.twin, a.twin_script)) for a in ATTACKS[-own:]]
+    lies = [(s.name, s.meaning, "a true step said before is heard") for s in SPEECHES]
+    return [*studied, *lies[:6], *others, *lies[6:]]
+
+
+def _twin(*twins: Any) -> str:
+    return "; a script also ".join((twin.__doc__ or "").strip() for twin in twins if twin is not None)
+
+
+def cell(outcome: Outcome, name: str) -> str:
+    """One word where both tiers agree."""
+    graph, script = (outcome["results"][tier][name]["verdict"] for tier in ("graph", "base"))
+    return str(graph) if graph == script else f"{graph}; script: {script}"
+
+
+def rows(outcomes: dict[str, Outcome]) -> list[list[str]]:
+    """The cells of each row; of a column that was not run, None stands as "?"."""
+    return [
+        [str(number), name, meaning, *(cell(outcomes[c], name) if c in outcomes else "?" for c in COLUMNS), twin]
+        for number, (name, meaning, twin) in enumerate(names(), 1)
+    ]
+
+
+def summary(outcome: Outcome) -> str:
+    """How many of how many, of each tier."""
+    counts = []
+    for tier, word in (("graph", "graph"), ("base", "script")):
+        found = outcome["results"][tier].values()
+        counts.append(f"{word} {sum(v['verdict'] == 'blocked' for v in found)} of {len(found)}")
+    return ", ".join(counts)
+
+
+def section(outcomes: dict[str, Outcome]) -> str:
+    """All between the markers."""
+    lines = [BEGIN, f"Made by `{COMMAND}`; `tests/attacks` fails if it says anything else.", ""]
+    lines += [f"- {COLUMNS[column]}: blocked {summary(outcomes[column])}" for column in COLUMNS]
+    head = ["", "attack", "blocked means", *COLUMNS, "harmless twin, which works in the same cage"]
+    lines += ["", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows(outcomes)]
+    return "\n".join([*lines, END])
+
+
+def main() -> None:
+    """Run everything and write the section into docs/security.md."""
+    outcomes, reasons = run_all(control=False)
+    missing = [COLUMNS[column] for column in COLUMNS if column not in outcomes]
+    if missing:
+        raise SystemExit(f"this machine cannot be: {', '.join(missing)} ({'; '.join(reasons)})")
+    text = PAGE.read_text()
+    before, _, rest = text.partition(BEGIN)
+    PAGE.write_text(before + section(outcomes) + rest.partition(END)[2])
+
+
+if __name__ == "__main__":
+    main()
