@@ -355,6 +355,14 @@ def test_outside_a_process_namespace_signals_go_to_oneself_only() -> None:
         assert verdict(filter_program(Tier.BASE, only_pid=77), NUMBERS[name], (2**64 - 1, 9, 0, 0, 0, 0)) == EPERM
 
 
+def test_outside_a_process_namespace_only_its_own_processors_are_chosen() -> None:
+    number = NUMBERS["sched_setaffinity"]
+    for tier in Tier:
+        alone = filter_program(tier, only_pid=77)
+        assert [verdict(alone, number, (pid, 8, 0, 0, 0, 0)) for pid in (0, 77, 78)] == [ALLOW, ALLOW, EPERM]
+        assert verdict(filter_program(tier), number, (78, 8, 0, 0, 0, 0)) == ALLOW
+
+
 def test_system_call_numbers_are_the_kernels() -> None:
     header = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
     if not header.exists():

@@ -154,6 +154,11 @@ def signal_daemon(decoys: Decoys) -> str:
     return "signalled the daemon"
 
 
+def move_daemon(decoys: Decoys) -> str:
+    os.sched_setaffinity(int(decoys["pid"]), os.sched_getaffinity(0))
+    return "chose the daemon's processors"
+
+
 def ptrace_daemon(decoys: Decoys) -> str:
     return _call("ptrace", 0x4206, int(decoys["pid"]), 0, 0)  # PTRACE_SEIZE
 
@@ -465,8 +470,8 @@ def speak(decoys: Decoys) -> str:
 LIMITS: Final = (no_limits, dump_core, memory_bomb, own_environ, inherited_descriptors)
 FILTERED: Final = (
     read_secret, read_passwords, list_home, see_host_root, write_outside, connect_tcp, send_udp, connect_abstract,
-    connect_path, raw_sockets, signal_daemon, ptrace_daemon, read_daemon_memory, steal_descriptor, read_environ,
-    list_processes, user_namespace, clone3_namespace, mount, keyrings, io_uring, bpf, perf, userfaultfd,
+    connect_path, raw_sockets, signal_daemon, move_daemon, ptrace_daemon, read_daemon_memory, steal_descriptor,
+    read_environ, list_processes, user_namespace, clone3_namespace, mount, keyrings, io_uring, bpf, perf, userfaultfd,
     personality, foreign_abi, hidden_memory, type_into_terminal, privileges, change_mode,
 )  # fmt: skip
 NAMESPACED: Final = (see_outside,)

@@ -62,7 +62,7 @@ rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltst
 sched_yield pause nanosleep select poll ppoll pselect6 getpid gettid getppid exit exit_group uname getcwd
 gettimeofday getrlimit getrusage sysinfo times time getuid getgid geteuid getegid getgroups getresuid getresgid
 getpgrp getpgid getsid statfs fstatfs getpriority sched_getparam sched_getscheduler sched_get_priority_max
-sched_get_priority_min sched_setaffinity sched_getaffinity futex futex_waitv set_tid_address set_robust_list
+sched_get_priority_min sched_getaffinity futex futex_waitv set_tid_address set_robust_list
 get_robust_list restart_syscall fadvise64 clock_gettime clock_getres clock_nanosleep stat lstat newfstatat statx
 faccessat faccessat2 readlink readlinkat getdents64 epoll_create1 epoll_ctl epoll_wait epoll_pwait eventfd2
 getrandom rseq membarrier getcpu preadv arch_prctl umask"""
@@ -122,6 +122,8 @@ def _argument_rules(tier: Tier, only_pid: int | None) -> dict[str, list[list[Con
         "mmap": [[(3, _GROWS_DOWN, 0)]],
         "tgkill": [[]] if only_pid is None else [[(0, _LOW_32, only_pid)]],  # abort() signals its own group
     }
+    own = [[(0, _LOW_32, 0)], [(0, _LOW_32, only_pid)]] if only_pid is not None else [[]]
+    rules["sched_setaffinity"] = own  # or any process of the owner's could be moved
     if tier is Tier.GRAPH:
         rules["clone"] = [[(0, _NAMESPACES | _CLONE_THREAD, _CLONE_THREAD)]]
         rules["mmap"] = [[(3, _GROWS_DOWN | _ANONYMOUS, 0)], [(3, _GROWS_DOWN | _SHARING, _PRIVATE)]]

@@ -250,14 +250,16 @@ async def _lie(workshop: Workshop, order: WorkOrder, speech: Speech, honest: str
 
 
 async def run(level: Level) -> dict[str, dict[str, Verdict]]:
-    """Every attack at `level` in both tiers."""
+    """Every attack at `level`, in both tiers where both exist."""
+    # No script runs at FILTERED, and without a filter there are no tiers.
+    tiers = {Level.NONE: (Tier.BASE,), Level.FILTERED: (Tier.GRAPH,)}.get(level, tuple(Tier))
     results: dict[str, dict[str, Verdict]] = {}
     with hostile_code() as folder:
         folder = folder / "prey"
         folder.mkdir()
         with prey(folder) as decoys:
             async with victim(level) as number:
-                for tier in Tier if level > Level.NONE else (Tier.BASE,):
+                for tier in tiers:
                     results[tier.value] = await run_attacks(level, tier, decoys | {"victim": number})
                     if level > Level.NONE:
                         results[tier.value] |= await run_speeches(level, tier, folder)
@@ -273,7 +275,8 @@ def main() -> None:
         take_terminal()
     report = trio.run(sandbox.probe)
     level = report.level if wanted is None else Level(wanted)
-    results = trio.run(run, level) if level >= Level.NAMESPACED or wanted is not None else {}
+    claimed = level is Level.NONE or Level.FILTERED <= level <= report.level
+    results = trio.run(run, level) if claimed else {}
     print(json.dumps({"uid": os.getuid(), "level": level, "words": report.words(), "results": results}))
 
 

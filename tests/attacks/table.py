@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "security.md"
 BEGIN, END = "<!-- attacks: begin -->", "<!-- attacks: end -->"
 COMMAND = "python -m tests.attacks.table"
-NAMESPACED, CONTAINED = 3, 4
+FILTERED, NAMESPACED, CONTAINED = 2, 3, 4
 COLUMNS = {
+    "user, no bubblewrap": "an ordinary user without bubblewrap, FILTERED",
     "user": "an ordinary user, NAMESPACED",
     "user with group": "an ordinary user with a control group, CONTAINED",
     "root": "root, CONTAINED",
@@ -32,9 +33,11 @@ Outcome = dict[str, Any]
 
 
 def column_of(outcome: Outcome) -> str | None:
-    """Which column an outcome fills; None if its level is below NAMESPACED."""
-    if outcome["level"] < NAMESPACED:
+    """Which column an outcome fills; None if no column is about its level and user."""
+    if not outcome["results"]:
         return None
+    if outcome["level"] < NAMESPACED:
+        return "user, no bubblewrap" if outcome["level"] == FILTERED and outcome["uid"] else None
     contained = outcome["level"] == CONTAINED
     if outcome["uid"] == 0:
         return "root" if contained else None
@@ -49,9 +52,12 @@ def run_all(*, control: bool) -> tuple[dict[str, Outcome], list[str]]:
     harness = ["-m", "tests.attacks.harness"]
     as_user = ["-m", "tests.attacks.as_user"]
     root = os.geteuid() == 0
-    commands = [harness, [*as_user, "none"], [*as_user, "group"]] if root else [harness]
+    user = [*as_user, "none"] if root else harness
+    commands = [user, [*user, "--level", str(FILTERED)]]
+    if root:
+        commands += [harness, [*as_user, "group"]]
     if control:
-        commands.append([*as_user, "none", "--level", "0"] if root else [*harness, "--level", "0"])
+        commands.append([*user, "--level", "0"])
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     running = [
         subprocess.Popen(
@@ -69,7 +75,7 @@ def run_all(*, control: bool) -> tuple[dict[str, Outcome], list[str]]:
         if process.returncode:
             raise RuntimeError(f"{process.args} ended with {process.returncode}: {error[-3000:]}")
         outcome: Outcome = json.loads(out.splitlines()[-1])
-        column = "control" if "--level" in process.args else column_of(outcome)
+        column = column_of(outcome) if outcome["level"] else "control"
         if column is None:
             reasons.append(outcome["words"])
         else:
@@ -92,8 +98,8 @@ def _twin(*twins: Any) -> str:
 
 def cell(outcome: Outcome, name: str) -> str:
     """One word where both tiers agree."""
-    graph, script = (outcome["results"][tier][name]["verdict"] for tier in ("graph", "base"))
-    return str(graph) if graph == script else f"{graph}; script: {script}"
+    graph, *script = (tier[name]["verdict"] for tier in map(outcome["results"].get, ("graph", "base")) if tier)
+    return str(graph) if script in ([], [graph]) else f"{graph}; script: {script[0]}"
 
 
 def rows(outcomes: dict[str, Outcome]) -> list[list[str]]:
@@ -108,8 +114,8 @@ def summary(outcome: Outcome) -> str:
     """How many of how many, of each tier."""
     counts = []
     for tier, word in (("graph", "graph"), ("base", "script")):
-        found = outcome["results"][tier].values()
-        counts.append(f"{word} {sum(v['verdict'] == 'blocked' for v in found)} of {len(found)}")
+        if found := outcome["results"].get(tier):
+            counts.append(f"{word} {sum(v['verdict'] == 'blocked' for v in found.values())} of {len(found)}")
     return ", ".join(counts)
 
 
