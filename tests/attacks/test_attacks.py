@@ -25,7 +25,7 @@ Runs = tuple[dict[str, Outcome], list[str]]
 
 @pytest.fixture(scope="module")
 def runs() -> Runs:
-    """Every harness at once: they wait far more than they compute."""
+    """All of them, run once."""
     return run_all(control=True)
 
 
