@@ -14,13 +14,15 @@ from worker.frames import Attempted
 
 from .calls import Decoys, Refused
 from .catalogue import ATTACKS
+from .holds import HOLDS
 
 _ATTACKS = {attack.name: attack for attack in ATTACKS}
 _TWINS = {twin.__name__: twin for a in ATTACKS for twin in (a.twin, a.twin_script) if twin is not None}
 
 
 def rehearse(names: tuple[str, ...], decoys: Decoys) -> Iterator[Attempted]:
-    """What became of each of `names`: an attack, "twin NAME", or "speech", which never returns.
+    """What became of each of `names`: an attack, "twin NAME", "hold NAME" (goes on after its answer), or "speech"
+    (never answers).
 
     blocked means that it did not do what it wanted, of a twin too. A mistake of an attack's own ends the worker.
     """
@@ -28,6 +30,9 @@ def rehearse(names: tuple[str, ...], decoys: Decoys) -> Iterator[Attempted]:
         kind, _, rest = name.partition(" ")
         if name == "speech":
             _speak(decoys)
+        elif kind == "hold":
+            for words in HOLDS[rest](decoys):
+                yield Attempted(name, False, words)
         elif kind == "twin":
             try:
                 _TWINS[rest](decoys)
