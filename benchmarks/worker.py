@@ -4,8 +4,9 @@
 
 start: from `Workshop.run` to the first step told, less the median time of the later steps, so what is left is the
 hand-over, the graph filter, reading the task and program, the first state, and all that only a first step does. The
-baseline is the same job in a worker that is started for it. tensors_in: bytes that a child has copied out of what it
-was handed, per second; a worker itself copies nothing, it maps the files of the store. deadline: from `run` to its
+baseline is the same job in a worker that is started for it. tensors_in: bytes per second that a child process has
+read once, as an array, from the hand-over on: by a sealed memfd that the parent fills, or as it is done, by a file of
+the store that the child maps; the baselines are a socket pair and a pipe. deadline: from `run` to its
 error, of a job of a million steps with a deadline of 1 s. death: from the kill to the proof that the worker and a
 grandchild in a session of its own are dead.
 """
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import trio
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,21 +160,21 @@ async def deaths(level: Level, rounds: int) -> dict[str, float]:
 
 
 CHILD = """
-import array, mmap, os, socket, sys
+import mmap, os, socket, sys
+import numpy
 kind, size, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 channel = socket.socket(fileno=number)
 channel.send(b"r")
 if kind in ("memfd", "file"):
     _, (lent,), _, _ = socket.recv_fds(channel, 1, 1)
-    with mmap.mmap(lent, size, prot=mmap.PROT_READ) as mapped:
-        taken = bytearray(mapped)
+    taken = mmap.mmap(lent, size, prot=mmap.PROT_READ)
 else:
     taken = bytearray(size)
     view = memoryview(taken)
     source = os.fdopen(int(sys.argv[4]), "rb", buffering=0) if kind == "pipe" else None
     while view:
         view = view[(source.readinto(view) if source else channel.recv_into(view)):]
-channel.send(bytes(taken[-1:]))
+channel.send(int(numpy.frombuffer(taken, dtype="<u8").sum()).to_bytes(8, "little"))
 """
 
 
@@ -198,10 +200,11 @@ def hand_over(kind: str, data: bytes, folder: Path) -> float:
             _write_all(lambda part: os.write(writer, part), data)
         else:
             _write_all(ours.send, data)
-        assert ours.recv(1) == data[-1:]
+        summed = int.from_bytes(ours.recv(8), "little")
         took = time.perf_counter() - start
     os.close(writer)
     child.wait()
+    assert summed == int(np.frombuffer(data, dtype="<u8").sum()), "every byte arrived"
     return len(data) / 1e6 / took
 
 

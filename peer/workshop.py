@@ -146,7 +146,7 @@ class Workshop:
     """The workers of this machine. Use as an async context manager; entering proves the sandbox.
 
     scratch_dir: where checkpoints appear. pool: how many workers `prewarm` keeps warm, 0 to SANDBOX_POOL_MAX, each
-    about 300 MB. minimum: entering raises SandboxTooWeak below it, and below what graph jobs need in any case.
+    about 350 MB. minimum: entering raises SandboxTooWeak below it, and below what graph jobs need in any case.
     """
 
     def __init__(self, scratch_dir: Path, pool: int = 1, minimum: Level = Level.FILTERED) -> None:
