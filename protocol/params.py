@@ -65,6 +65,9 @@ EVENTS_PER_JOB_MAX: Final = 20_000  # lines kept for `job logs`
 EXPLORATION_PERMILLE: Final = 50  # rounds in which a newcomer goes first, or nobody new ever gets work
 NEWCOMER_DEALS: Final = 10  # below this many verified deals a solver is a newcomer (BOINC's rule, NOTES)
 
+# Names of the levels 0 to 4 that offers, asks and bids carry; what each is worth is proven by worker/sandbox.py.
+SANDBOX_LEVELS: Final = ("NONE", "LIMITS", "FILTERED", "NAMESPACED", "CONTAINED")
+
 # --- sandboxed worker (DESIGN §12) ----------------------------------------------------------------------------
 SANDBOX_FRAME_BYTES_MAX: Final = 64 * 1024  # one reply frame; checkpoints follow their header as raw bytes
 SANDBOX_REQUEST_BYTES_MAX: Final = MESSAGE_BYTES_MAX + 64 * 1024  # the task as it travels, plus names and numbers

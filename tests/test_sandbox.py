@@ -16,6 +16,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protocol import params
 from worker import cage, canary, cgroups, sandbox
 from worker.cage import CageFailed, find_bubblewrap
 from worker.frames import Attempted
@@ -242,6 +243,11 @@ def test_a_group_of_version_2_caps_and_counts_in_its_own_files(tmp_path: Path) -
     assert (tmp_path / "memory.swap.max").read_text() == "0"
     assert group.joins == (str(tmp_path / "cgroup.procs"),)
     assert (group.oom_kills(), group.memory_peak_bytes()) == (3, 12345)
+
+
+def test_the_levels_that_records_name_are_those_that_are_proven() -> None:
+    assert [level.name for level in sorted(Level)] == list(params.SANDBOX_LEVELS)
+    assert [int(level) for level in sorted(Level)] == list(range(len(params.SANDBOX_LEVELS)))
 
 
 # --- admission -------------------------------------------------------------------------------------------------
