@@ -269,6 +269,10 @@ def test_the_doctor_names_each_part_and_mends_what_is_missing() -> None:
         attempts = {tried: ("read-secret: read 26 bytes",) for tried in Level if tried > level} | {level: ()}
         lines = doctor_lines(SandboxReport(level, attempts, 0.5))
         assert lines[0].level == level
+        assert lines[0].explanation.startswith(f"{level.name}, {int(level)} of 4: ")
+        assert ("graph jobs" in lines[0].explanation) == (level >= REQUIRED["graph"])
+        assert ("graph jobs and scripts are accepted" in lines[0].explanation) == (level >= REQUIRED["script"])
+        assert bool(lines[0].fix) == (level < REQUIRED["graph"])
         assert {"bubblewrap", "Landlock", "graph jobs", "script jobs"} <= {line.what for line in lines}
         refused = [line.what for line in lines if line.explanation.startswith("refused")]
         assert refused == [f"{kind} jobs" for kind, need in REQUIRED.items() if level < need]
