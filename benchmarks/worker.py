@@ -93,9 +93,12 @@ class Heard:
         done.checkpoint.unlink()
 
     @property
+    def step_ms(self) -> float:
+        return statistics.median(b - a for a, b in zip(self.times, self.times[1:], strict=False)) * 1e3
+
+    @property
     def start_ms(self) -> float:
-        later = [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
-        return (self.times[0] - statistics.median(later)) * 1e3
+        return self.times[0] * 1e3 - self.step_ms
 
 
 async def warm(workshop: Workshop) -> None:
@@ -107,7 +110,7 @@ async def warm(workshop: Workshop) -> None:
 
 async def starts(workshop: Workshop, order: WorkOrder, rounds: int) -> dict[str, Any]:
     """Milliseconds from the pool and, as pairs in one run, in a worker started for the job."""
-    found: dict[str, list[float]] = {"pool": [], "pool_first_step": [], "cold": [], "step": []}
+    found: dict[str, list[float]] = {"pool": [], "pool_in_steps": [], "pool_first_step": [], "cold": [], "step": []}
     for number in range(rounds):
         for kind in ("pool", "cold") if number < max(2, rounds // 3) else ("pool",):
             if kind == "pool":
@@ -116,9 +119,10 @@ async def starts(workshop: Workshop, order: WorkOrder, rounds: int) -> dict[str,
             await workshop.run(order, on_step=heard.step, on_segment=heard.segment)
             found[kind].append(heard.start_ms)
             if kind == "pool":
+                found["pool_in_steps"].append(heard.start_ms / heard.step_ms)  # a loaded machine slows both alike
                 found["pool_first_step"].append(heard.times[0] * 1e3)
-                found["step"] += [(b - a) * 1e3 for a, b in zip(heard.times, heard.times[1:], strict=False)]
-    return {name: summary(values) for name, values in found.items()}
+                found["step"].append(heard.step_ms)
+    return {name: summary(values, 2 if "steps" in name else 1) for name, values in found.items()}
 
 
 async def deadlines(workshop: Workshop, order: WorkOrder, rounds: int) -> dict[str, float]:
