@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from worker import canary
+
 from . import files, kernel, network, processes, resources, twins
 from .calls import Decoys
 
@@ -64,20 +66,20 @@ _FILES = (
       twins.scratch_file),
 )  # fmt: skip
 _NETWORK = (
-    A("connect to a TCP port of the host", network.connect_tcp, "no socket can be made", twins.wake, free=True),
-    A("send UDP to the host", network.send_udp, "no socket can be made", twins.wake, free=True),
-    A("connect to an abstract Unix socket", network.abstract_socket, "no socket can be made", twins.wake, free=True),
-    A("connect to a Unix socket by path", network.path_socket, "no socket can be made", twins.wake, free=True),
+    A("connect to a TCP port of the host", canary.connect_tcp, "no socket can be made", twins.wake, free=True),
+    A("send UDP to the host", canary.send_udp, "no socket can be made", twins.wake, free=True),
+    A("connect to an abstract Unix socket", canary.connect_abstract, "no socket can be made", twins.wake, free=True),
+    A("connect to a Unix socket by path", canary.connect_path, "no socket can be made", twins.wake, free=True),
     A("listen on a TCP port", network.listen_tcp, "no socket can be made", twins.wake, free=True),
     A("netlink, packet, vsock, cipher and TIPC sockets", network.odd_sockets, "no socket can be made", twins.wake,
       free=True),
 )  # fmt: skip
 _BOMBS = (
-    A("fork bomb of 300 processes", resources.fork_bomb, "no process (graph), a few dozen (script)", twins.thread,
+    A("fork bomb of 200 processes", canary.fork_bomb, "no process (graph), a few dozen (script)", twins.thread,
       twins.child, alone=(SIGKILL,), free=True),
     A("memory bomb in one process", resources.memory_bomb, "the cap of the job", twins.take_memory, alone=(SIGKILL,),
       free=True),
-    A("memory bomb over several processes", resources.memory_bomb_in_parts,
+    A("memory bomb over several processes", canary.memory_bomb_in_parts,
       "no process (graph), one cap for all (script)", twins.take_memory, twins.child, alone=(SIGKILL,), free=True,
       group=True),
     A("memory bomb of anonymous files", resources.memfd_bomb, "memfd_create is refused", twins.take_memory,

@@ -48,7 +48,7 @@ START = Cage.start
 
 @contextlib.contextmanager
 def hostile_code() -> Iterator[Path]:
-    """A copy of our packages in which the canary's place is taken by tests/attacks; cages run that copy meanwhile."""
+    """A copy of our packages in which the canary rehearses tests/attacks; cages run that copy meanwhile."""
     here = Path(__file__).resolve().parent
     with tempfile.TemporaryDirectory(prefix="ichiba-attacks-") as name:
         folder = Path(name)
@@ -57,7 +57,8 @@ def hostile_code() -> Iterator[Path]:
         shutil.copytree(Path(cage.__file__).parent, folder / "worker", ignore=ignore)
         shutil.copytree(Path(str(protocol.__file__)).parent, folder / "protocol", ignore=ignore)
         shutil.copytree(here, folder / "worker" / "attacks", ignore=ignore)
-        (folder / "worker" / "canary.py").write_text("from worker.attacks.inside import rehearse as rehearse\n")
+        with (folder / "worker" / "canary.py").open("a") as canary:
+            canary.write("\nfrom worker.attacks.inside import rehearse as rehearse\n")
         with mock.patch.object(cage, "_HERE", folder / "worker"):
             yield folder
 

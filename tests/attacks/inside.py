@@ -1,7 +1,7 @@
 """Takes the canary's place in the cage: runs attacks, twins and lies by name, after the filters are installed.
 
-The harness copies our packages and puts this in for worker/canary.py, so that everything else of the cage, boot.py
-and its filters included, is what an owner's machine runs. Standard library only.
+The harness copies our packages and gives worker/canary.py this module's `rehearse`, so that everything else of the
+cage, boot.py and its filters included, is what an owner's machine runs. Standard library only.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def rehearse(names: tuple[str, ...], decoys: Decoys) -> Iterator[Attempted]:
             except (Refused, OSError, MemoryError) as stopped:
                 yield Attempted(name, True, f"{type(stopped).__name__}: {stopped}"[:200])
             else:
-                yield Attempted(name, False, words[:200])
+                yield Attempted(name, not words, words[:200] or "no effect")
 
 
 def _speak(decoys: Decoys) -> None:

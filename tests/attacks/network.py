@@ -1,4 +1,4 @@
-"""Attacks over the network and over sockets on this machine."""
+"""Attacks over the network and over sockets on this machine, beside those of the canary."""
 
 from __future__ import annotations
 
@@ -6,29 +6,6 @@ import os
 import socket
 
 from .calls import Decoys, Refused, any_of
-
-
-def connect_tcp(decoys: Decoys) -> str:
-    socket.create_connection(("127.0.0.1", int(decoys["tcp"])), 1).close()
-    return "connected to the daemon's host"
-
-
-def send_udp(decoys: Decoys) -> str:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-        sender.sendto(b"x", ("127.0.0.1", int(decoys["udp"])))
-    return "sent a datagram"
-
-
-def abstract_socket(decoys: Decoys) -> str:
-    with socket.socket(socket.AF_UNIX) as caller:
-        caller.connect("\0" + str(decoys["abstract"]))
-    return "connected"
-
-
-def path_socket(decoys: Decoys) -> str:
-    with socket.socket(socket.AF_UNIX) as caller:
-        caller.connect(str(decoys["unix"]))
-    return "connected"
 
 
 def listen_tcp(_: Decoys) -> str:

@@ -7,10 +7,7 @@ import ctypes
 import mmap
 import os
 import resource
-import select
 import threading
-import time
-from collections.abc import Callable
 
 from .calls import MIB, Decoys, Refused, any_of, call, libc, said
 
@@ -70,58 +67,6 @@ def uncounted_memory(decoys: Decoys) -> str:
             return f"{len(block) // MIB} MiB with flags {flags:#x}"
 
     return any_of(lambda: taken(mmap.MAP_PRIVATE | 0x100), lambda: taken(mmap.MAP_SHARED))
-
-
-def _spawn(work: Callable[[], object], wanted: int) -> tuple[list[int], int, int]:
-    """Children that `work`, say so and wait. (their numbers, the pipe of their words, the pipe that ends them)"""
-    heard, say = os.pipe()
-    held, hold = os.pipe()
-    children: list[int] = []
-    try:
-        while len(children) < wanted:
-            child = os.fork()
-            if child == 0:
-                os.close(hold)
-                try:
-                    kept = work()
-                    os.write(say, b"x")
-                    os.read(held, 1)  # returns when the parent closes its end or dies
-                    del kept
-                finally:
-                    os._exit(0)
-            children.append(child)
-    except OSError:
-        pass
-    os.close(say)
-    os.close(held)
-    return children, heard, hold
-
-
-def fork_bomb(_: Decoys) -> str:
-    children, heard, hold = _spawn(lambda: None, 300)
-    os.close(hold)
-    os.close(heard)
-    for child in children:
-        os.waitpid(child, 0)
-    if len(children) < 300:
-        raise Refused(f"stopped at {len(children)} processes")
-    return f"{len(children)} processes"
-
-
-def memory_bomb_in_parts(decoys: Decoys) -> str:
-    """Twice the cap over four processes, each below it: only a cap on the family stops this."""
-    cap = int(decoys["memory"])
-    children, heard, hold = _spawn(lambda: _touch(cap // 2), 4)
-    filled, dead, until = 0, 0, time.monotonic() + 10
-    while len(children) == 4 and filled < 4 and not dead and time.monotonic() < until:
-        if select.select([heard], [], [], 0.02)[0]:
-            filled += len(os.read(heard, 4))
-        dead += sum(os.waitpid(child, os.WNOHANG) != (0, 0) for child in children)
-    os.close(hold)
-    os.close(heard)
-    if filled < 4:
-        raise Refused(f"{len(children)} processes, {filled} filled their part, {dead} killed")
-    return f"{filled} processes hold {cap // 2 // MIB} MiB each"
 
 
 def thread_bomb(_: Decoys) -> str:
