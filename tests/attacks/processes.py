@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from .calls import Decoys, Refused, any_of, call, said
+from .calls import Decoys, Refused, any_of, call, libc, said
 
 
 def _each(decoys: Decoys, attempt: Callable[[int], object]) -> str:
@@ -134,8 +134,6 @@ def type_into_terminal(_: Decoys) -> str:
 
     def push(number: int) -> str:
         for request in (0x5412, 0x5412 | 1 << 32, 0x541C):
-            from .calls import libc
-
             if libc.ioctl(number, ctypes.c_ulong(request), ctypes.create_string_buffer(b"x")) >= 0:
                 return f"ioctl {request:#x} on {number}"
         raise Refused("ioctl")
@@ -182,8 +180,6 @@ def leave_grandchild(decoys: Decoys) -> str:
     if child == 0:
         os.setsid()
         if os.fork() == 0:
-            from .calls import libc
-
             libc.prctl(15, str(decoys["mark"]).encode(), 0, 0, 0)
             os.closerange(0, 1024)
             signal.pause()

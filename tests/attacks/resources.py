@@ -9,7 +9,7 @@ import os
 import resource
 import threading
 
-from .calls import MIB, Decoys, Refused, any_of, call, libc, said
+from .calls import MIB, Decoys, Refused, any_of, call, inputs, libc, said
 
 
 def _touch(size: int) -> bytearray:
@@ -146,8 +146,6 @@ def timers_and_queues(_: Decoys) -> str:
 
 def splice_pages(decoys: Decoys) -> str:
     """Pages of a file lent read-only, moved into a pipe: the way of Dirty Pipe (CVE-2022-0847)."""
-    from .calls import inputs
-
     (lent, *_) = inputs(decoys)
     return any_of(
         lambda: said("splice", lent, 0, int(decoys["replies"]), 0, 1, 0),
