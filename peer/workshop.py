@@ -23,9 +23,9 @@ import trio
 from peer.work_order import SegmentDone, WorkDone, WorkFailed, WorkOrder, WorkSuspended
 from protocol import params
 from protocol.codec import decode
-from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.errors import LocalProtocolError, RemoteProtocolError, harmless
 from protocol.task import TaskSpec
-from worker.cage import Cage, CageFailed, harmless
+from worker.cage import Cage, CageFailed
 from worker.cgroups import sweep
 from worker.frames import (
     BadReply,

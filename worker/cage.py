@@ -33,12 +33,12 @@ import trio
 
 import protocol
 from protocol import params
-from protocol.errors import IchibaError
+from protocol.errors import IchibaError, harmless
 from worker.cgroups import Cgroup, CgroupUnavailable
 from worker.frames import SUSPEND, Request, frame
 from worker.seccomp import Tier, filter_program
 
-__all__ = ["Cage", "CageFailed", "Level", "Log", "find_bubblewrap", "harmless"]
+__all__ = ["Cage", "CageFailed", "Level", "Log", "find_bubblewrap"]
 
 _BUBBLEWRAP_OLDEST: Final = (0, 8)  # has --size, --perms and --disable-userns
 _UID_FIRST: Final = 2_000_000_000  # far from any user, system or container number
@@ -81,12 +81,6 @@ class Log:
     def tail(self) -> str:
         """What is kept, as text that is safe to show."""
         return harmless(self.kept.decode("utf-8", "replace"))
-
-
-def harmless(text: str) -> str:
-    """A stranger's words for a person's terminal: what is no printable sign becomes U+FFFD, so no escape sequence
-    moves the cursor, renames the window or answers in the person's place."""
-    return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def find_bubblewrap() -> tuple[str | None, str]:
