@@ -121,7 +121,7 @@ _KERNEL = (
 )  # fmt: skip
 _PROCESS = (
     A("core dump to the host", files.core_dump, "size 0, for ever", twins.ask_limits),
-    A("use descriptors of the daemon", processes.inherited_descriptors, "none is open", twins.read_input),
+    A("use descriptors of the daemon", processes.inherited_descriptors, "none but its own is open", twins.read_input),
     A("run another program of the machine", processes.run_program, "no other program inside", twins.read_library,
       twins.program, alone=(), free=True),
 )  # fmt: skip
@@ -155,7 +155,7 @@ _OWN = (
     A("change, lock or truncate the inputs it was lent", files.change_inputs, "lent read-only", twins.read_input),
     A("open files by inode number", files.open_by_handle, "the calls are refused", twins.read_library),
     A("inotify and fanotify queues", files.watch_files, "the calls are refused", twins.wake, free=True),
-    A("hand the daemon a descriptor", network.pass_descriptor, "no socket is left to it", twins.ask_flags),
+    A("hand the daemon a descriptor", network.pass_descriptor, "its socket is for reading alone", twins.ask_flags),
     A("write into the daemon's memory", processes.write_memory, "the calls are refused", twins.take_memory),
     A("read other workers' descriptors", processes.walk_descriptors, "there is no /proc", twins.list_library),
     A("kcmp, migrate_pages, prlimit, affinity, nice of others", processes.compare_and_advise,

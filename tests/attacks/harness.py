@@ -207,7 +207,7 @@ async def hear(workshop: Workshop, order: WorkOrder, words: str) -> tuple[str, s
         done.checkpoint.unlink()
 
     code, shown = "", ""
-    with mock.patch.object(peer.workshop, "_request", lambda order, size: request):
+    with mock.patch.object(peer.workshop, "_request", lambda *_: request):
         try:
             done = await workshop.run(order, on_step=lambda step, loss: heard.append(step), on_segment=keep)
             shown = done.log_tail

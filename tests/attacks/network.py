@@ -41,4 +41,4 @@ def pass_descriptor(decoys: Decoys) -> str:
             return f"sent a descriptor through {number}"
     left, right = socket.socketpair()
     with left, right:
-        raise Refused("no socket is left to it")
+        raise Refused("no socket takes it")

@@ -105,7 +105,7 @@ def compare_and_advise(decoys: Decoys) -> str:
 
 
 def inherited_descriptors(decoys: Decoys) -> str:
-    """Anything open beside its inputs, its standard streams and the pipe of replies."""
+    """Anything open beside its inputs, its standard streams, the pipe of replies and the socket it reads."""
     found = []
     for number in range(3, 1024):
         try:
@@ -113,7 +113,7 @@ def inherited_descriptors(decoys: Decoys) -> str:
         except OSError:
             continue
         lent = (status.st_dev, status.st_ino) == (decoys["lent_device"], decoys["lent_inode"])
-        if number != decoys["replies"] and not lent:
+        if number not in (decoys["replies"], decoys["job"]) and not lent:
             found.append(str(number))
     if not found:
         raise Refused("nothing is open")
