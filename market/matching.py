@@ -13,6 +13,7 @@ from typing import Final, Literal
 
 from protocol import params
 from protocol.codec import blake
+from protocol.params import SANDBOX_LEVELS as LEVELS
 from protocol.records import Bid, Offer, amount_for
 
 __all__ = [
@@ -123,7 +124,7 @@ def refuse_offer(
     if offer.memory_bytes > memory_bytes:
         return Refusal("memory", f"needs {offer.memory_bytes >> 20} MiB, {memory_bytes >> 20} MiB are allowed")
     if offer.sandbox > sandbox:
-        return Refusal("sandbox", f"needs sandbox level {offer.sandbox}, this machine proves {sandbox}")
+        return Refusal("sandbox", f"needs sandbox level {LEVELS[offer.sandbox]}, this machine has {LEVELS[sandbox]}")
     if offer.mode != "exact":
         return Refusal("mode", "native mode needs a profiled threshold, which this version does not have")
     if offer.lock_micro > stake_micro:
@@ -149,7 +150,7 @@ def refuse_bid(
     if bid.operations_cap < offer.operations:
         return Refusal("operations", f"caps at {bid.operations_cap} operations, {offer.operations} are needed")
     if bid.sandbox < offer.sandbox:
-        return Refusal("sandbox", f"sandbox level {bid.sandbox}, {offer.sandbox} is needed")
+        return Refusal("sandbox", f"has sandbox level {LEVELS[bid.sandbox]}, {LEVELS[offer.sandbox]} is needed")
     if bid.lock_micro < offer.lock_micro:
         return Refusal("lock", f"locks {bid.lock_micro}, {offer.lock_micro} micro-credits are asked")
     if bid.lock_micro > free_stake_micro:

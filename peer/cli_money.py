@@ -10,6 +10,7 @@ import click
 
 from peer.cli_node import roles_of
 from peer.cli_output import Terminal, common, credits_of, short_id, size_of
+from protocol.params import SANDBOX_LEVELS
 
 if TYPE_CHECKING:
     from protocol.bundle import BundleReport
@@ -36,7 +37,7 @@ def book(terminal: Terminal) -> None:
         terminal.record("ichiba.offer/1", offer)
     terminal.table(
         "asks",
-        ("peer", "roles", ">credits/Gop", ">Gop/s", ">memory", ">sandbox", ">stake", ">trust", "here"),
+        ("peer", "roles", ">credits/Gop", ">Gop/s", ">memory", "sandbox", ">stake", ">trust", "here"),
         [
             (
                 ask["peer"][-8:],
@@ -44,7 +45,7 @@ def book(terminal: Terminal) -> None:
                 credits_of(ask["unit_price"]),
                 f"{ask['operations_per_second'] / 1e9:.2f}",
                 size_of(ask["memory_bytes"]),
-                ask["sandbox"],
+                SANDBOX_LEVELS[ask["sandbox"]],
                 credits_of(ask["stake_micro"]),
                 f"{ask['trust_ppm'] / 10_000:.1f} %",
                 "yes" if ask["connected"] else "no",

@@ -9,6 +9,7 @@ import click
 
 from peer.cli_output import Terminal, common, credits_of, short_id
 from peer.cli_pause import paused_line
+from protocol.params import SANDBOX_LEVELS
 
 __all__ = ["connect", "init", "invite", "roles_of", "status"]
 
@@ -84,7 +85,7 @@ def _status_pairs(found: dict[str, Any]) -> dict[str, object]:
         "addresses": "\n           ".join(found.get("addresses", [])) or "none",
         "peers": f"{len(found['peers'])} connected",
         "roles": roles_of(found["roles"]),
-        "sandbox": f"level {found['sandbox']} of 4",
+        "sandbox": f"{SANDBOX_LEVELS[found['sandbox']]} (level {found['sandbox']} of 4)",
         "price": f"{credits_of(found['unit_price'])} credits per giga-operation",
         "speed": f"{found['operations_per_second'] / 1e9:.2f} giga-operations per second",
         "market": f"{found['asks_seen']} asks and {found['offers_seen']} offers heard",

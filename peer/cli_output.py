@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from protocol.credits import credits_of, micro_of
-from protocol.errors import IchibaError
+from protocol.errors import IchibaError, harmless
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -142,13 +142,13 @@ class Terminal:
             click.echo(json.dumps({"schema": schema, **values}))
 
     def say(self, text: str = "") -> None:
-        """A line of the answer, for people."""
+        """A line of the answer, for people. Other peers' words are in it, so nothing in it drives the terminal."""
         if not self.as_json:
-            click.echo(text)
+            click.echo(harmless(text))
 
     def note(self, text: str) -> None:
         """A line beside the answer: progress, advice."""
-        click.echo(text, err=True)
+        click.echo(harmless(text), err=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """A table for people; without rows, its title and `none`."""
@@ -158,7 +158,7 @@ class Terminal:
         from rich.table import Table
         from rich.text import Text
 
-        filled = [[Text(str(cell)) for cell in row] for row in rows]
+        filled = [[Text(harmless(str(cell))) for cell in row] for row in rows]
         if not filled:
             click.echo(f"{title}: none")
             return
@@ -216,11 +216,11 @@ def show_error(error: IchibaError, *, as_json: bool) -> None:
         told = {"schema": "ichiba.error/1", **error.as_dict(), "exit_code": error.exit_code}
         click.echo(json.dumps(told), err=True)
         return
-    click.echo(f"error: {error.what}", err=True)
+    click.echo(f"error: {harmless(error.what)}", err=True)
     if error.why:
-        click.echo(f"  why:  {error.why}", err=True)
+        click.echo(f"  why:  {harmless(error.why)}", err=True)
     if error.next_step:
-        click.echo(f"  next: {error.next_step}", err=True)
+        click.echo(f"  next: {harmless(error.next_step)}", err=True)
 
 
 def default_data_dir() -> Path:

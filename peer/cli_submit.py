@@ -65,6 +65,7 @@ def submit(
             base_root=prepared.base_root,
             checkpoint_bytes=prepared.checkpoint_bytes,
             memory_bytes=prepared.memory_bytes,
+            sandbox=prepared.job.sandbox,
         )
         name = short_id(made["job"])
         terminal.record("ichiba.job/1", made)
@@ -134,13 +135,14 @@ def quote(terminal: Terminal, job: Path | None, operations: int | None, price: i
     """
     if (job is None) == (operations is None):
         raise click.UsageError("Give a JOB or --operations, one of them.")
+    sandbox = 2  # FILTERED, what any graph needs
     with terminal.client() as client:
         if job is not None:
             prepared = _prepare(terminal, job, bytes.fromhex(client.status()["network_id"]))
-            operations, memory = prepared.operations, prepared.memory_bytes
+            operations, memory, sandbox = prepared.operations, prepared.memory_bytes, prepared.job.sandbox
             price = price if price is not None else prepared.job.unit_price_max
         assert operations is not None
-        found = client.quote(operations=operations, unit_price_max=price, memory_bytes=memory)
+        found = client.quote(operations=operations, unit_price_max=price, memory_bytes=memory, sandbox=sandbox)
     terminal.record("ichiba.quote/1", {**found, "unit_price_max": price, "memory_bytes": memory})
     _show_quote(terminal, found, price)
 

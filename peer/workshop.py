@@ -23,7 +23,7 @@ import trio
 from peer.work_order import SegmentDone, WorkDone, WorkFailed, WorkOrder, WorkSuspended
 from protocol import params
 from protocol.codec import decode
-from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.errors import LocalProtocolError, RemoteProtocolError, harmless
 from protocol.task import TaskSpec
 from worker.cage import Cage, CageFailed
 from worker.cgroups import sweep
@@ -94,7 +94,7 @@ class _Progress:
         elif isinstance(event, Root):
             self.root = event.root
         elif isinstance(event, Failed):
-            raise WorkFailed(event.code, f"the worker gave up: {event.what}", event.why)
+            raise WorkFailed(event.code, f"the worker gave up: {harmless(event.what)}", harmless(event.why))
 
     @property
     def _part(self) -> Path:
@@ -146,7 +146,7 @@ class Workshop:
     """The workers of this machine. Use as an async context manager; entering proves the sandbox.
 
     scratch_dir: where checkpoints appear. pool: how many workers `prewarm` keeps warm, 0 to SANDBOX_POOL_MAX, each
-    about 300 MB. minimum: entering raises SandboxTooWeak below it, and below what graph jobs need in any case.
+    about 350 MB. minimum: entering raises SandboxTooWeak below it, and below what graph jobs need in any case.
     """
 
     def __init__(self, scratch_dir: Path, pool: int = 1, minimum: Level = Level.FILTERED) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "UnsupportedModel",
     "VerificationFailed",
     "WrongNetwork",
+    "harmless",
 ]
 
 
@@ -101,3 +102,9 @@ class CorruptStore(IchibaError):
     """The journalled store does not read back as it was written."""
 
     code = "corrupt-store"
+
+
+def harmless(text: str) -> str:
+    """A stranger's words for a person's terminal: what is no printable sign becomes U+FFFD, so no escape sequence
+    moves the cursor, renames the window or answers in the person's place."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

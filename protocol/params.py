@@ -65,6 +65,9 @@ EVENTS_PER_JOB_MAX: Final = 20_000  # lines kept for `job logs`
 EXPLORATION_PERMILLE: Final = 50  # rounds in which a newcomer goes first, or nobody new ever gets work
 NEWCOMER_DEALS: Final = 10  # below this many verified deals a solver is a newcomer (BOINC's rule, NOTES)
 
+# Names of the levels 0 to 4 that offers, asks and bids carry; what each is worth is proven by worker/sandbox.py.
+SANDBOX_LEVELS: Final = ("NONE", "LIMITS", "FILTERED", "NAMESPACED", "CONTAINED")
+
 # --- sandboxed worker (DESIGN §12) ----------------------------------------------------------------------------
 SANDBOX_FRAME_BYTES_MAX: Final = 64 * 1024  # one reply frame; checkpoints follow their header as raw bytes
 SANDBOX_REQUEST_BYTES_MAX: Final = MESSAGE_BYTES_MAX + 64 * 1024  # the task as it travels, plus names and numbers
@@ -76,10 +79,12 @@ SANDBOX_LOG_BYTES_MAX: Final = 16 * 1024 * 1024  # a worker that prints more is 
 SANDBOX_START_SECONDS_MAX: Final = 60.0  # cold import of torch takes 2-6 s, 10 times that on a loaded machine
 SANDBOX_DEATH_SECONDS_MAX: Final = 10.0  # from SIGKILL to proven death; longer means a stuck kernel
 SANDBOX_PROBE_SECONDS_MAX: Final = 20.0  # one canary; it takes 0.2-0.7 s
-SANDBOX_POOL_MAX: Final = 2  # warm workers of about 300 MB each
+SANDBOX_POOL_MAX: Final = 2  # warm workers of about 350 MB each
 SANDBOX_WARM_SECONDS_MAX: Final = 600.0  # an unused warm worker is stopped: an idle daemon must stay small
+SANDBOX_WARM_HEAP_BYTES: Final = 64 * 1024**2  # pages a warm worker already holds: 40 ms of a job's start
 SANDBOX_SCRATCH_BYTES: Final = 16 * 1024 * 1024  # /scratch inside; a graph writes nothing there
 SANDBOX_PROCESSES_MAX: Final = 64  # processes and threads together, beside a thread for each core
+SANDBOX_STACK_BYTES: Final = 8 * 1024 * 1024  # of a thread, the usual default; RLIMIT_DATA does not count stacks
 SANDBOX_FILES_MAX: Final = 256  # open descriptors: 66 inputs and what Python and torch open
 SANDBOX_MEMORY_BYTES_MIN: Final = 1024 * 1024 * 1024  # torch alone takes 300 MB, its libraries mapped 1 GB
 SANDBOX_ADDRESS_SLACK_BYTES: Final = 16 * 1024**3  # libraries and arenas reserve addresses they never fill

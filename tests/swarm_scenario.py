@@ -45,7 +45,9 @@ def make_task(network: Network, *, seed: int = 7, segments: int = SEGMENTS) -> T
     )
 
 
-def make_swarm(seed: int, faults: Faults, *, cheat: str = "", rules: Rules = RULES) -> Simulation:
+def make_swarm(
+    seed: int, faults: Faults, *, cheat: str = "", rules: Rules = RULES, bobs_sandbox: int = 4
+) -> Simulation:
     """The swarm, with funds for everyone; `bob` cheats if asked to (and is the cheaper solver)."""
     rng = random.Random(seed)
     keys = {name: SigningKey.from_seed(rng.randbytes(32)) for name in ROLES}
@@ -57,11 +59,13 @@ def make_swarm(seed: int, faults: Faults, *, cheat: str = "", rules: Rules = RUL
         name: Means(roles=role, unit_price=1000 if name == "bob" else 1100, memory_bytes=2**30, sandbox=4)
         for name, role in ROLES.items()
     }
-    means["bob"] = replace(means["bob"], cheat=cheat)
+    means["bob"] = replace(means["bob"], cheat=cheat, sandbox=bobs_sandbox)
     return Simulation(seed=seed, keys=keys, peers=means, network=network, faults=faults)
 
 
-def submit(simulation: Simulation, *, budget_micro: int = 10_000_000, unit_price_max: int = 2000) -> str:
+def submit(
+    simulation: Simulation, *, budget_micro: int = 10_000_000, unit_price_max: int = 2000, sandbox: int = 2
+) -> str:
     """Alice submits; her store has the blobs. Returns the job id."""
     task = make_task(simulation.network)
     alice = simulation.peers["alice"]
@@ -76,6 +80,7 @@ def submit(simulation: Simulation, *, budget_micro: int = 10_000_000, unit_price
             "base_root": initial_root(task.seed).hex(),
             "checkpoint_bytes": 10_000,
             "memory_bytes": 2**20,
+            "sandbox": sandbox,
         },
     )
     assert reply.error is None, reply.error

@@ -321,3 +321,16 @@ def test_a_real_daemon_comes_up_answers_and_ends_on_sigterm(home: Path) -> None:
     assert second.exit_code == 1  # one daemon for one data directory
     assert not (home / "control.sock").exists()
     assert ichiba(home, "status").exit_code == 3
+
+
+def test_other_peers_words_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from peer.cli_output import Terminal, show_error
+
+    terminal = Terminal(tmp_path, as_json=False)
+    terminal.say("too \x1b]0;mine\x07 dear")
+    terminal.note("\x9b2J")
+    terminal.table("bids", ("why",), [("\x1b[2J",)])
+    show_error(IchibaError("\x1b[1A", why="\x08", next_step="\r"), as_json=False)
+    told = capsys.readouterr()
+    assert "too \ufffd]0;mine\ufffd dear" in told.out
+    assert not any(sign in told.out + told.err for sign in "\x1b\x07\x08\x9b\r")

@@ -159,6 +159,7 @@ steps = 6
 steps_per_segment = 3
 budget = "1.50"
 price = 2000
+sandbox = "contained"
 [batch]
 rule = "rows"
 size = 4
@@ -186,7 +187,7 @@ def test_submit_uploads_the_job_offers_it_and_follows_it(daemon: FakeDaemon, hom
     told = ichiba(home, "submit", str(job), "--budget", "2.5", "--json")
     assert told.exit_code == 0, told.output
     sent = next(arguments for verb, arguments in daemon.seen if verb == "submit")
-    assert (sent["budget_micro"], sent["unit_price_max"]) == (2_500_000, 2000)
+    assert (sent["budget_micro"], sent["unit_price_max"], sent["sandbox"]) == (2_500_000, 2000, 4)
     task = TaskSpec.from_bytes(bytes.fromhex(sent["task"]), network=bytes.fromhex("f2" * 32))
     for blob in (task.program, *(array.blob for array in task.arrays)):
         assert daemon.blobs.has(blob)

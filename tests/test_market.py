@@ -188,6 +188,8 @@ def test_a_solver_that_does_not_bid_knows_why(code: str, changes: dict[str, obje
     assert refusal is not None
     assert refusal.code == code
     assert refuse_offer(offer(), **means) is None
+    if code == "sandbox":
+        assert refusal.why == "needs sandbox level CONTAINED, this machine has NAMESPACED"
     busy = refuse_offer(offer(), **{**means, "slots_free": 0})
     assert busy is not None
     assert busy.code == "busy"

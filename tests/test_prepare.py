@@ -87,6 +87,12 @@ def test_rates_and_amounts_are_read_exactly(job: Callable[..., Path]) -> None:
     assert read_job_file(job(("price = 2000", ""))).unit_price_max is None
 
 
+def test_a_job_names_the_sandbox_its_solver_must_have(job: Callable[..., Path]) -> None:
+    assert read_job_file(job()).sandbox == 2
+    for level, name in enumerate(("filtered", "namespaced", "contained"), 2):
+        assert read_job_file(job(("seed = 5", f'sandbox = "{name}"'))).sandbox == level
+
+
 BAD = {
     "a misspelt key": (("seed = 5", "sead = 5"), "did you mean 'seed'?"),
     "a misspelt batch key": (("size = 4", "sise = 4"), "did you mean 'size'?"),
@@ -95,6 +101,8 @@ BAD = {
     "no steps": (("steps = 6", ""), "has no 'steps'"),
     "a truth for a number": (("steps = 6", "steps = true"), "a whole number"),
     "a text for a number": (("steps = 6", 'steps = "6"'), "a whole number"),
+    "a sandbox that is none": (("seed = 5", 'sandbox = "limits"'), "'filtered', 'namespaced', 'contained'"),
+    "a misspelt sandbox": (("seed = 5", 'sandbox = "contain"'), "did you mean 'contained'?"),
     "steps of zero": (("steps = 6", "steps = 0"), "from 1 to"),
     "too many segments": (("steps = 6\nsteps_per_segment = 3", "steps = 9000\nsteps_per_segment = 1"), "at least 9"),
     "a width of ten": (("seed = 5", "width = 10"), "8, 15 or 22"),

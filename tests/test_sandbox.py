@@ -16,6 +16,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protocol import params
 from worker import cage, canary, cgroups, sandbox
 from worker.cage import CageFailed, find_bubblewrap
 from worker.frames import Attempted
@@ -244,6 +245,11 @@ def test_a_group_of_version_2_caps_and_counts_in_its_own_files(tmp_path: Path) -
     assert (group.oom_kills(), group.memory_peak_bytes()) == (3, 12345)
 
 
+def test_the_levels_that_records_name_are_those_that_are_proven() -> None:
+    assert [level.name for level in sorted(Level)] == list(params.SANDBOX_LEVELS)
+    assert [int(level) for level in sorted(Level)] == list(range(len(params.SANDBOX_LEVELS)))
+
+
 # --- admission -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", [*REQUIRED, "notebook"])
 @pytest.mark.parametrize("level", Level)
@@ -263,6 +269,10 @@ def test_the_doctor_names_each_part_and_mends_what_is_missing() -> None:
         attempts = {tried: ("read-secret: read 26 bytes",) for tried in Level if tried > level} | {level: ()}
         lines = doctor_lines(SandboxReport(level, attempts, 0.5))
         assert lines[0].level == level
+        assert lines[0].explanation.startswith(f"{level.name}, {int(level)} of 4: ")
+        assert ("graph jobs" in lines[0].explanation) == (level >= REQUIRED["graph"])
+        assert ("graph jobs and scripts are accepted" in lines[0].explanation) == (level >= REQUIRED["script"])
+        assert bool(lines[0].fix) == (level < REQUIRED["graph"])
         assert {"bubblewrap", "Landlock", "graph jobs", "script jobs"} <= {line.what for line in lines}
         refused = [line.what for line in lines if line.explanation.startswith("refused")]
         assert refused == [f"{kind} jobs" for kind, need in REQUIRED.items() if level < need]
@@ -331,9 +341,16 @@ def test_a_filter_refuses_what_it_does_not_know(tier: Tier) -> None:
         ("fcntl", (0, 1030, 0, 0, 0, 0), True, True),
         ("fcntl", (0, 8, 0, 0, 0, 0), False, False),  # F_SETOWN
         ("socket", (2, 1, 0, 0, 0, 0), False, False),
+        ("mmap", (0, 4096, 3, 0x22, -1 % 2**64, 0), True, True),  # private memory
+        ("mmap", (0, 4096, 1, 0x1, 3, 0), True, True),  # a file lent to it
+        ("mmap", (0, 4096, 3, 0x21, -1 % 2**64, 0), True, False),  # shared memory, which RLIMIT_DATA does not count
+        ("mmap", (0, 4096, 3, 0x23, -1 % 2**64, 0), True, False),
+        ("mmap", (0, 4096, 3, 0x122, -1 % 2**64, 0), False, False),  # nor a stack that grows
         ("recvmsg", (3, 0, 0, 0, 0, 0), True, False),
         ("execve", (0, 0, 0, 0, 0, 0), True, False),
-        ("fchmod", (0, 0, 0, 0, 0, 0), True, False),
+        ("fchmod", (0, 0, 0, 0, 0, 0), False, False),
+        ("utimensat", (3, 0, 0, 0, 0, 0), False, False),  # of a descriptor
+        ("utimensat", (0, 0x7F0000001000, 0, 0, 0, 0), True, False),  # of a path
     ],
 )
 def test_a_call_is_judged_by_its_arguments(name: str, arguments: tuple[int, ...], base: bool, graph: bool) -> None:
@@ -346,6 +363,14 @@ def test_outside_a_process_namespace_signals_go_to_oneself_only() -> None:
         assert verdict(filter_program(Tier.BASE, only_pid=77), NUMBERS[name], (77, 9, 0, 0, 0, 0)) == ALLOW
         assert verdict(filter_program(Tier.BASE, only_pid=77), NUMBERS[name], (78, 9, 0, 0, 0, 0)) == EPERM
         assert verdict(filter_program(Tier.BASE, only_pid=77), NUMBERS[name], (2**64 - 1, 9, 0, 0, 0, 0)) == EPERM
+
+
+def test_outside_a_process_namespace_only_its_own_processors_are_chosen() -> None:
+    number = NUMBERS["sched_setaffinity"]
+    for tier in Tier:
+        alone = filter_program(tier, only_pid=77)
+        assert [verdict(alone, number, (pid, 8, 0, 0, 0, 0)) for pid in (0, 77, 78)] == [ALLOW, ALLOW, EPERM]
+        assert verdict(filter_program(tier), number, (78, 8, 0, 0, 0, 0)) == ALLOW
 
 
 def test_system_call_numbers_are_the_kernels() -> None:

@@ -41,6 +41,21 @@ def test_an_honest_job_is_paid_and_checked_and_nobody_is_slashed() -> None:
     assert state["paid_micro"] == 60_000  # 60 Gop at bob's 1000, the cheaper of two
 
 
+def test_a_job_goes_to_the_dearer_solver_if_the_cheaper_ones_sandbox_is_too_weak() -> None:
+    simulation = make_swarm(1, CALM, bobs_sandbox=3)
+    simulation.run(seconds=3)
+    job = submit(simulation, sandbox=4)
+    simulation.run(seconds=3, until=lambda: bool(simulation.command("bob", "book", {}).result["offers"]))
+    bob, heard = (simulation.command(name, "book", {}).result for name in ("bob", "alice"))
+    (offer,) = bob["offers"]
+    assert offer["no_bid"] == {
+        "code": "sandbox", "why": "needs sandbox level CONTAINED, this machine has NAMESPACED",
+    }  # fmt: skip
+    assert sorted(ask["sandbox"] for ask in heard["asks"] if ask["roles"] & 1) == [3, 4], "asks carry the level"
+    state = finish(simulation, job)
+    assert (state["state"], state["paid_micro"]) == ("done", 66_000), "60 Gop at carol's 1100"
+
+
 def test_a_cheat_is_slashed_paid_nothing_and_the_honest_solver_finishes() -> None:
     simulation = make_swarm(2, CALM, cheat="skip-step")
     simulation.run(seconds=3)

@@ -264,6 +264,15 @@ async def test_bytes_after_the_end_of_a_job_are_a_fraud(
     assert failed.value.code == "extra-bytes", failed.value
 
 
+async def test_a_workers_words_cannot_drive_the_terminal_they_are_shown_on(
+    workshop: Workshop, order: WorkOrder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rehearsing(monkeypatch, "speak", speak=said(Failed("bad-data", "\x1b]0;mine\x07", "\x1b[2J")).hex())
+    with pytest.raises(WorkFailed) as failed:
+        await Heard().run(workshop, order)
+    assert str(failed.value) == "the worker gave up: \ufffd]0;mine\ufffd; \ufffd[2J"
+
+
 async def test_a_worker_that_never_answers_is_ended_at_the_deadline(
     workshop: Workshop, order: WorkOrder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

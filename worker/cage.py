@@ -33,7 +33,7 @@ import trio
 
 import protocol
 from protocol import params
-from protocol.errors import IchibaError
+from protocol.errors import IchibaError, harmless
 from worker.cgroups import Cgroup, CgroupUnavailable
 from worker.frames import SUSPEND, Request, frame
 from worker.seccomp import Tier, filter_program
@@ -79,9 +79,8 @@ class Log:
         del self.kept[: -params.SANDBOX_LOG_KEPT_BYTES]
 
     def tail(self) -> str:
-        """What is kept, as text: a stranger's words, with control characters made harmless."""
-        text = self.kept.decode("utf-8", "replace")
-        return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+        """What is kept, as text that is safe to show."""
+        return harmless(self.kept.decode("utf-8", "replace"))
 
 
 def find_bubblewrap() -> tuple[str | None, str]:
@@ -177,6 +176,7 @@ def _limits(memory_bytes: int, tasks: int, root: bool) -> dict[str, int]:
         "NOFILE": params.SANDBOX_FILES_MAX,
         "NPROC": tasks + (0 if root else _user_tasks()),
         "MEMLOCK": 0,
+        "STACK": params.SANDBOX_STACK_BYTES,
         "MSGQUEUE": 0,
         "SIGPENDING": 256,
     }

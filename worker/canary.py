@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import resource
 import select
@@ -83,17 +84,8 @@ def see_host_root(_: Decoys) -> str:
 
 def write_outside(decoys: Decoys) -> str:
     through: list[str] = []
-    for folder in (
-        "/",
-        "/tmp",
-        "/var/tmp",
-        "/usr",
-        "/dev",
-        "/run",
-        "/etc",
-        str(decoys["outside"]),
-        str(decoys["home"]),
-    ):
+    places = ("/", "/tmp", "/var/tmp", "/usr", "/dev", "/run", "/etc", str(decoys["outside"]), str(decoys["home"]))
+    for folder in places:
         path = os.path.join(folder, f"ichiba-canary-{os.getpid()}")
         try:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -160,6 +152,11 @@ def raw_sockets(_: Decoys) -> str:
 def signal_daemon(decoys: Decoys) -> str:
     os.kill(int(decoys["pid"]), signal.SIGCONT)
     return "signalled the daemon"
+
+
+def move_daemon(decoys: Decoys) -> str:
+    os.sched_setaffinity(int(decoys["pid"]), os.sched_getaffinity(0))
+    return "chose the daemon's processors"
 
 
 def ptrace_daemon(decoys: Decoys) -> str:
@@ -288,6 +285,20 @@ def hidden_memory(_: Decoys) -> str:
     )
 
 
+def change_mode(decoys: Decoys) -> str:
+    """Of a file lent as a descriptor: the worker of an ordinary owner is, to the kernel, that file's owner too."""
+
+    def times() -> str:
+        os.utime(int(decoys["replies"]), (0, 0))
+        return "changed the times of a descriptor's file"
+
+    def mode() -> str:
+        os.fchmod(int(decoys["replies"]), 0o600)
+        return "changed the mode of a descriptor's file"
+
+    return _any_call(mode, times)
+
+
 def type_into_terminal(_: Decoys) -> str:
     for request in (0x5412, 0x5412 | 1 << 32, 0x541C):  # TIOCSTI, with a high half to slip past a filter, TIOCLINUX
         if _libc.ioctl(0, ctypes.c_ulong(request), ctypes.create_string_buffer(b"x")) >= 0:
@@ -309,6 +320,16 @@ def no_limits(_: Decoys) -> str:
     capped = ("CPU", "AS", "DATA", "FSIZE", "NOFILE", "NPROC", "CORE", "MEMLOCK")
     infinite = [c for c in capped if resource.getrlimit(getattr(resource, f"RLIMIT_{c}"))[1] == resource.RLIM_INFINITY]
     return ", ".join(infinite)
+
+
+def uncounted_memory(_: Decoys) -> str:
+    """Memory that RLIMIT_DATA does not count: shared without a file, or a stack that grows."""
+
+    def taken(flag: int) -> str:
+        mmap.mmap(-1, _MIB, flags=flag | mmap.MAP_ANONYMOUS).close()
+        return f"memory with flag {flag:#x}"
+
+    return _any_call(lambda: taken(mmap.MAP_SHARED), lambda: taken(mmap.MAP_PRIVATE | 0x100))  # MAP_GROWSDOWN
 
 
 def dump_core(_: Decoys) -> str:
@@ -415,11 +436,6 @@ def any_socket(_: Decoys) -> str:
     return "made a socket"
 
 
-def change_mode(decoys: Decoys) -> str:
-    os.fchmod(int(decoys["replies"]), 0o600)
-    return "changed the mode of a descriptor's file"
-
-
 def own_signals(decoys: Decoys) -> str:
     fcntl.fcntl(int(decoys["replies"]), fcntl.F_SETOWN, os.getpid())
     return "set the owner of a descriptor"
@@ -454,13 +470,13 @@ def speak(decoys: Decoys) -> str:
 LIMITS: Final = (no_limits, dump_core, memory_bomb, own_environ, inherited_descriptors)
 FILTERED: Final = (
     read_secret, read_passwords, list_home, see_host_root, write_outside, connect_tcp, send_udp, connect_abstract,
-    connect_path, raw_sockets, signal_daemon, ptrace_daemon, read_daemon_memory, steal_descriptor, read_environ,
-    list_processes, user_namespace, clone3_namespace, mount, keyrings, io_uring, bpf, perf, userfaultfd,
-    personality, foreign_abi, hidden_memory, type_into_terminal, privileges,
+    connect_path, raw_sockets, signal_daemon, move_daemon, ptrace_daemon, read_daemon_memory, steal_descriptor,
+    read_environ, list_processes, user_namespace, clone3_namespace, mount, keyrings, io_uring, bpf, perf, userfaultfd,
+    personality, foreign_abi, hidden_memory, type_into_terminal, privileges, change_mode,
 )  # fmt: skip
 NAMESPACED: Final = (see_outside,)
 CONTAINED: Final = (fill_disk, fork_bomb, memory_bomb_in_parts)
-GRAPH: Final = (start_process, start_program, open_for_writing, any_socket, change_mode, own_signals)
+GRAPH: Final = (start_process, start_program, open_for_writing, any_socket, own_signals, uncounted_memory)
 WILD: Final = (leave_grandchild, flood, starve, call_foreign_abi, speak)
 ATTEMPTS: Final = {
     attempt.__name__.replace("_", "-"): attempt

@@ -24,12 +24,13 @@ __all__ = ["BadJobFile", "JobFile", "read_job_file"]
 _T = TypeVar("_T", str, int)
 _KEYS: Final = (
     "name", "model", "data", "initial", "mode", "width", "seed", "steps", "steps_per_segment", "budget", "price",
-    "batch", "learning_rate",
+    "sandbox", "batch", "learning_rate",
 )  # fmt: skip
 _SAVED: Final = {
     "model": ", or the .program that captured.save() wrote",
     "data": ", or a file: .npz for arrays by name, anything else as bytes",
 }
+_LEVELS: Final = tuple(name.lower() for name in params.SANDBOX_LEVELS)
 _BATCH_KEYS: Final = ("rule", "size", "length")
 _RATE_KEYS: Final = ("kind", "peak", "floor", "warmup_steps")
 
@@ -47,7 +48,7 @@ class JobFile:
 
     initial: "seed", "model", or the path of a checkpoint. model: (file, function), or (file, "") for a saved
     capture; data: (file, function), or (file, "") for a .npz of arrays or a file whose bytes are the data. Paths are
-    absolute.
+    absolute. sandbox: the level a solver must have, 2 to 4.
     """
 
     path: Path
@@ -64,6 +65,7 @@ class JobFile:
     schedule: Schedule
     budget_micro: int | None
     unit_price_max: int | None
+    sandbox: int
 
 
 class _Table:
@@ -168,6 +170,7 @@ def read_job_file(path: Path) -> JobFile:
         schedule=_schedule(top.table("learning_rate", _RATE_KEYS), steps),
         budget_micro=_money(top, "budget"),
         unit_price_max=_money(top, "price"),
+        sandbox=_LEVELS.index(top.choice("sandbox", _LEVELS[2:], default=_LEVELS[2])),
     )
 
 

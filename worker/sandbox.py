@@ -40,6 +40,16 @@ __all__ = [
 
 REQUIRED: Final[Mapping[str, Level]] = {"graph": Level.FILTERED, "script": Level.CONTAINED}
 _CANARY_MEMORY_BYTES: Final = 192 * 1024 * 1024  # without torch a worker takes 20 MB; the bombs take twice this
+_MEANINGS: Final[Mapping[Level, str]] = {
+    Level.NONE: "nothing confines a stranger's job here, so none is accepted",
+    Level.LIMITS: "a job's memory and time are bounded, but it could read your files, so none is accepted",
+    Level.FILTERED: "the kernel refuses a job your files, your network and your processes, though it may notice that "
+    "they exist; graph jobs are accepted, scripts are not",
+    Level.NAMESPACED: "a job lives in a world of its own, where your files, network and processes do not exist; graph "
+    "jobs are accepted, scripts are not, because only each process alone is held to its memory",
+    Level.CONTAINED: "a job lives in a world of its own, where your files, network and processes do not exist, and all "
+    "its processes together are held to its memory; graph jobs and scripts are accepted",
+}
 _BUBBLEWRAP_FIX: Final = "apt-get install bubblewrap"
 _GROUP_FIX: Final = "systemd-run --user --scope -p Delegate=yes ichiba up"
 
@@ -243,10 +253,13 @@ def doctor_lines(report: SandboxReport) -> list[DoctorLine]:
         DoctorLine(
             "sandbox",
             report.level,
-            f"proven in {report.seconds:.1f} s: {report.tried} attacks tried from inside were all stopped"
-            if report.level
-            else "nothing confines a stranger's job here, so none is accepted",
-            "",
+            f"{report.level.name}, {report.level} of 4: {_MEANINGS[report.level]}"
+            + (
+                f" (proven in {report.seconds:.1f} s: {report.tried} attacks from inside were stopped)"
+                if report.level
+                else ""
+            ),
+            "" if report.level >= REQUIRED["graph"] else "see the next lines",
         )
     ]
     if path is None:

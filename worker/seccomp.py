@@ -57,26 +57,29 @@ NUMBERS: Final[dict[str, int]] = {
 }  # fmt: skip
 
 # What a running graph needs: memory, threads, time, reading, and writing to descriptors it already holds.
-_GRAPH: Final = """read write close fstat lseek mmap munmap mprotect brk mremap madvise mincore msync rt_sigaction
+_GRAPH: Final = """read write close fstat lseek munmap mprotect brk mremap madvise mincore msync rt_sigaction
 rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack pread64 readv writev access
 sched_yield pause nanosleep select poll ppoll pselect6 getpid gettid getppid exit exit_group uname getcwd
 gettimeofday getrlimit getrusage sysinfo times time getuid getgid geteuid getegid getgroups getresuid getresgid
 getpgrp getpgid getsid statfs fstatfs getpriority sched_getparam sched_getscheduler sched_get_priority_max
-sched_get_priority_min sched_setaffinity sched_getaffinity futex futex_waitv set_tid_address set_robust_list
+sched_get_priority_min sched_getaffinity futex futex_waitv set_tid_address set_robust_list
 get_robust_list restart_syscall fadvise64 clock_gettime clock_getres clock_nanosleep stat lstat newfstatat statx
 faccessat faccessat2 readlink readlinkat getdents64 epoll_create1 epoll_ctl epoll_wait epoll_pwait eventfd2
 getrandom rseq membarrier getcpu preadv arch_prctl umask"""
 
 # What starting Python and torch, receiving the request, and (in a script job) children and scratch files add.
 _BASE_ONLY: Final = """pwrite64 pwritev fork vfork execve wait4 waitid pipe pipe2 dup dup2 dup3 chdir fchdir truncate
-ftruncate rename renameat renameat2 mkdir mkdirat rmdir unlink unlinkat link linkat symlink symlinkat chmod fchmod
-fchmodat utimensat fsync fdatasync fallocate copy_file_range setsid setpgid setrlimit capget recvmsg sendmsg sendto
+ftruncate rename renameat renameat2 mkdir mkdirat rmdir unlink unlinkat link linkat symlink symlinkat chmod
+fchmodat fsync fdatasync fallocate copy_file_range setsid setpgid setrlimit capget recvmsg sendmsg sendto
 recvfrom shutdown getsockname getpeername getsockopt close_range landlock_create_ruleset landlock_add_rule
 landlock_restrict_self"""
 
 _WRITING: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _NAMESPACES: Final = 0x7E020080  # every CLONE_NEW* flag: NS, CGROUP, UTS, IPC, USER, PID, NET, TIME
 _CLONE_THREAD: Final = 0x10000
+# Mappings that RLIMIT_DATA does not count: stacks, and shared memory without a file. Below a control group it is the
+# memory cap, so a graph may have neither; a script, which runs in a control group only, may share memory.
+_GROWS_DOWN, _ANONYMOUS, _SHARING, _PRIVATE = 0x100, 0x20, 0x3, 0x2
 _LOW_32: Final = 0xFFFFFFFF  # the kernel reads an int argument's low half; the high half must not hide a value
 _TTY_IOCTLS: Final = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIO(N)CLEX
 _PRCTLS: Final = (15, 16, 22, 38, 39, 0x53564D41)  # SET/GET_NAME, SET_SECCOMP, SET/GET_NO_NEW_PRIVS, SET_VMA
@@ -116,14 +119,21 @@ def _argument_rules(tier: Tier, only_pid: int | None) -> dict[str, list[list[Con
         # SET_MODE_FILTER without a listener (a further filter only ever removes), and GET_ACTION_AVAIL.
         "seccomp": [[(0, _LOW_32, 1), (1, 0x8, 0)], [(0, _LOW_32, 2)]],
         "clone": [[(0, _NAMESPACES, 0)]],
+        "mmap": [[(3, _GROWS_DOWN, 0)]],
         "tgkill": [[]] if only_pid is None else [[(0, _LOW_32, only_pid)]],  # abort() signals its own group
     }
+    own = [[(0, _LOW_32, 0)], [(0, _LOW_32, only_pid)]] if only_pid is not None else [[]]
+    rules["sched_setaffinity"] = own  # or any process of the owner's could be moved
     if tier is Tier.GRAPH:
         rules["clone"] = [[(0, _NAMESPACES | _CLONE_THREAD, _CLONE_THREAD)]]
+        rules["mmap"] = [[(3, _GROWS_DOWN | _ANONYMOUS, 0)], [(3, _GROWS_DOWN | _SHARING, _PRIVATE)]]
         rules["openat"] = [[(2, _WRITING, 0)]]
         rules["open"] = [[(1, _WRITING, 0)]]
     else:
         rules["openat"] = rules["open"] = [[]]
+        # By path only (some bit of its address is set): the inputs are the owner's files, lent as descriptors, and an
+        # ordinary owner's worker is their owner too. For the same reason there is no fchmod.
+        rules["utimensat"] = [[(1, 1 << bit, 1 << bit)] for bit in range(32)]
         rules["kill"] = rules["tkill"] = [[]] if only_pid is None else [[(0, _LOW_32, only_pid)]]
     return rules
 

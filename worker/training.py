@@ -31,6 +31,7 @@ from protocol.program import (
 )
 from protocol.task import TaskSpec, learning_rate
 from worker import cheats, checkpoint, exact
+from worker.exact import compiled
 from worker.executor import DTYPES, Diverged, Executor
 
 __all__ = [
@@ -201,8 +202,8 @@ def drawn(item: Input, seed: int, index: int) -> Tensor:
         return torch.full(item.shape, init.a if item.dtype == "float32" else int(init.a), dtype=DTYPES[item.dtype])
     stream = INIT_STREAM + index
     if init.kind == "normal":
-        return exact.normal(seed, 0, stream, item.shape) * init.b + init.a
-    return exact.uniform(seed, 0, stream, item.shape) * (init.b - init.a) + init.a
+        return exact.normal(seed, 0, stream, item.shape, draw=compiled.uniform) * init.b + init.a
+    return compiled.uniform(seed, 0, stream, item.shape) * (init.b - init.a) + init.a
 
 
 def initial_root(task: TaskSpec, program: Program, base: Data | None) -> bytes:
@@ -280,9 +281,11 @@ def _run(
     batches = Batches(task, program, arrays)
     executor = Executor(program, task.mode, width=task.width, threads=threads)
     state = _start(task, program, base, segments, partial)
-    root = checkpoint.state_root(state)
-    if partial is not None and root != partial.root:
-        raise VerificationFailed("the suspended state is not the one that was kept", why="the file was damaged")
+    root: bytes | None = None  # no step needs it, so a job starts sooner when it is taken after the first ones
+    if partial is not None:
+        root = checkpoint.state_root(state)
+        if root != partial.root:
+            raise VerificationFailed("the suspended state is not the one that was kept", why="the file was damaged")
     for segment in segments:
         steps = task.steps_of(segment)
         start_state, in_root, begun = state, root, steps.start
@@ -294,7 +297,7 @@ def _run(
             if cheats.is_stale(cheat, segment):
                 break
             if stop is not None and stop():
-                raise Suspended(segment, step, in_root, checkpoint.dump(state))
+                raise Suspended(segment, step, in_root or checkpoint.state_root(start_state), checkpoint.dump(state))
             batch = batches.of(step, seed=cheats.batch_seed(cheat, segment, task.seed))
             try:
                 state, loss = executor.step(state, batch, rate_of(task, step), task.seed, step)
@@ -304,8 +307,8 @@ def _run(
             losses.append(loss)
             on_step(step, loss)
         last = steps.stop if diverged is None else diverged
-        if state is not start_state:
-            root = checkpoint.state_root(state)
+        in_root = in_root or checkpoint.state_root(start_state)
+        root = checkpoint.state_root(state) if state is not start_state else root or in_root
         missing = last - begun - len(losses)  # only a fraud leaves steps out: it repeats the loss it had
         losses.extend([losses[-1] if losses else 0.0] * missing)
         done = last - steps.start
