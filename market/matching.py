@@ -28,6 +28,8 @@ __all__ = [
     "trust_ppm",
 ]
 
+SANDBOX_CONTAINED: Final = 4  # worker.sandbox.Level.CONTAINED, which this package may not import; a test compares
+
 
 @dataclass(frozen=True)
 class Record:
@@ -122,9 +124,15 @@ def refuse_offer(
         return Refusal("price", f"offers at most {offer.unit_price_max}, this peer asks {unit_price} per Gop")
     if offer.memory_bytes > memory_bytes:
         return Refusal("memory", f"needs {offer.memory_bytes >> 20} MiB, {memory_bytes >> 20} MiB are allowed")
+    if offer.mode == "script" and sandbox < SANDBOX_CONTAINED:
+        return Refusal(
+            "sandbox",
+            f"a script runs at sandbox level {SANDBOX_CONTAINED} (CONTAINED) only, this machine proves {sandbox}; "
+            "`ichiba doctor` says what is missing",
+        )
     if offer.sandbox > sandbox:
         return Refusal("sandbox", f"needs sandbox level {offer.sandbox}, this machine proves {sandbox}")
-    if offer.mode != "exact":
+    if offer.mode == "native":
         return Refusal("mode", "native mode needs a profiled threshold, which this version does not have")
     if offer.lock_micro > stake_micro:
         return Refusal("stake", f"locks {offer.lock_micro} of stake, {stake_micro} micro-credits are free")
@@ -148,7 +156,7 @@ def refuse_bid(
         return Refusal("price", f"asks {bid.unit_price} per Gop, limit {offer.unit_price_max} ({percent} % more)")
     if bid.operations_cap < offer.operations:
         return Refusal("operations", f"caps at {bid.operations_cap} operations, {offer.operations} are needed")
-    if bid.sandbox < offer.sandbox:
+    if bid.sandbox < (SANDBOX_CONTAINED if offer.mode == "script" else offer.sandbox):
         return Refusal("sandbox", f"sandbox level {bid.sandbox}, {offer.sandbox} is needed")
     if bid.lock_micro < offer.lock_micro:
         return Refusal("lock", f"locks {bid.lock_micro}, {offer.lock_micro} micro-credits are asked")

@@ -18,7 +18,7 @@ from typing import Final
 
 import trio
 
-from peer.workshop import WorkFailed
+from peer.work_order import WorkFailed
 from protocol import params
 from protocol.script import Ended, ScriptResult, ScriptSpec, result_trailer
 from worker.cage import Cage, CageFailed, Log

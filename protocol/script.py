@@ -193,13 +193,13 @@ class ScriptResult(
         return sum(file.size_bytes for file in self.files)
 
 
-def words_for(result: ScriptResult, seconds: int) -> str:
+def words_for(result: ScriptResult) -> str:
     """How it ended, in words; empty after exit status 0."""
     match result.ended:
         case "exited":
             return f"the script ended with exit status {result.status}" if result.status else ""
         case "deadline":
-            return f"the script was ended after its {seconds} s; raise `seconds` in job.toml"
+            return "the script was ended when its time was over; raise `seconds` in job.toml"
         case "memory":
             return "the script ran out of memory; raise `memory` in job.toml"
         case "log-flood":

@@ -151,9 +151,9 @@ def test_no_changed_byte_passes_for_another_output(place: int, change: int) -> N
 
 def test_each_end_but_the_good_one_has_words() -> None:
     ends = msgspec.inspect.type_info(ScriptResult).fields[0].type.values  # type: ignore[union-attr]
-    told = [words_for(ScriptResult(ended=end, status=0, files=(), log_bytes=0), 60) for end in ends]
+    told = [words_for(ScriptResult(ended=end, status=0, files=(), log_bytes=0)) for end in ends]
     assert [bool(words) for words in told] == [end != "exited" for end in ends]
-    assert "status 3" in words_for(ScriptResult(ended="exited", status=3, files=(), log_bytes=0), 60)
+    assert "status 3" in words_for(ScriptResult(ended="exited", status=3, files=(), log_bytes=0))
 
 
 def test_replicas_agree_differ_or_are_not_known_yet() -> None:
