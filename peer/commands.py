@@ -146,8 +146,9 @@ class Commands:
             raise BadArguments("a script starts from its own id", next_step="give base_root the id of the task")
         if given.budget_micro <= 0 or given.unit_price_max <= 0:
             raise BadArguments("budget and price limit must be positive")
+        other = [bytes([given.replica])] if given.replica else []
         job = Job(
-            id=blake("ichiba/job", self.desk.me, encoded, self.desk.now_ns.to_bytes(8, "big"), bytes([given.replica])),
+            id=blake("ichiba/job", self.desk.me, encoded, self.desk.now_ns.to_bytes(8, "big"), *other),
             task=encoded,
             name=task.name,
             state=JobState.OFFERED,

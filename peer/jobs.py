@@ -97,7 +97,7 @@ class JobDesk:
             nonce=int.from_bytes(job.id[:6], "big") * 2**15 + job.nonce % 2**15,
             task=task_id(task),
             program=task.program,
-            data=blake("ichiba/data", *blobs_of(task)),
+            data=blake("ichiba/data", *(blob for blob in blobs_of(task) if blob != task.program)),
             mode=task.mode,
             first_segment=job.segment,
             last_segment=task.segments,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peer.cli_follow import exit_code_of
 from protocol import params
 from protocol.codec import encode
 from protocol.errors import LimitExceeded, MalformedRecord, RemoteProtocolError, VerificationFailed, WrongNetwork
@@ -28,6 +30,8 @@ from protocol.script import (
 )
 from worker.cgroups import Cgroup
 from worker.frames import BadReply, Done, Exited, Output, Ready, frame
+from worker.job_file import BadJobFile
+from worker.script_file import is_script, read_script_file
 from worker.script_talk import ScriptTalk
 
 NETWORK = bytes(range(32))
@@ -92,6 +96,51 @@ def test_a_plain_relative_path_is_a_name(name: str) -> None:
 def test_a_name_that_could_mean_another_file_is_none(name: str) -> None:
     with pytest.raises(MalformedRecord):
         check_path(name)
+
+
+# --- job.toml --------------------------------------------------------------------------------------------------
+def written(folder: Path, text: str) -> Path:
+    (folder / "data").mkdir(exist_ok=True)
+    for name in ("train.py", "data/a.csv", "data/b.csv"):
+        (folder / name).write_text("x")
+    (folder / "job.toml").write_text('kind = "script"\n' + text)
+    return folder
+
+
+def test_a_job_file_names_command_inputs_and_limits(tmp_path: Path) -> None:
+    given = read_script_file(written(tmp_path, 'file = "train.py"\ninputs = ["data"]\nseconds = 60\nmemory = "2GiB"'))
+    assert is_script(tmp_path)
+    assert (given.command, sorted(given.inputs)) == (("python3", "train.py"), ["data/a.csv", "data/b.csv", "train.py"])
+    assert (given.seconds, given.memory_bytes, given.outputs_bytes, given.replicas) == (60, 2 * 2**30, 64 * MIB, 1)
+    assert not is_script(Path("examples/mlp"))
+    assert read_script_file(Path("examples/script_pi")).unit_price_max == 15000
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seconds = 60", "`file` or a `command`"),
+        ('file = "train.py"\ncommand = ["true"]\nseconds = 60', "`file` or a `command`"),
+        ('file = "train.py"', "seconds is None"),
+        ('file = "train.py"\nseconds = true', "seconds is True"),
+        ('file = "train.py"\nseconds = 60\nmemory = "2G"', "memory is '2G'"),
+        ('file = "train.py"\nseconds = 60\nreplicas = 9', "replicas is 9"),
+        ('file = "gone.py"\nseconds = 60', "'gone.py' is no file"),
+        ('file = "../x.py"\nseconds = 60', "is no file or folder of"),
+        ('command = "true"\nseconds = 60', "must be a list"),
+        ('file = "train.py"\nsecond = 60', "unknown key 'second'"),
+    ],
+)
+def test_a_wrong_job_file_is_refused_in_words(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path.parent / "x.py").unlink(missing_ok=True)
+    with pytest.raises(BadJobFile, match=re.escape(said)):
+        read_script_file(written(tmp_path, text))
+
+
+def test_a_script_that_did_not_end_well_fails_its_command() -> None:
+    job = {"state": "done", "kind": "script", "reason": "", "slashed_micro": 0}
+    assert exit_code_of(job) == 0
+    assert exit_code_of(job | {"reason": "the script ended with exit status 3"}) == 6
 
 
 # --- the result ------------------------------------------------------------------------------------------------
