@@ -29,6 +29,8 @@ __all__ = [
     "trust_ppm",
 ]
 
+SANDBOX_CONTAINED: Final = LEVELS.index("CONTAINED")
+
 
 @dataclass(frozen=True)
 class Record:
@@ -115,6 +117,11 @@ def trust_ppm(record: Record) -> int:
     return max(0, int(1_000_000 * (mean - deviation)))
 
 
+def required_level(offer: Offer) -> int:
+    """The sandbox level that `offer` takes: what it says, and for a script CONTAINED whatever it says."""
+    return max(offer.sandbox, SANDBOX_CONTAINED) if offer.mode == "script" else offer.sandbox
+
+
 def refuse_offer(
     offer: Offer, *, unit_price: int, memory_bytes: int, sandbox: int, stake_micro: int, slots_free: int
 ) -> Refusal | None:
@@ -123,9 +130,10 @@ def refuse_offer(
         return Refusal("price", f"offers at most {offer.unit_price_max}, this peer asks {unit_price} per Gop")
     if offer.memory_bytes > memory_bytes:
         return Refusal("memory", f"needs {offer.memory_bytes >> 20} MiB, {memory_bytes >> 20} MiB are allowed")
-    if offer.sandbox > sandbox:
-        return Refusal("sandbox", f"needs sandbox level {LEVELS[offer.sandbox]}, this machine has {LEVELS[sandbox]}")
-    if offer.mode != "exact":
+    needed = required_level(offer)
+    if needed > sandbox:
+        return Refusal("sandbox", f"needs sandbox level {LEVELS[needed]}, this machine has {LEVELS[sandbox]}")
+    if offer.mode == "native":
         return Refusal("mode", "native mode needs a profiled threshold, which this version does not have")
     if offer.lock_micro > stake_micro:
         return Refusal("stake", f"locks {offer.lock_micro} of stake, {stake_micro} micro-credits are free")
@@ -149,8 +157,9 @@ def refuse_bid(
         return Refusal("price", f"asks {bid.unit_price} per Gop, limit {offer.unit_price_max} ({percent} % more)")
     if bid.operations_cap < offer.operations:
         return Refusal("operations", f"caps at {bid.operations_cap} operations, {offer.operations} are needed")
-    if bid.sandbox < offer.sandbox:
-        return Refusal("sandbox", f"has sandbox level {LEVELS[bid.sandbox]}, {LEVELS[offer.sandbox]} is needed")
+    needed = required_level(offer)
+    if bid.sandbox < needed:
+        return Refusal("sandbox", f"has sandbox level {LEVELS[bid.sandbox]}, {LEVELS[needed]} is needed")
     if bid.lock_micro < offer.lock_micro:
         return Refusal("lock", f"locks {bid.lock_micro}, {offer.lock_micro} micro-credits are asked")
     if bid.lock_micro > free_stake_micro:

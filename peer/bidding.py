@@ -15,7 +15,8 @@ from peer.settler import Settler
 from protocol import params
 from protocol.records import ROLE_SOLVER, Agreement, Ask, Bid, Offer, amount_for, open_record
 from protocol.sampling import commitment
-from protocol.task import TaskSpec, task_id
+from protocol.script import AnyTask, ScriptSpec
+from protocol.task import task_id
 
 __all__ = ["Bidder"]
 
@@ -43,7 +44,7 @@ class Bidder:
             return
         refusal = self._paused() or refuse_offer(
             offer,
-            unit_price=means.unit_price,
+            unit_price=self.price_of(offer),
             memory_bytes=means.memory_bytes,
             sandbox=means.sandbox,
             stake_micro=self.settler.free_stake(self.desk.me),
@@ -64,10 +65,10 @@ class Bidder:
             network=self.desk.network.id,
             offer=offer_id,
             solver=self.desk.me,
-            unit_price=means.unit_price,
+            unit_price=self.price_of(offer),
             operations_cap=offer.operations,
             lock_micro=offer.lock_micro,
-            eta_ns=offer.operations * 10**9 // max(1, self.speed()),
+            eta_ns=offer.operations if offer.mode == "script" else offer.operations * 10**9 // max(1, self.speed()),
             sandbox=means.sandbox,
             seed_commitment=commitment(seed, agreement_salt=self.desk.me),
             nonce=now,
@@ -84,6 +85,12 @@ class Bidder:
 
     def _paused(self) -> Refusal | None:
         return Refusal("paused", "its owner paused this peer; `ichiba resume`") if self.desk.paused_ns else None
+
+    def price_of(self, offer: Offer) -> int:
+        """The least this peer asks for, per giga-operation. One of a script's is a second, so it costs what the
+        machine would earn in a second with graphs; rounded up."""
+        price = self.desk.means.unit_price
+        return -(-price * self.speed() // 10**9) if offer.mode == "script" else price
 
     def speed(self) -> int:
         """Operations per second: measured on this peer's own segments, else by its card, else the configured guess."""
@@ -114,7 +121,7 @@ class Bidder:
         self.desk.book.add_ask(ask, now_ns=now)
         self.desk.publish(MARKET, self.ask)
 
-    def refuse_proposal(self, agreement: Agreement, task: TaskSpec) -> Refusal | None:
+    def refuse_proposal(self, agreement: Agreement, task: AnyTask) -> Refusal | None:
         """Why the proposal is not what we bid, or cannot be run now."""
         if refusal := self._paused():
             return refusal
@@ -135,6 +142,10 @@ class Bidder:
             agreement.solver_commitment,
         ):
             return Refusal("terms", "the proposal differs from the bid")
+        if isinstance(task, ScriptSpec) != (agreement.check_permille == 0):
+            return Refusal("terms", "of a script nothing is re-executed, of a graph something is; the proposal differs")
+        if isinstance(task, ScriptSpec) and task.memory_bytes > self.desk.means.memory_bytes:
+            return Refusal("memory", f"the script takes {task.memory_bytes >> 20} MiB, more than its offer said")
         if offer is None or agreement.task != task_id(task) or offer.task != agreement.task:
             return Refusal("task", "the proposal is not about the task that was offered")
         span = (agreement.submitter, agreement.first_segment, agreement.last_segment)

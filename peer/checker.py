@@ -29,6 +29,7 @@ from protocol.records import (
     open_record,
 )
 from protocol.sampling import select_segments
+from protocol.script import blobs_of
 from protocol.task import TaskSpec, task_id
 
 __all__ = ["Case", "Checker", "open_case"]
@@ -183,7 +184,7 @@ class Checker:
     def _gather(self, case: Case) -> None:
         case.started, case.held = True, False
         task = task_of(case.task)
-        wanted = {task.program: task.program_bytes} | {a.blob: a.size_bytes for a in task.arrays}
+        wanted = blobs_of(task)
         sources = (case.submitter, case.agreement.solver)
         case.missing = set(wanted)
         for blob, size in wanted.items():

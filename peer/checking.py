@@ -28,6 +28,7 @@ from protocol.records import (
     open_record,
 )
 from protocol.sampling import draw, randomness, select_segments
+from protocol.script import ASSURANCE
 
 __all__ = ["CheckDesk"]
 
@@ -44,7 +45,11 @@ class CheckDesk:
     told: dict[bytes, str] = field(default_factory=dict)  # deal -> the last reason to wait
 
     def begin(self, deal: Deal, agreement: Agreement, receipts: list[bytes]) -> None:
-        """Draw the segments and ask the first checkers."""
+        """Draw the segments and ask the first checkers. Of a script nothing is drawn: it is settled as it is."""
+        if not agreement.check_permille:
+            self.desk.emit("unchecked", deal.job, deal=deal.id, why=ASSURANCE)
+            self._found_right(deal, agreement)
+            return
         random = self._randomness(deal)
         deal.drawn = list(
             select_segments(

@@ -64,6 +64,8 @@ _LINES: Final[dict[str, Callable[[_Event], str]]] = {
     ),
     "agreed": lambda e: f"solver {_who(e['solver'])} signed after {e['after_ns'] / 1e9:.1f} s and begins",
     "refused": _refused,
+    "said": lambda e: f"{e['used_ns'] / 1e9:.1f} s: {e['text'].rstrip() or '(it runs)'}",
+    "unchecked": lambda e: f"settled without a check; {e['why']}",
     "step": lambda e: f"step {e['step'] + 1}: loss {e['loss']:.4f}",
     "solver-paused": lambda e: (
         f"solver {_who(e['solver'])} is paused by its owner; it is lost if nothing comes for {e['silence_s']} s"

@@ -55,6 +55,8 @@ def exit_code_of(job: dict[str, Any], *, timed_out: bool = False) -> int:
     """What `submit` and `job logs -f` exit with, from what `job show` says."""
     deals = job.get("deals", [])
     accused = any(check["state"] == "wrong" for deal in deals for check in deal["checks"])
+    if job["state"] == "done" and job.get("kind") == "script" and job["reason"]:
+        return _CODES["failed"]  # paid for, and its outputs are there, but the script itself did not end well
     if job["state"] in _CODES:
         disputed = job["state"] == "failed" and (job["slashed_micro"] or accused)
         return _DISPUTED if disputed else _CODES[job["state"]]

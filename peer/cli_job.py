@@ -95,6 +95,8 @@ def show(terminal: Terminal, job_id: str) -> None:
             "submitted": ago(found["created_ns"]),
             "final state": found["final_root"] or "-",
         }
+        | ({"assurance": found["assurance"]} if found.get("assurance") else {})
+        | ({"replicas": _replicas(found["replicas"])} if found.get("replicas") else {})
     )
     terminal.table(
         "deals",
@@ -129,6 +131,11 @@ def show(terminal: Terminal, job_id: str) -> None:
                 for deal, check in checks
             ],
         )
+
+
+def _replicas(found: dict[str, Any]) -> str:
+    same = {None: "not to compare yet", True: "their outputs agree", False: "their outputs DIFFER"}[found["same"]]
+    return f"{found['ended']} of {found['count']} have ended; {same}"
 
 
 @job.command()
@@ -194,13 +201,19 @@ def get(terminal: Terminal, job_id: str, output: Path | None) -> None:
             raise _NotDone(found)
         folder = output or Path(f"{_plain(found['name'])}-{found['job'][:8]}")
         folder.mkdir(parents=True, exist_ok=True)
-        _collect(terminal, client, found["job"], folder)
+        if found.get("kind") == "script":
+            from peer.cli_script import collect_script
+
+            collect_script(terminal, client, found["job"], folder)
+        else:
+            _collect(terminal, client, found["job"], folder)
     from peer.home import Home
 
     network = Home(terminal.data_dir).network()
     report, files = check_proof(folder / "proof.json", network.id)
     terminal.record("ichiba.result/1", {"job": found["job"], "directory": str(folder)})
-    terminal.say(f"wrote {folder}/weights.safetensors, checkpoint.safetensors and proof.json")
+    if found.get("kind") != "script":
+        terminal.say(f"wrote {folder}/weights.safetensors, checkpoint.safetensors and proof.json")
     show_proof(terminal, report, files)
 
 

@@ -169,7 +169,7 @@ def check_proof(proof: Path, network_id: bytes) -> tuple[BundleReport, list[str]
     import msgspec
 
     from protocol import params
-    from protocol.bundle import verify_bundle, verify_checkpoint, verify_weights
+    from protocol.bundle import verify_bundle, verify_checkpoint, verify_outputs, verify_weights
     from protocol.errors import NotFound, VerificationFailed
 
     if not proof.is_file():
@@ -182,6 +182,11 @@ def check_proof(proof: Path, network_id: bytes) -> tuple[BundleReport, list[str]
         raise VerificationFailed(f"{proof} is no JSON: {error}"[:300]) from None
     report = verify_bundle(bundle, network_id)
     files = []
+    result = proof.with_name("script.result")
+    if report.script and result.exists():
+        with _Mapped(result) as data:
+            count = verify_outputs(report, data)
+        files.append(f"{result.name}: its {count} output(s) are those both parties signed for")
     checkpoint, weights = proof.with_name("checkpoint.safetensors"), proof.with_name("weights.safetensors")
     if checkpoint.exists():
         with _Mapped(checkpoint) as data:

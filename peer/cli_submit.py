@@ -48,15 +48,26 @@ def submit(
     """
     with terminal.client() as client:
         network = bytes.fromhex(client.status()["network_id"])  # before seconds of torch: is the daemon there?
-        prepared = _prepare(terminal, job, network)
-        budget_micro = budget if budget is not None else prepared.job.budget_micro
-        unit_price_max = price if price is not None else prepared.job.unit_price_max
+        from peer.cli_script import offer_script
+        from worker.script_file import ScriptFile, is_script, read_script_file
+
+        prepared = None if is_script(job) else _prepare(terminal, job, network)
+        terms = read_script_file(job) if prepared is None else prepared.job
+        budget_micro = budget if budget is not None else terms.budget_micro
+        unit_price_max = price if price is not None else terms.unit_price_max
         if not budget_micro or not unit_price_max:
             raise _NoTerms(
                 f"{'no budget' if not budget_micro else 'no price limit'} is given",
                 why="there is no unlimited default",
                 next_step="add --budget and --price, or set them in job.toml; `ichiba quote` shows the market",
             )
+        if prepared is None:
+            assert isinstance(terms, ScriptFile), "it is a script's"
+            jobs = offer_script(
+                terminal, client, terms, network, budget_micro=budget_micro, unit_price_max=unit_price_max
+            )
+            _follow_all(terminal, client, jobs, wait=wait, timeout=timeout)
+            return
         task = _upload(terminal, client, prepared)
         made = client.submit(
             task=task,
@@ -70,12 +81,20 @@ def submit(
         name = short_id(made["job"])
         terminal.record("ichiba.job/1", made)
         terminal.say(f"job {name} is offered: {made['steps']} steps in {made['segments']} segments")
-        if not wait:
-            terminal.say(f"next: ichiba job logs -f {name}")
-            return
-        from peer.cli_follow import follow
+        _follow_all(terminal, client, [made], wait=wait, timeout=timeout)
 
-        click.get_current_context().exit(follow(terminal, client, made, timeout=timeout))
+
+def _follow_all(
+    terminal: Terminal, client: Client, jobs: list[dict[str, Any]], *, wait: bool, timeout: float | None
+) -> None:
+    """Follow the jobs to their ends one after the other, and exit with the worst of their codes; or say how to."""
+    if not wait:
+        for made in jobs:
+            terminal.say(f"next: ichiba job logs -f {short_id(made['job'])}")
+        return
+    from peer.cli_follow import follow
+
+    click.get_current_context().exit(max([follow(terminal, client, made, timeout=timeout) for made in jobs]))
 
 
 def _prepare(terminal: Terminal, job: Path, network: bytes) -> Prepared:

@@ -13,7 +13,7 @@ import msgspec
 
 from market.entries import Account
 from market.ledger import money_table
-from market.matching import trust_ppm
+from market.matching import SANDBOX_CONTAINED, trust_ppm
 from market.quoting import quote
 from peer.bidding import Bidder
 from peer.challenger import Challenger
@@ -32,7 +32,8 @@ from protocol.errors import IchibaError, LocalProtocolError, NotFound
 from protocol.keys import peer_key, peer_name
 from protocol.lifecycle import TERMINAL, State
 from protocol.records import ROLE_SOLVER, open_record
-from protocol.task import TaskSpec
+from protocol.script import ASSURANCE, ScriptSpec, compare, read_task
+from protocol.task import TaskSpec, task_id
 
 __all__ = ["Commands"]
 
@@ -54,6 +55,8 @@ class SubmitArguments(msgspec.Struct, forbid_unknown_fields=True):
     checkpoint_bytes: int
     memory_bytes: int
     sandbox: int = 2
+    group: str = ""  # of replicas of one script
+    replica: int = 0
 
 
 @dataclass
@@ -129,8 +132,8 @@ class Commands:
             encoded, base_root = bytes.fromhex(given.task), bytes.fromhex(given.base_root)
         except (msgspec.ValidationError, ValueError) as error:
             raise BadArguments(f"submit: {error}") from None
-        task = TaskSpec.from_bytes(encoded, network=self.desk.network.id)
-        if task.mode != "exact":
+        task = read_task(encoded, network=self.desk.network.id)
+        if task.mode == "native":
             raise BadArguments(
                 "a native-mode job cannot be verified yet",
                 why="tolerant verification needs a profiled threshold",
@@ -138,10 +141,14 @@ class Commands:
             )
         if len(base_root) != 32:
             raise BadArguments("base_root must be 32 bytes in hex")
+        script = isinstance(task, ScriptSpec)
+        if script and base_root != task_id(task):
+            raise BadArguments("a script starts from its own id", next_step="give base_root the id of the task")
         if given.budget_micro <= 0 or given.unit_price_max <= 0:
             raise BadArguments("budget and price limit must be positive")
+        other = [bytes([given.replica])] if given.replica else []
         job = Job(
-            id=blake("ichiba/job", self.desk.me, encoded, self.desk.now_ns.to_bytes(8, "big")),
+            id=blake("ichiba/job", self.desk.me, encoded, self.desk.now_ns.to_bytes(8, "big"), *other),
             task=encoded,
             name=task.name,
             state=JobState.OFFERED,
@@ -149,10 +156,11 @@ class Commands:
             budget_micro=given.budget_micro,
             checkpoint_bytes=given.checkpoint_bytes,
             memory_bytes=given.memory_bytes,
-            sandbox=given.sandbox,
+            sandbox=SANDBOX_CONTAINED if script else given.sandbox,
+            group=bytes.fromhex(given.group),
             segment=0,
             base_root=base_root,
-            base_blob=task.initial.blob if task.initial.kind == "state" else b"",
+            base_blob=task.initial.blob if isinstance(task, TaskSpec) and task.initial.kind == "state" else b"",
             created_ns=self.desk.now_ns,
         )
         return self._job(self.jobs.submit(job))
@@ -190,6 +198,9 @@ class Commands:
         return {
             "job": job.id.hex(),
             "name": job.name,
+            "kind": "script" if isinstance(task, ScriptSpec) else "graph",
+            "assurance": ASSURANCE if isinstance(task, ScriptSpec) else "",
+            "replicas": self._replicas(job),
             "state": JobState(job.state).name.lower(),
             "stage": deal.lifecycle.name.lower() if deal is not None else "",
             "reason": job.reason,
@@ -208,6 +219,14 @@ class Commands:
             "final_root": job.base_root.hex() if job.state == JobState.DONE else "",
             "checkpoint": job.base_blob.hex() if job.state == JobState.DONE else "",
         }
+
+    def _replicas(self, job: Job) -> dict[str, Any]:
+        """What the replicas of a script say together; `same` is null until two have ended."""
+        if not job.group:
+            return {}
+        others = [other for other in self.jobs.jobs.values() if other.group == job.group]
+        found = compare([other.base_root if other.state == JobState.DONE else None for other in others])
+        return {**asdict(found), "jobs": sorted(other.id.hex() for other in others)}
 
     def _paid(self, deal: Deal) -> int:
         channel = self.settler.channels.get(deal.id)

@@ -58,6 +58,8 @@ class _Submit(msgspec.Struct, forbid_unknown_fields=True):
     checkpoint_bytes: Annotated[int, msgspec.Meta(ge=1, le=params.BLOB_BYTES_MAX)]
     memory_bytes: Annotated[int, msgspec.Meta(ge=1, le=params.PROGRAM_PEAK_BYTES_MAX)]
     sandbox: _Level = 2
+    group: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{32})?$")] = ""
+    replica: Annotated[int, msgspec.Meta(ge=0, lt=params.SCRIPT_REPLICAS_MAX)] = 0
 
 
 class _Quote(msgspec.Struct, forbid_unknown_fields=True):

@@ -38,6 +38,7 @@ from protocol import params
 from protocol.errors import IchibaError, NotFound, RemoteProtocolError
 from protocol.keys import SigningKey, peer_name
 from protocol.network import Network
+from protocol.script import blobs_of, read_task
 from protocol.task import TaskSpec
 from worker.sandbox import Level, SandboxTooWeak, doctor_lines
 
@@ -117,11 +118,11 @@ class Daemon:
     def _require_blobs(self, arguments: dict[str, Any]) -> None:
         """A job whose program or data is not here could never be served to a solver: refuse it at once."""
         try:
-            task = TaskSpec.from_bytes(bytes.fromhex(str(arguments.get("task", ""))), network=self.network.id)
+            task = read_task(bytes.fromhex(str(arguments.get("task", ""))), network=self.network.id)
         except ValueError:
             raise NotFound("the task is not hex") from None
-        wanted = {task.program, *(array.blob for array in task.arrays)}
-        if task.initial.kind == "state":
+        wanted = set(blobs_of(task))
+        if isinstance(task, TaskSpec) and task.initial.kind == "state":
             wanted.add(task.initial.blob)
         for blob in wanted:
             if not self.blobs.has(blob):

@@ -11,10 +11,12 @@ from typing import Literal
 import msgspec
 
 from peer.desk import Desk
+from protocol import params
 from protocol.errors import VerificationFailed
 from protocol.lifecycle import Event, State, step
 from protocol.merkle import merkle_root
 from protocol.records import Agreement, Envelope, Proof, Receipt, amount_for, decode_body, open_record
+from protocol.script import AnyTask, ScriptSpec
 from protocol.task import TaskSpec
 
 __all__ = [
@@ -24,8 +26,10 @@ __all__ = [
     "JobState",
     "agreement_of",
     "check_receipt",
+    "checkpoint_program",
     "make_proof",
     "move",
+    "operations_per_check",
     "proof_root",
     "receipt_key",
     "save",
@@ -74,6 +78,9 @@ class Job(msgspec.Struct, kw_only=True):
     culprits: list[bytes] = msgspec.field(default_factory=list)
     cancelled: bool = False
     reason: str = ""
+    outcome: str = ""  # how a script ended, in words; empty where it ended well
+    group: bytes = b""  # the same for all replicas of one script
+    solvers: list[bytes] = msgspec.field(default_factory=list)  # of its deals, in their order
     ended_ns: int = 0
 
     @property
@@ -149,9 +156,19 @@ def receipt_key(deal_id: bytes, sequence: int) -> bytes:
     return deal_id + sequence.to_bytes(4, "big")
 
 
-def task_of(encoded: bytes) -> TaskSpec:
+def task_of(encoded: bytes) -> AnyTask:
     """A task that was checked when it came in."""
-    return msgspec.msgpack.decode(encoded, type=TaskSpec)
+    return msgspec.msgpack.decode(encoded, type=TaskSpec | ScriptSpec)
+
+
+def checkpoint_program(task: AnyTask) -> bytes:
+    """The program that says what a checkpoint of the task holds; none for a script's result."""
+    return b"" if isinstance(task, ScriptSpec) else task.program
+
+
+def operations_per_check(task: AnyTask) -> int:
+    """The operations of re-executing one segment; 0 for a script, of which nothing is re-executed."""
+    return 0 if isinstance(task, ScriptSpec) else task.operations_per_step * task.steps_per_segment
 
 
 def save(desk: Desk, deal: Deal) -> None:
@@ -175,11 +192,24 @@ def proof_root(receipts: list[bytes], network: bytes) -> bytes:
     return merkle_root(roots)
 
 
-def check_receipt(deal: Deal, receipt: Receipt, network: bytes) -> None:
-    """Raise VerificationFailed unless `receipt` is the next link of the deal's chain, at the agreed price."""
+def check_receipt(deal: Deal, receipt: Receipt, network: bytes, now_ns: int) -> None:
+    """Raise VerificationFailed unless `receipt` is the next link of the deal's chain, at the agreed price.
+
+    A script's receipt states the nanoseconds it ran: no more than agreed, nor than have passed here since it was
+    agreed, for the submitter's own clock is all that can contradict it.
+    """
     agreement, task = agreement_of(deal, network), task_of(deal.task)
     segment = agreement.first_segment + deal.receipts
     operations = task.operations_per_step * len(task.steps_of(segment))
+    if isinstance(task, ScriptSpec):
+        passed_ns = now_ns - agreement.created_ns
+        passed_ns += passed_ns * params.SCRIPT_CLOCK_SLACK_PERMILLE // 1000 + params.SCRIPT_CLOCK_SLACK_NS
+        if not 0 < receipt.operations <= min(operations, passed_ns):
+            raise VerificationFailed(
+                f"receipt charges {receipt.operations} ns of a script",
+                why=f"{operations} were agreed, at most {passed_ns} have passed",
+            )
+        operations = receipt.operations
     wanted = (deal.last_receipt or bytes(32), segment, deal.last_root, operations)
     given = (receipt.previous, receipt.segment, receipt.in_root, receipt.operations)
     if wanted != given:

@@ -26,6 +26,7 @@ from peer.events import (
     Penalise,
     Publish,
     Release,
+    ScriptSaid,
     SegmentMade,
     Send,
     StartBench,
@@ -38,6 +39,7 @@ from peer.events import (
     WorkEnded,
 )
 from peer.host import Host, PeerUnreachable
+from peer.scripting import ScriptOrder, run_script
 from peer.suspension import SuspendedStates
 from peer.work_order import SegmentDone, WorkDone, WorkFailed, WorkOrder, WorkSuspended
 from peer.workshop import Workshop
@@ -48,6 +50,8 @@ from protocol.merkle import state_root
 from protocol.operations import TensorType
 from protocol.program import Program, state_layout
 from protocol.safetensors import parse
+from protocol.script import ScriptSpec, result_from, words_for
+from protocol.task import task_id
 
 __all__ = ["Performer", "check_checkpoint"]
 
@@ -63,6 +67,17 @@ def check_checkpoint(path: Path, program: Path, root: bytes) -> None:
     found = state_root(parse(memoryview(path.read_bytes()), layout))
     if found != root:
         raise VerificationFailed(f"checkpoint has state root {found.hex()[:12]}, its receipt says {root.hex()[:12]}")
+
+
+def check_script_result(path: Path, root: bytes) -> str:
+    """How the script ended, in words. Raises a RemoteProtocolError unless the file is a result of this root.
+
+    Reads the whole file: call it in a thread.
+    """
+    result = result_from(path.read_bytes())
+    if result.root != root:
+        raise VerificationFailed(f"outputs have root {result.root.hex()[:12]}, their receipt says {root.hex()[:12]}")
+    return words_for(result)
 
 
 @dataclass(eq=False)
@@ -158,12 +173,15 @@ class Performer:
 
     # --- blobs ---------------------------------------------------------------------------------------------
     async def _fetch(self, effect: Fetch) -> None:
-        error, forged = "", False
+        error, forged, note = "", False, ""
         try:
             if not self.blobs.has(effect.blob):
                 await self.blobs.fetch(self.host, effect.blob, effect.peers, size_max=effect.size_max)
             self.blobs.pin(effect.blob, effect.token.hex())
-            if effect.state_root:
+            if effect.state_root and not effect.program:
+                check_result = partial(check_script_result, self.blobs.path(effect.blob), effect.state_root)
+                note = await trio.to_thread.run_sync(check_result)
+            elif effect.state_root:
                 # The program says what the checkpoint must hold; it may still be on its way in another fetch.
                 await self.blobs.fetch(self.host, effect.program, effect.peers, size_max=params.PROGRAM_BYTES_MAX)
                 check = partial(
@@ -174,7 +192,7 @@ class Performer:
             error, forged = str(failure), True
         except (IchibaError, OSError) as failure:
             error = str(failure)
-        await self.inbox.send(Fetched(effect.blob, effect.token, error, forged))
+        await self.inbox.send(Fetched(effect.blob, effect.token, error, forged, note))
 
     # --- work ----------------------------------------------------------------------------------------------
     def _start_work(self, order: StartWork) -> None:
@@ -215,6 +233,8 @@ class Performer:
         if self.workshop is None:
             raise WorkFailed("sandbox-failed", "this machine has no sandbox", next_step="run `ichiba doctor`")
         async with self.turn:
+            if isinstance(order.task, ScriptSpec):
+                return await self._script(order, order.task, self.workshop)
             kept = self.states.find(order.work, order.task, order.first_segment)
             return await self.workshop.run(
                 self._work_order(order, kept.state if kept else None),
@@ -245,7 +265,7 @@ class Performer:
             if not within_s:
                 running.scope.cancel()
             elif self.workshop is None or not await self.workshop.suspend(_work_id(work)):
-                running.fate["why"] = "it had no worker yet"
+                running.fate["why"] = "it had no worker that can hand over a state"
                 running.scope.cancel()
         with trio.move_on_after(within_s):
             for running in works.values():
@@ -273,6 +293,7 @@ class Performer:
 
     def _work_order(self, order: StartWork, suspended: Path | None) -> WorkOrder:
         task = order.task
+        assert not isinstance(task, ScriptSpec), "scripts have orders of their own"
         base = self.blobs.path(order.base) if order.base else None
         segments = order.last_segment - order.first_segment
         return WorkOrder(
@@ -289,6 +310,29 @@ class Performer:
             checkpoint_bytes_max=min(order.checkpoint_bytes, self._checkpoint_size(task.program)),
             cheat=order.cheat or None,
         )
+
+    async def _script(self, order: StartWork, script: ScriptSpec, workshop: Workshop) -> WorkDone:
+        """Run a script; its result becomes the one segment of its deal. A pause ends it, and it starts again after."""
+
+        def said(text: str, used_ns: int) -> None:
+            try:
+                self.inbox.send_nowait(ScriptSaid(order.work, text, used_ns))
+            except trio.WouldBlock:
+                self.counters["steps-untold"] += 1  # news for people only; the result holds the end of the log
+
+        inputs = {file.name: self.blobs.path(file.blob) for file in script.files}
+        done = await run_script(
+            ScriptOrder(_work_id(order.work), script, inputs),
+            level=workshop.report.level,
+            scratch_dir=workshop.scratch_dir,
+            on_news=said,
+        )
+        blob = await self.blobs.put_file(done.file)
+        self.blobs.pin(blob, order.work.hex())
+        done.file.unlink(missing_ok=True)
+        start, end = task_id(script), done.result.root
+        await self.inbox.send(SegmentMade(order.work, 0, start, end, (), done.used_ns, blob, done.file_bytes))
+        return WorkDone(_work_id(order.work), 1, None, done.used_ns / 1e9, done.memory_peak_bytes, "", None)
 
     def _checkpoint_size(self, program: bytes) -> int:
         layout = state_layout(Program.from_bytes(self.blobs.path(program).read_bytes()))

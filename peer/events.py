@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from market.entries import Entry
 from protocol.bench_card import Figures, Opening
 from protocol.records import BenchChallenge
-from protocol.task import TaskSpec
+from protocol.script import AnyTask
 
 __all__ = [
     "BenchEffect",
@@ -36,6 +36,7 @@ __all__ = [
     "Release",
     "Reply",
     "Save",
+    "ScriptSaid",
     "SegmentMade",
     "Send",
     "StartBench",
@@ -100,6 +101,16 @@ class Fetched:
     token: bytes
     error: str = ""
     forged: bool = False
+    note: str = ""  # how the script ended whose outputs these are; empty if well
+
+
+@dataclass(frozen=True)
+class ScriptSaid:
+    """A running script printed `text`, or nothing; it has used `used_ns` of its time."""
+
+    work: bytes
+    text: str
+    used_ns: int
 
 
 @dataclass(frozen=True)
@@ -198,6 +209,7 @@ Input: TypeAlias = (
     | GossipIn
     | MessageIn
     | Fetched
+    | ScriptSaid
     | StepMade
     | SegmentMade
     | WorkEnded
@@ -241,7 +253,8 @@ class Publish:
 
 @dataclass(frozen=True)
 class Fetch:
-    """Bring a blob here from any of `peers`; with `state_root`, also check that it is a checkpoint of that root."""
+    """Bring a blob here from any of `peers`; with `state_root`, also check that it is a checkpoint of that root
+    under `program`, or without a program a script's result of that root."""
 
     blob: bytes
     token: bytes
@@ -256,7 +269,7 @@ class StartWork:
     """Run segments [first, last) in the sandbox. Answered by StepMade, SegmentMade and one WorkEnded."""
 
     work: bytes
-    task: TaskSpec
+    task: AnyTask
     base: bytes  # blob id, or empty for the seeded start
     first_segment: int
     last_segment: int

@@ -12,13 +12,14 @@ import msgspec
 
 from market.matching import Choice, Proven, match_round
 from market.quoting import channel_micro, lock_micro
-from peer.deals import Job, JobState, task_of
+from peer.deals import Job, JobState, operations_per_check, task_of
 from peer.desk import MARKET, Desk
 from peer.settler import Settler
 from protocol import params
 from protocol.codec import blake
 from protocol.errors import InsufficientFunds, LimitExceeded
 from protocol.records import Agreement, Bid, Offer, amount_for, open_record
+from protocol.script import blobs_of
 from protocol.task import task_id
 
 __all__ = ["JobDesk"]
@@ -62,13 +63,12 @@ class JobDesk:
         return job
 
     def _channel_for(self, job: Job, segments_end: int) -> int:
-        task = task_of(job.task)
         return channel_micro(
             self.desk.network.rules,
             operations=self._operations(job),
             segments=segments_end - job.segment,
             unit_price=job.unit_price_max,
-            operations_per_segment=task.operations_per_step * task.steps_per_segment,
+            operations_per_segment=operations_per_check(task_of(job.task)),
         )
 
     def _operations(self, job: Job) -> int:
@@ -81,7 +81,7 @@ class JobDesk:
         if job.offer_id:
             self.desk.book.remove_offer(job.offer_id)
         job.nonce += 1
-        operations = self._operations(job)
+        operations, checked = self._operations(job), bool(operations_per_check(task))
         needed = self._channel_for(job, task.segments)
         if needed > job.budget_micro - job.spent_micro:
             self.end(
@@ -97,7 +97,7 @@ class JobDesk:
             nonce=int.from_bytes(job.id[:6], "big") * 2**15 + job.nonce % 2**15,
             task=task_id(task),
             program=task.program,
-            data=blake("ichiba/data", *(a.blob for a in task.arrays)),
+            data=blake("ichiba/data", *(blob for blob in blobs_of(task) if blob != task.program)),
             mode=task.mode,
             first_segment=job.segment,
             last_segment=task.segments,
@@ -107,8 +107,9 @@ class JobDesk:
             sandbox=job.sandbox,
             unit_price_max=job.unit_price_max,
             budget_micro=needed,
-            check_permille=rules.check_permille,
-            lock_micro=lock_micro(rules, amount_for(operations, job.unit_price_max)),
+            # Nothing of a script is re-executed, so no stake could be lost over it: none is asked for.
+            check_permille=rules.check_permille if checked else 0,
+            lock_micro=lock_micro(rules, amount_for(operations, job.unit_price_max)) if checked else 0,
             created_ns=now,
             expires_ns=now + rules.offer_lifetime_ms * 10**6,
         )
@@ -144,7 +145,7 @@ class JobDesk:
             round_number=(now - job.offered_ns) // (rules.round_ms * 10**6),
             free_stake_micro=self.settler.free_stake,
             record_of=self.settler.history,
-            excluded={*job.culprits, *(p for p, until in job.resting.items() if now < until)},
+            excluded={*job.culprits, *self._siblings(job), *(p for p, until in job.resting.items() if now < until)},
             reachable=lambda peer: peer in self.desk.peers,
             proven=self.speed_of,
         )
@@ -163,9 +164,21 @@ class JobDesk:
         if choice.winner is not None:
             self.on_choice(job, offer, dict(book.live_bids(job.offer_id, now_ns=now))[choice.winner.bid_id], choice)
 
+    def _siblings(self, job: Job) -> set[bytes]:
+        """Who runs, or ran, another replica of this job: two runs on one machine say nothing of each other."""
+        others = [other for other in self.jobs.values() if job.group and other.group == job.group and other is not job]
+        return {solver for other in others for solver in other.solvers}
+
+    def note(self, job_id: bytes, outcome: str) -> None:
+        """How a script ended, for people."""
+        if outcome:
+            self.jobs[job_id].outcome = outcome
+            self.save(self.jobs[job_id])
+
     def agreement(self, job: Job, offer: Offer, bid: Bid, bid_id: bytes, seed_commitment: bytes) -> Agreement:
         """The terms of a deal on `bid`, from the job's next segment to its end."""
         task, rules, now = task_of(job.task), self.desk.network.rules, self.desk.now_ns
+        job.solvers.append(bid.solver)
         return Agreement(
             network=self.desk.network.id,
             offer=job.offer_id,
@@ -184,7 +197,7 @@ class JobDesk:
                 operations=offer.operations,
                 segments=task.segments - job.segment,
                 unit_price=bid.unit_price,
-                operations_per_segment=task.operations_per_step * task.steps_per_segment,
+                operations_per_segment=operations_per_check(task),
             ),
             lock_micro=bid.lock_micro,
             check_permille=offer.check_permille,
@@ -213,6 +226,7 @@ class JobDesk:
 
     def end(self, job: Job, state: JobState, reason: str) -> None:
         """Nothing more will happen to this job."""
+        reason = reason or job.outcome
         job.state, job.reason, job.ended_ns, job.deal = state, reason, self.desk.now_ns, b""
         if job.offer_id:
             self.desk.book.remove_offer(job.offer_id)

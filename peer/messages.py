@@ -40,6 +40,7 @@ __all__ = [
     "ReceiptOffer",
     "Records",
     "RevealOffer",
+    "ScriptNews",
     "SettleBack",
     "SettleOffer",
     "SyncDigest",
@@ -93,6 +94,14 @@ class Paused(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 
     agreement: Digest
     paused: bool
+
+
+class ScriptNews(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="script-news"):
+    """Unsigned news for people: what a running script printed, and the nanoseconds it has used. May be lost."""
+
+    agreement: Digest
+    text: Annotated[str, msgspec.Meta(max_length=params.SCRIPT_NEWS_CHARS_MAX + 100)]
+    used_ns: Uint
 
 
 class ReceiptOffer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="receipt"):
@@ -258,6 +267,7 @@ Message: TypeAlias = (
     | Opened
     | Paused
     | Progress
+    | ScriptNews
     | ReceiptOffer
     | ReceiptBack
     | ProofOffer

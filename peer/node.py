@@ -38,6 +38,7 @@ from peer.events import (
     PeerUp,
     Post,
     Save,
+    ScriptSaid,
     SegmentMade,
     StepMade,
     Tick,
@@ -152,8 +153,13 @@ class Node:
                 self.desk.peers.pop(peer, None)
                 self.desk.lefts[peer] = self.desk.now_ns
             case Fetched():
+                deal = self.submitter.deals.get(event.token)
+                if deal is not None and event.note:
+                    self.jobs.note(deal.job, event.note)
                 for role in (self.submitter, self.solver, self.checker):
                     self.desk.attempt(role.on_fetched, event)
+            case ScriptSaid():
+                self.solver.on_said(event)
             case StepMade():
                 self.solver.on_step(event)
             case SegmentMade():
@@ -266,7 +272,7 @@ class Node:
                 self.solver.on_decline(peer, message)
             case m.Opened():
                 self.solver.on_opened(peer, message)
-            case m.Progress():
+            case m.Progress() | m.ScriptNews():
                 self._progress(peer, message)
             case m.Paused():
                 self._paused(peer, message)
@@ -348,10 +354,13 @@ class Node:
         record, _, _ = open_record(message.settlement, network=self.desk.network.id)
         return self.submitter.deals.get(getattr(record, "agreement", b""))
 
-    def _progress(self, peer: bytes, message: m.Progress) -> None:
+    def _progress(self, peer: bytes, message: m.Progress | m.ScriptNews) -> None:
         deal = self.submitter.deals.get(message.agreement)
         if deal is not None and self.submitter.solver_of(deal) == peer:
             deal.news_ns = self.desk.now_ns
+            if isinstance(message, m.ScriptNews):
+                self.desk.emit("said", deal.job, deal=deal.id, text=message.text, used_ns=message.used_ns)
+                return
             self.desk.emit("step", deal.job, deal=deal.id, step=message.step, loss=message.loss_millionths / 1e6)
 
     def _paused(self, peer: bytes, message: m.Paused) -> None:

@@ -237,7 +237,7 @@ class Settler:
         self.desk.post(entry)
         channel.closed, channel.paid_micro, channel.fees = how, paid, fees
         old = self.histories.get(agreement.solver, History())
-        if paid:
+        if paid and agreement.check_permille:  # a script that was paid says nothing of who ran it
             self.histories[agreement.solver] = History(old.right + 1, old.wrong)
         self._closed.append((agreement_id, how))
 
@@ -273,6 +273,8 @@ class Settler:
 
     def _slash(self, record: Slash) -> None:
         channel = self._channel(record.agreement)
+        if not channel.agreement.check_permille:
+            raise VerificationFailed("a slash over a script", why="nothing of it is re-executed, so none can be wrong")
         verdicts = self._wrong_verdicts(record, channel.agreement)
         if self._moot(channel):
             return
@@ -359,7 +361,7 @@ class Settler:
     def freeze(self, verdict: Verdict) -> None:
         """A staked checker found work wrong: a one-sided claim on it waits longer, for a quorum to gather."""
         channel = self.channels.get(verdict.agreement)
-        if channel is None or channel.closed or verdict.finding != "wrong":
+        if channel is None or channel.closed or verdict.finding != "wrong" or not channel.agreement.check_permille:
             return
         if verdict.checker in (channel.agreement.submitter, channel.agreement.solver):
             return

@@ -38,6 +38,7 @@ from peer.events import (
     Publish,
     Reply,
     Save,
+    ScriptSaid,
     SegmentMade,
     Send,
     StartBench,
@@ -53,9 +54,11 @@ from peer.events import (
 )
 from peer.node import Node
 from protocol.bench_card import Figures, chain_operations
-from protocol.codec import blake
+from protocol.codec import blake, encode
 from protocol.keys import SigningKey
 from protocol.network import Network
+from protocol.script import ScriptSpec
+from protocol.task import task_id
 from worker.bench import Memory
 
 __all__ = ["Faults", "InvariantBroken", "SimulatedPeer", "Simulation"]
@@ -211,7 +214,7 @@ class Simulation:
         assert peer.node is not None
         if isinstance(event, Tick):
             self._at(TICK_NS, peer, event)
-        if isinstance(event, StepMade | SegmentMade | WorkEnded) and event.work not in peer.working:
+        if isinstance(event, ScriptSaid | StepMade | SegmentMade | WorkEnded) and event.work not in peer.working:
             return
         if isinstance(event, WorkEnded):
             peer.working.discard(event.work)
@@ -300,6 +303,9 @@ class Simulation:
     def _work(self, peer: SimulatedPeer, order: StartWork) -> None:
         """A worker whose states are hashes: the same inputs give the same roots, a cheat gives others."""
         peer.working.add(order.work)
+        if isinstance(order.task, ScriptSpec):
+            self._script(peer, order, order.task)
+            return
         if order.base:
             root = self.roots[order.base]
         else:
@@ -344,6 +350,17 @@ class Simulation:
                 here = holder.node is not None and blob in holder.blobs
                 error = "" if here and blob == bench_result(challenge) else "wrong" if here else "no peer has it"
                 self._at(SECOND // 5, peer, WorkChecked(challenge, error, forged=here and bool(error)))
+
+    def _script(self, peer: SimulatedPeer, order: StartWork, script: ScriptSpec) -> None:
+        """A script that runs half its time; one with a seed leaves other outputs on each machine."""
+        used_ns = script.operations_per_step // 2
+        out = blake("sim/outputs", encode(script.command), peer.key.public if script.seed else b"")
+        blob = blake("sim/blob", out)
+        self.roots[blob] = out
+        self._at(used_ns // 2, peer, ScriptSaid(order.work, "half way", used_ns // 2))
+        made = SegmentMade(order.work, 0, task_id(script), out, (), used_ns, blob, 1000)
+        self._at(used_ns, peer, made)
+        self._at(used_ns + 1, peer, WorkEnded(order.work))
 
     # --- promises ------------------------------------------------------------------------------------------
     def check(self, peer: SimulatedPeer) -> None:

@@ -15,7 +15,7 @@ import msgspec
 from peer.bidding import Bidder
 from peer.deals import Deal, agreement_of, make_proof, move, proof_root, receipt_key, save, task_of
 from peer.desk import Desk
-from peer.events import Fetch, Fetched, Release, SegmentMade, StartWork, StepMade, StopWork, WorkEnded
+from peer.events import Fetch, Fetched, Release, ScriptSaid, SegmentMade, StartWork, StepMade, StopWork, WorkEnded
 from peer.messages import (
     Accept,
     Cancel,
@@ -27,6 +27,7 @@ from peer.messages import (
     ReceiptBack,
     ReceiptOffer,
     RevealOffer,
+    ScriptNews,
     SettleBack,
     SettleOffer,
 )
@@ -48,7 +49,7 @@ from protocol.records import (
     open_record,
 )
 from protocol.sampling import check_reveal
-from protocol.task import TaskSpec
+from protocol.script import ScriptSpec, blobs_of, read_task
 
 __all__ = ["Solver", "losses_root"]
 
@@ -95,7 +96,7 @@ class Solver:
             if known.lifecycle == State.PROPOSED:
                 self.desk.send(peer, Accept(known.agreement))
             return
-        task = TaskSpec.from_bytes(message.task, network=self.desk.network.id)
+        task = read_task(message.task, network=self.desk.network.id)
         refusal = self.bidder.refuse_proposal(record, task)
         if refusal is not None:
             self.desk.send(peer, Decline(agreement_id, refusal.code, refusal.why))
@@ -152,7 +153,7 @@ class Solver:
     def _gather(self, deal: Deal) -> None:
         """Fetch program, data and base; `on_fetched` starts the worker when all are here."""
         task, sender = task_of(deal.task), (self._submitter(deal),)
-        wanted = {task.program: task.program_bytes} | {a.blob: a.size_bytes for a in task.arrays}
+        wanted = blobs_of(task)
         base = deal.last_blob if deal.made else deal.base_blob
         if base:
             wanted[base] = params.BLOB_BYTES_MAX
@@ -160,6 +161,8 @@ class Solver:
         self.waiting.discard(deal.id)
         for blob, size in wanted.items():
             self.desk.add(Fetch(blob, deal.id, sender, size))
+        if not wanted:
+            self.start(deal)
 
     def on_fetched(self, event: Fetched) -> None:
         """One of a deal's blobs is here."""
@@ -206,6 +209,12 @@ class Solver:
             shown = max(-LOSS_SHOWN_MAX, min(LOSS_SHOWN_MAX, event.loss))
             self.desk.send(self._submitter(deal), Progress(deal.id, event.step, round(shown * 1_000_000)))
 
+    def on_said(self, event: ScriptSaid) -> None:
+        """What a script printed, and that it still runs, for the submitter's screen."""
+        deal = self.deals.get(event.work)
+        if deal is not None and deal.lifecycle == State.RUNNING:
+            self.desk.send(self._submitter(deal), ScriptNews(deal.id, event.text, event.used_ns))
+
     def on_segment(self, event: SegmentMade) -> None:
         """A segment is done: sign its receipt and offer it."""
         deal = self.deals.get(event.work)
@@ -219,7 +228,9 @@ class Solver:
             self._give_up(deal, "base", "the task's initial state has another root than the agreement says")
             return
         operations = task.operations_per_step * len(task.steps_of(event.segment))
-        if deal.id in self.step_times:  # not the segment that a pause cut: its time says nothing
+        if isinstance(task, ScriptSpec):
+            operations = event.operations
+        elif deal.id in self.step_times:  # not the segment that a pause cut: its time says nothing
             seconds = max(1, self.desk.now_ns - self.step_times[deal.id]) / 1e9
             self.bidder.operations_per_second = int(operations / seconds)
         self.step_times[deal.id] = self.desk.now_ns

@@ -19,6 +19,7 @@ from peer.deals import (
     JobState,
     agreement_of,
     check_receipt,
+    checkpoint_program,
     make_proof,
     move,
     proof_root,
@@ -197,7 +198,7 @@ class Submitter:
             return
         if deal.id in self.waiting and self.waiting[deal.id][2] == receipt_id:
             return
-        check_receipt(deal, record, self.desk.network.id)
+        check_receipt(deal, record, self.desk.network.id, self.desk.now_ns)
         deal.news_ns = self.desk.now_ns
         self.waiting[deal.id] = (record.checkpoint, message, receipt_id)
         job = self.jobs.jobs[deal.job]
@@ -208,7 +209,7 @@ class Submitter:
                 (peer,),
                 job.checkpoint_bytes,
                 state_root=record.out_root,
-                program=task_of(deal.task).program,
+                program=checkpoint_program(task_of(deal.task)),
             )
         )
 

@@ -20,9 +20,18 @@ from protocol.bundle_deal import Deal, DealReport, Refused, check_deal, unhex
 from protocol.credits import credits_of
 from protocol.errors import IchibaError
 from protocol.network import Network, load
+from protocol.script import ASSURANCE, AnyTask, ScriptSpec, read_task, result_from
 from protocol.task import TaskSpec, task_id
 
-__all__ = ["SCHEMA", "BundleReport", "make_bundle", "verify_bundle", "verify_checkpoint", "verify_weights"]
+__all__ = [
+    "SCHEMA",
+    "BundleReport",
+    "make_bundle",
+    "verify_bundle",
+    "verify_checkpoint",
+    "verify_outputs",
+    "verify_weights",
+]
 
 SCHEMA = "ichiba.bundle/1"
 
@@ -65,6 +74,7 @@ class BundleReport:
     operations_checked: int
     segments_checked: tuple[int, ...]
     deals: tuple[DealReport, ...]
+    script: bool = False
     state: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
@@ -86,7 +96,12 @@ class BundleReport:
         """What follows from the evidence, in sentences."""
         counted = [deal for deal in self.deals if deal.counted]
         lines = []
-        if counted:
+        if counted and self.script:
+            lines.append(
+                f"one solver ran the script for {self.operations / 1e9:.3f} s by its own clock, and both parties "
+                f"signed for outputs of root {self.final_root.hex()[:12]}"
+            )
+        elif counted:
             solvers = len({deal.solver for deal in counted})
             lines.append(
                 f"{self.segments_done} of {self.segments} segments were done by {solvers} solver(s), in one chain of "
@@ -114,6 +129,8 @@ class BundleReport:
 
     def not_proved(self) -> list[str]:
         """What the evidence leaves open, in sentences."""
+        if self.script:
+            return [f"that the outputs are what the script gives ({ASSURANCE})", "how long it really ran"]
         lines = []
         unchecked = self.segments_done - len(self.segments_checked)
         if unchecked:
@@ -165,7 +182,7 @@ def verify_bundle(bundle: Mapping[str, Any], network_id: bytes) -> BundleReport:
         raise Refused("format", f"a bundle of schema {given.schema[:40]!r}, this program reads {SCHEMA}")
     network = _network(given.network, network_id)
     try:
-        task = TaskSpec.from_bytes(unhex(given.task, "task"), network=network_id)
+        task = read_task(unhex(given.task, "task"), network=network_id)
     except IchibaError as error:
         raise Refused("task", error.what, why=error.why) from None
     reports, ends = _chain(given.deals, task, network)
@@ -197,7 +214,7 @@ def _network(text: str, network_id: bytes) -> Network:
     return network
 
 
-def _chain(deals: list[Deal], task: TaskSpec, network: Network) -> tuple[list[DealReport], tuple[bytes, bytes, int]]:
+def _chain(deals: list[Deal], task: AnyTask, network: Network) -> tuple[list[DealReport], tuple[bytes, bytes, int]]:
     """Follow the deals: reports, and (root before segment 0, root after the last counted segment, segments done).
 
     A deal begins where the one before it ended, if that one's work was found right, or else where it began.
@@ -226,7 +243,9 @@ def _chain(deals: list[Deal], task: TaskSpec, network: Network) -> tuple[list[De
     if reports and reports[-1].verified:
         reports[-1].counted = True
         segment, root = reports[-1].end_segment, reports[-1].end_root
-    if reports and task.initial.kind == "state" and first_root != task.initial.root:
+    if reports and isinstance(task, ScriptSpec) and first_root != task_id(task):
+        raise Refused("base-root", "a script's deal does not start from the script")
+    if reports and isinstance(task, TaskSpec) and task.initial.kind == "state" and first_root != task.initial.root:
         raise Refused("base-root", "the first deal does not start from the state the task names")
     return reports, (first_root, root, segment)
 
@@ -243,7 +262,7 @@ def _check_pairs(before: list[DealReport], report: DealReport) -> None:
 def _report(
     given: _Bundle,
     network: Network,
-    task: TaskSpec,
+    task: AnyTask,
     deals: list[DealReport],
     ends: tuple[bytes, bytes, int],
     state: Mapping[str, bytes],
@@ -257,7 +276,8 @@ def _report(
         name=task.name,
         task=task_id(task),
         program=task.program,
-        seeded=task.initial.kind == "seed",
+        seeded=isinstance(task, TaskSpec) and task.initial.kind == "seed",
+        script=isinstance(task, ScriptSpec),
         seed=task.seed,
         segments=task.segments,
         segments_done=done,
@@ -280,6 +300,17 @@ def verify_checkpoint(report: BundleReport, data: bytes | memoryview) -> None:
             "checkpoint",
             f"the checkpoint has state root {found.hex()[:12]}, the proved work ends at {report.final_root.hex()[:12]}",
         )
+
+
+def verify_outputs(report: BundleReport, data: bytes | memoryview) -> int:
+    """Raise VerificationFailed unless `data` is the script's result that both parties signed for; its outputs."""
+    try:
+        result = result_from(data)
+    except IchibaError as error:
+        raise Refused("outputs", f"the result does not read: {error.what}") from None
+    if not report.script or result.root != report.final_root:
+        raise Refused("outputs", f"outputs of root {result.root.hex()[:12]}, {report.final_root.hex()[:12]} is proved")
+    return len(result.files)
 
 
 def verify_weights(report: BundleReport, data: bytes | memoryview) -> int:

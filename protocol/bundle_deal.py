@@ -31,7 +31,7 @@ from protocol.records import (
     open_record,
 )
 from protocol.sampling import check_reveal, randomness, select_segments
-from protocol.task import TaskSpec
+from protocol.script import AnyTask, ScriptSpec
 
 __all__ = ["Deal", "DealReport", "Refused", "check_deal", "unhex"]
 
@@ -98,7 +98,7 @@ class _Case:
     """One deal while it is checked."""
 
     number: int
-    task: TaskSpec
+    task: AnyTask
     network: Network
     id: bytes
     agreement: Agreement
@@ -131,12 +131,14 @@ def unhex(text: str, what: str) -> bytes:
         raise Refused("format", f"the {what} is not hex: {error}") from None
 
 
-def check_deal(deal: Deal, *, number: int, task: TaskSpec, task_id: bytes, network: Network) -> DealReport:
+def check_deal(deal: Deal, *, number: int, task: AnyTask, task_id: bytes, network: Network) -> DealReport:
     """Check all evidence of one deal. Raises Refused, which names the check."""
     agreement, agreement_id, signers = _open(deal.agreement, Agreement, "agreement", number, network)
     case = _Case(number, task, network, agreement_id, agreement)
     if signers != case.parties or len(signers) != 2:
         raise case.refuse("agreement-signatures", "the agreement is not signed by two parties")
+    if isinstance(task, ScriptSpec) and (agreement.check_permille or deal.verdicts):
+        raise case.refuse("agreement-checks", "a script was to be re-executed, or judged: nothing of it can be")
     _check_terms(case, task_id)
     _check_receipts(case, deal.receipts)
     _check_voucher(case, deal.voucher)
@@ -165,6 +167,9 @@ def check_deal(deal: Deal, *, number: int, task: TaskSpec, task_id: bytes, netwo
         checkers=tuple(sorted(verdict.checker for verdict in case.verdicts)),
     )
     _check_closing(case, deal.closing, report)
+    if isinstance(task, ScriptSpec):
+        # Nobody re-executes a script: that both parties signed for its outputs is all that can be known.
+        report.verified = bool(case.receipts and case.proof_id) and report.closed == "settled"
     return report
 
 
@@ -196,6 +201,8 @@ def _check_terms(case: _Case, task_id: bytes) -> None:
     price_micro = amount_for(operations, agreement.unit_price)
     if agreement.channel_micro < price_micro:
         raise case.refuse("agreement-channel", f"a channel of {agreement.channel_micro} for work of {price_micro}")
+    if isinstance(task, ScriptSpec):
+        return  # nothing is re-executed, so no stake is at risk
     if agreement.check_permille < rules.check_permille:
         raise case.refuse(
             "agreement-checks", f"{agreement.check_permille} permille are checked, the rules ask {rules.check_permille}"
@@ -221,6 +228,8 @@ def _check_receipts(case: _Case, envelopes: list[str]) -> None:
         if (receipt.previous, receipt.in_root) != (case.last_receipt, root):
             raise case.refuse("receipt-chain", f"receipt {index} does not continue the one before it")
         operations = case.operations_of((segment,))
+        if isinstance(case.task, ScriptSpec) and 0 < receipt.operations <= operations:
+            operations = receipt.operations  # a script is charged for the time it took, within what was agreed
         if receipt.operations != operations:
             raise case.refuse(
                 "receipt-operations", f"receipt {index} claims {receipt.operations} operations, {operations} are due"
@@ -282,7 +291,7 @@ def _draw(case: _Case, envelopes: list[str]) -> None:
         except VerificationFailed as error:
             raise case.refuse("reveal-commitment", error.what, why=error.why) from None
         seeds[reveal.author] = reveal.seed
-    if agreement.submitter not in seeds:
+    if agreement.submitter not in seeds or not agreement.check_permille:
         return
     case.drawn = select_segments(
         # A solver that did not reveal forfeits its say: its seed is empty (DESIGN §5.5).

@@ -227,3 +227,27 @@ BENCH_FILE_BYTES_MAX: Final = 33 * 1024 * 1024  # a card and the largest results
 UNPROVEN_SPEED_MAX: Final = 50 * 10**9  # operations a second a peer is believed without our own challenge: one core
 UNPROVEN_SLOWDOWN_PERMILLE: Final = 2000  # what nobody proved is expected to take twice as long as it says
 SELF_TIMED_SLOWDOWN_PERMILLE: Final = 1500  # real work, but on a clock we do not know
+
+# --- script jobs (protocol/script.py, worker/script.py) ----------------------------------------------------
+SCRIPT_SECONDS_MAX: Final = 24 * 3600  # of metered time: what a machine is rented for in one piece
+SCRIPT_WORDS_MAX: Final = 64  # of a command
+SCRIPT_WORD_CHARS_MAX: Final = 4096
+SCRIPT_INPUTS_MAX: Final = 256  # files; a folder of more is packed first. Each is one mount of its worker
+SCRIPT_INPUT_BYTES_MAX: Final = BLOB_BYTES_MAX  # of all inputs together
+SCRIPT_SPEC_BYTES_MAX: Final = 24 * 1024  # encoded: it travels in one proposal of at most 32 KiB
+SCRIPT_PATH_CHARS_MAX: Final = 255  # the name of one input or output, folders included
+SCRIPT_PATH_DEPTH_MAX: Final = 8
+SCRIPT_MEMORY_BYTES_MIN: Final = 64 * 1024**2  # its supervisor takes 20 MB of it
+SCRIPT_OUTPUT_BYTES_MAX: Final = 4 * 1024**3  # of all outputs: they lie in the worker's memory until it has ended
+SCRIPT_OUTPUTS_MAX: Final = 1024  # files kept
+SCRIPT_ENTRIES_MAX: Final = 16 * SCRIPT_OUTPUTS_MAX  # names looked at below /outputs before the search stops
+SCRIPT_RESULT_BYTES_MAX: Final = 1024**2  # the list of outputs: 1,024 names of 255 letters of 3 bytes
+SCRIPT_SCRATCH_BYTES_MAX: Final = 1024**3  # /scratch, counted as its memory like /outputs
+SCRIPT_LATE_SECONDS_MAX: Final = 1.0  # beyond its time, for the supervisor inside to end it; then the daemon does
+SCRIPT_COLLECT_SECONDS_MAX: Final = 30.0  # for outputs up to 1 GB, and in proportion above; not charged
+SCRIPT_NEWS_SECONDS: Final = 1.0  # what it printed is told to the submitter this often
+SCRIPT_NEWS_CHARS_MAX: Final = 3000  # and so much of it at most, the newest: fits a line of the log
+SCRIPT_BEAT_SECONDS: Final = 10.0  # a silent script's solver says so often that it is there
+SCRIPT_CLOCK_SLACK_PERMILLE: Final = 20  # by which two clocks may differ in how long a script ran, beside 2 s
+SCRIPT_CLOCK_SLACK_NS: Final = 2 * 10**9
+SCRIPT_REPLICAS_MAX: Final = 8

@@ -45,6 +45,7 @@ __all__ = [
 
 Amount = Annotated[int, msgspec.Meta(ge=0, le=params.AMOUNT_MICRO_MAX)]
 Price = Annotated[int, msgspec.Meta(ge=0, le=10**12)]  # micro-credits per giga-operation
+Permille = Annotated[int, msgspec.Meta(ge=0, le=1000)]  # of segments re-executed; 0 for a script: none can be
 Roles = Annotated[int, msgspec.Meta(ge=0, le=7)]
 Share = tuple[PeerKey, Amount]
 Sealed = Annotated[bytes, msgspec.Meta(max_length=2048)]
@@ -64,7 +65,7 @@ class Offer(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, k
     task: Digest
     program: Digest
     data: Digest
-    mode: Literal["exact", "native"]
+    mode: Literal["exact", "native", "script"]
     first_segment: Uint
     last_segment: Uint  # exclusive
     operations: Uint
@@ -73,7 +74,7 @@ class Offer(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, k
     sandbox: Annotated[int, msgspec.Meta(ge=0, le=4)]
     unit_price_max: Price
     budget_micro: Amount
-    check_permille: Annotated[int, msgspec.Meta(ge=1, le=1000)]
+    check_permille: Permille
     lock_micro: Amount
     created_ns: Uint
     expires_ns: Uint
@@ -132,7 +133,7 @@ class Agreement(
     unit_price: Price
     channel_micro: Amount
     lock_micro: Amount
-    check_permille: Annotated[int, msgspec.Meta(ge=1, le=1000)]
+    check_permille: Permille
     submitter_commitment: Digest
     solver_commitment: Digest
     accept_before_ns: Uint

@@ -129,8 +129,8 @@ class TaskSpec(
         return task
 
 
-def task_id(task: TaskSpec) -> bytes:
-    """The id of a task: 32 bytes."""
+def task_id(task: msgspec.Struct) -> bytes:
+    """The id of a task, a TaskSpec or a script's: 32 bytes."""
     return blake("ichiba/task", encode(task))
 
 

@@ -31,7 +31,7 @@ from protocol import params
 from protocol.codec import decode
 from protocol.errors import IchibaError
 from protocol.task import TaskSpec
-from worker import canary, frames, landlock, seccomp
+from worker import canary, frames, landlock, script, seccomp
 
 if TYPE_CHECKING:
     from worker.training import SegmentResult
@@ -263,6 +263,13 @@ def serve(request: frames.Request, descriptors: list[int], mouth: _Mouth, ear: _
     if isinstance(request, frames.Rehearsal):
         own = {"replies": mouth.descriptor, "job": ear.descriptor}
         yield from canary.rehearse(request.attempts, request.decoys | own)
+        yield frames.Done()
+        return
+    if isinstance(request, frames.Script):
+        limit("CPU", request.seconds * (os.cpu_count() or 1) + 10)
+        limit("DATA", request.memory_bytes)
+        yield script.run(request)
+        script.hand_over(request.outputs_bytes_max, mouth.say, mouth.write)
         yield frames.Done()
         return
     try:

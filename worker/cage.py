@@ -36,6 +36,7 @@ from protocol import params
 from protocol.errors import IchibaError, harmless
 from worker.cgroups import Cgroup, CgroupUnavailable
 from worker.frames import SUSPEND, Request, frame
+from worker.room import Room
 from worker.seccomp import Tier, filter_program
 
 __all__ = ["Cage", "CageFailed", "Level", "Log", "find_bubblewrap"]
@@ -192,7 +193,7 @@ class _Plan:
 
 def _plan(
     level: Level, *, tier: Tier, torch: bool, memory_bytes: int, threads: int, job: int, replies: int, info: int,
-    seccomp: int, joins: Sequence[str],
+    seccomp: int, joins: Sequence[str], room: Room | None,
 ) -> _Plan:  # fmt: skip
     """The launcher's orders for `level`. Raises CageFailed if this machine lacks what it takes."""
     namespaces, root = level >= Level.NAMESPACED, os.geteuid() == 0
@@ -206,11 +207,13 @@ def _plan(
         "limits": _limits(memory_bytes, _tasks_max(torch), root) if level >= Level.LIMITS else {},
         "filters": level >= Level.FILTERED,
         "namespaces": namespaces,
-        "readable": [inside if namespaces else str(path) for path, inside in shown],
-        "writable": ["/scratch"] if namespaces else [],
+        "readable": [inside if namespaces else str(path) for path, inside in shown] + (room.readable if room else []),
+        "writable": (["/scratch"] if namespaces else []) + (room.writable if room else []),
         "torch": torch,
         "tier": tier.value if level >= Level.FILTERED else "",
     }
+    if room:
+        boot["limits"]["FSIZE"] = room.file_bytes_max
     script = f"{boot['code']}/{'worker' if namespaces else _HERE.name}/boot.py"
     inner = [interpreter, "-I", "-S", "-B", "-u", script, json.dumps(boot)]
     config: dict[str, Any] = {
@@ -231,7 +234,8 @@ def _plan(
     path, why = find_bubblewrap()
     if path is None:
         raise CageFailed(why.split(";")[0], next_step=why.partition("; ")[2])
-    config["binds"] = [[str(source), inside] for source, inside in shown]
+    config["binds"] = [[str(source), inside] for source, inside in shown] + (room.binds if room else [])
+    scratch_bytes = room.scratch_bytes if room else params.SANDBOX_SCRATCH_BYTES
     links = [w for name in ("lib", "lib64") if os.path.islink("/" + name)
              for w in ("--symlink", os.readlink("/" + name).lstrip("/"), "/" + name)]  # fmt: skip
     config["head"] = [
@@ -240,8 +244,8 @@ def _plan(
     ]  # fmt: skip
     # Without a size a tmpfs takes half the memory, and bubblewrap's / and /dev stay writable unless remounted.
     config["tail"] = [
-        "--dev", "/dev", "--size", str(1 << 20), "--tmpfs", "/dev/shm",
-        "--perms", "0700", "--size", str(params.SANDBOX_SCRATCH_BYTES), "--tmpfs", "/scratch",
+        "--dev", "/dev", "--size", str(scratch_bytes if room else 1 << 20), "--tmpfs", "/dev/shm",
+        "--perms", "0700", "--size", str(scratch_bytes), "--tmpfs", "/scratch", *(room.words if room else ()),
         "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/scratch",
         "--seccomp", str(seccomp), "--info-fd", str(info), "--", *inner,
     ]  # fmt: skip
@@ -312,16 +316,22 @@ class Cage:
         torch: bool = True,
         memory_bytes: int | None = None,
         threads: int = 1,
+        room: Room | None = None,
     ) -> Cage:
         """Start a process confined as `level` asks; it says Ready on its replies when it is warm.
 
         memory_bytes: the cap until a job brings its own; by default the group's cap is SANDBOX_MEMORY_BYTES_MIN
-        and the process's own the machine's memory, for a job can only lower that one. Raises CageFailed; then
-        nothing is left running.
+        and the process's own the machine's memory, for a job can only lower that one. room: a script's, at CONTAINED
+        only. Raises CageFailed; then nothing is left running.
         """
+        if room is not None and level < Level.CONTAINED:
+            raise CageFailed(
+                f"a script's worker is never started at level {level.name}", next_step="run `ichiba doctor`"
+            )
         if level >= Level.FILTERED and platform.machine() != "x86_64":
             raise CageFailed(f"no system-call filter for {platform.machine()}", why="only x86_64 has one")
-        group = _make_group(level, memory_bytes or params.SANDBOX_MEMORY_BYTES_MIN, _tasks_max(torch))
+        cores = room.cores if room else 0
+        group = _make_group(level, memory_bytes or params.SANDBOX_MEMORY_BYTES_MIN, _tasks_max(torch), cores)
         most = memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         pipes = _Pipes()
         try:
@@ -329,6 +339,7 @@ class Cage:
                 plan = _plan(
                     level, tier=tier, torch=torch, memory_bytes=most, threads=threads, job=pipes.job.fileno(),
                     replies=pipes.replies, info=pipes.info, seccomp=seccomp, joins=group.joins if group else (),
+                    room=room,
                 )  # fmt: skip
                 process = subprocess.Popen(  # noqa: ASYNC220  # vfork, a few ms; see the module's words on threads
                     [sys.executable, "-I", "-S", str(_HERE / "launch.py"), json.dumps(plan.config)],
@@ -474,12 +485,12 @@ def _parent_of(number: int) -> int:
     return int(Path(f"/proc/{number}/status").read_text().partition("\nPPid:")[2].split()[0])
 
 
-def _make_group(level: Level, memory_bytes: int, tasks: int) -> Cgroup | None:
+def _make_group(level: Level, memory_bytes: int, tasks: int, cores: int) -> Cgroup | None:
     """A control group: CONTAINED needs one, the levels below take one where they can."""
     if level <= Level.LIMITS:
         return None
     try:
-        return Cgroup.create(memory_bytes=memory_bytes, processes=tasks)
+        return Cgroup.create(memory_bytes=memory_bytes, processes=tasks, cores=cores)
     except CgroupUnavailable as error:
         if level >= Level.CONTAINED:
             raise CageFailed(

@@ -32,6 +32,11 @@ class _Parent:
     version: int
     memory: Path
     pids: Path
+    cpu: Path | None  # None where this user may not share out processor time
+
+    @property
+    def folders(self) -> set[Path]:
+        return {self.memory, self.pids} | ({self.cpu} if self.cpu is not None else set())
 
 
 @dataclass(frozen=True)
@@ -41,18 +46,25 @@ class Cgroup:
     version: int
     memory: Path
     pids: Path
+    cpu: Path | None = None
 
     @classmethod
-    def create(cls, *, memory_bytes: int, processes: int) -> Cgroup:
-        """A new empty group. Raises CgroupUnavailable."""
+    def create(cls, *, memory_bytes: int, processes: int, cores: int = 0) -> Cgroup:
+        """A new empty group. Raises CgroupUnavailable.
+
+        cores: together its processes get no more time than so many cores; 0 for no cap, and none is set where this
+        user may not set it: then a job can make the machine slow, but take nothing from it.
+        """
         parent = _find_parent()
         name = f"ichiba-{os.getpid()}-{uuid.uuid4().hex[:12]}"
-        group = cls(parent.version, parent.memory / name, parent.pids / name)
+        capped = parent.cpu / name if parent.cpu is not None and cores else None
+        group = cls(parent.version, parent.memory / name, parent.pids / name, capped)
         try:
             for folder in group._folders:
                 folder.mkdir()
             group.limit_memory(memory_bytes)
             (group.pids / "pids.max").write_text(str(processes))
+            group._limit_cores(cores)
         except OSError as error:
             group.remove()
             raise CgroupUnavailable(error.errno, f"cannot make a control group: {error.strerror}") from None
@@ -60,7 +72,7 @@ class Cgroup:
 
     @property
     def _folders(self) -> tuple[Path, ...]:
-        return (self.memory,) if self.memory == self.pids else (self.memory, self.pids)
+        return tuple(dict.fromkeys(folder for folder in (self.memory, self.pids, self.cpu) if folder is not None))
 
     @property
     def joins(self) -> tuple[str, ...]:
@@ -80,6 +92,15 @@ class Cgroup:
         for file in files:
             if file == limit or file.exists():  # absent without swap accounting
                 file.write_text(str(memory_bytes))
+
+    def _limit_cores(self, cores: int) -> None:
+        if self.cpu is None:
+            return
+        period = 100_000  # microseconds, the kernel's own default
+        if self.version == 2:
+            (self.cpu / "cpu.max").write_text(f"{cores * period} {period}")
+        else:
+            (self.cpu / "cpu.cfs_quota_us").write_text(str(cores * period))
 
     def oom_kills(self) -> int:
         """How many processes of the group the kernel killed for want of memory."""
@@ -122,7 +143,7 @@ def sweep() -> int:
     except CgroupUnavailable:
         return 0
     swept = 0
-    for folder in {*parent.memory.glob("ichiba-*-*"), *parent.pids.glob("ichiba-*-*")}:
+    for folder in {child for above in parent.folders for child in above.glob("ichiba-*-*")}:
         owner = folder.name.split("-")[1]
         if not owner.isdigit() or Path("/proc", owner).exists():
             continue
@@ -166,12 +187,13 @@ def _find_parent() -> _Parent:
     try:
         folder = _own_folder("")
         if folder is not None and (below := _version_2_parent(folder)) is not None:
-            return _Parent(2, below, below)
-        memory, pids = (_own_folder(controller) for controller in _CONTROLLERS)
+            shared = "cpu" in (below / "cgroup.subtree_control").read_text().split()
+            return _Parent(2, below, below, below if shared else None)
+        memory, pids, cpu = (_own_folder(controller) for controller in (*_CONTROLLERS, "cpu"))
     except (OSError, ValueError) as error:
         raise CgroupUnavailable(0, f"cannot read this process's control groups: {error}") from None
     if memory is not None and pids is not None and os.access(memory, os.W_OK) and os.access(pids, os.W_OK):
-        return _Parent(1, memory, pids)
+        return _Parent(1, memory, pids, cpu if cpu is not None and os.access(cpu, os.W_OK) else None)
     raise CgroupUnavailable(
         0, "this user may not limit memory and processes of a group: no control group is delegated to it"
     )
@@ -209,6 +231,8 @@ def _hand_down(own: Path) -> bool:
         leaf = own / "daemon"
         leaf.mkdir(exist_ok=True)
         (leaf / "cgroup.procs").write_text(str(os.getpid()))
+        with contextlib.suppress(OSError):  # a job can be capped without it, only not in its cores
+            (own / "cgroup.subtree_control").write_text("+cpu")
         (own / "cgroup.subtree_control").write_text("+memory +pids")
     except OSError:
         return False

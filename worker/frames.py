@@ -27,14 +27,17 @@ __all__ = [
     "CheckpointBytes",
     "Conversation",
     "Done",
+    "Exited",
     "Failed",
     "Frames",
+    "Output",
     "Partial",
     "Ready",
     "Rehearsal",
     "Reply",
     "Request",
     "Root",
+    "Script",
     "Segment",
     "Step",
     "Suspended",
@@ -95,7 +98,17 @@ class Rehearsal(_Frame, frozen=True, tag="rehearsal", kw_only=True):
     decoys: dict[str, str | int]
 
 
-Request = Work | Rehearsal
+class Script(_Frame, frozen=True, tag="script", kw_only=True):
+    """One command to run (worker/script.py). environ: what it gets beside the worker's own."""
+
+    command: tuple[str, ...]
+    environ: dict[str, str]
+    seconds: Annotated[int, msgspec.Meta(ge=1, le=params.SCRIPT_SECONDS_MAX)]
+    memory_bytes: Uint
+    outputs_bytes_max: Uint
+
+
+Request = Work | Rehearsal | Script
 
 
 # --- worker to daemon ----------------------------------------------------------------------------------------
@@ -157,6 +170,20 @@ class Attempted(_Frame, frozen=True, tag="attempted"):
     detail: Text
 
 
+class Exited(_Frame, frozen=True, tag="exited"):
+    """A script, and every process it started, has ended. status: its exit status, 128 + n after signal n."""
+
+    timed_out: bool
+    status: Annotated[int, msgspec.Meta(ge=0, le=255)]
+
+
+class Output(_Frame, frozen=True, tag="output"):
+    """One file of /outputs; exactly `size_bytes` raw bytes follow the frame."""
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=params.SCRIPT_PATH_CHARS_MAX)]
+    size_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+
+
 class Failed(_Frame, frozen=True, tag="failed"):
     """The worker gave up. Its words are a stranger's: shown, never acted on."""
 
@@ -169,7 +196,7 @@ class Done(_Frame, frozen=True, tag="done"):
     """All asked for was sent; nothing follows."""
 
 
-Reply = Ready | Step | Segment | Suspended | Root | Attempted | Failed | Done
+Reply = Ready | Step | Segment | Suspended | Root | Attempted | Exited | Output | Failed | Done
 
 
 @dataclass(frozen=True)

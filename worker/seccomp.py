@@ -54,6 +54,8 @@ NUMBERS: Final[dict[str, int]] = {
     "io_uring_setup": 425, "open_tree": 428, "fsopen": 430, "pidfd_open": 434, "clone3": 435, "close_range": 436,
     "pidfd_getfd": 438, "faccessat2": 439, "landlock_create_ruleset": 444, "landlock_add_rule": 445,
     "landlock_restrict_self": 446, "memfd_secret": 447, "futex_waitv": 449,
+    "getitimer": 36, "alarm": 37, "setitimer": 38, "socketpair": 53, "flock": 73, "getxattr": 191, "lgetxattr": 192,
+    "fgetxattr": 193, "listxattr": 194, "llistxattr": 195, "flistxattr": 196,
 }  # fmt: skip
 
 # What a running graph needs: memory, threads, time, reading, and writing to descriptors it already holds.
@@ -72,7 +74,7 @@ _BASE_ONLY: Final = """pwrite64 pwritev fork vfork execve wait4 waitid pipe pipe
 ftruncate rename renameat renameat2 mkdir mkdirat rmdir unlink unlinkat link linkat symlink symlinkat chmod
 fchmodat fsync fdatasync fallocate copy_file_range setsid setpgid setrlimit capget recvmsg sendmsg sendto
 recvfrom shutdown getsockname getpeername getsockopt close_range landlock_create_ruleset landlock_add_rule
-landlock_restrict_self"""
+landlock_restrict_self alarm getitimer setitimer getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr"""
 
 _WRITING: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _NAMESPACES: Final = 0x7E020080  # every CLONE_NEW* flag: NS, CGROUP, UTS, IPC, USER, PID, NET, TIME
@@ -84,6 +86,7 @@ _LOW_32: Final = 0xFFFFFFFF  # the kernel reads an int argument's low half; the 
 _TTY_IOCTLS: Final = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIO(N)CLEX
 _PRCTLS: Final = (15, 16, 22, 38, 39, 0x53564D41)  # SET/GET_NAME, SET_SECCOMP, SET/GET_NO_NEW_PRIVS, SET_VMA
 _FCNTLS: Final = (0, 1, 2, 3, 4, 1030)  # DUPFD GETFD SETFD GETFL SETFL DUPFD_CLOEXEC; no leases, locks or owners
+_LOCKS: Final = (5, 6, 7, 36, 37, 38)  # GETLK SETLK SETLKW and their OFD forms: databases and caches of scripts
 
 _ARCH_X86_64: Final = 0xC000003E
 _X32_BIT: Final = 0x40000000
@@ -134,6 +137,9 @@ def _argument_rules(tier: Tier, only_pid: int | None) -> dict[str, list[list[Con
         # By path only (some bit of its address is set): the inputs are the owner's files, lent as descriptors, and an
         # ordinary owner's worker is their owner too. For the same reason there is no fchmod.
         rules["utimensat"] = [[(1, 1 << bit, 1 << bit)] for bit in range(32)]
+        # sqlite3 locks so; a write lock takes a descriptor open for writing. No flock: that locks the lent inputs.
+        rules["fcntl"] += [[(1, _LOW_32, command)] for command in _LOCKS]
+        rules["socketpair"] = [[(0, _LOW_32, 1)]]  # AF_UNIX, both ends one's own: asyncio and multiprocessing use it
         rules["kill"] = rules["tkill"] = [[]] if only_pid is None else [[(0, _LOW_32, only_pid)]]
     return rules
 
