@@ -24,21 +24,24 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 ADVICE = {
-    "sort": "rank with comparisons, or do it outside the step",
-    "topk": "use amax, or do it outside the step",
-    "argmax": "use amax; for accuracy, evaluate outside the step",
-    "cumsum": "multiply by a triangular matrix of ones",
-    "pow": "write the power as products: x * x",
-    "index": "use F.embedding for rows of a table, gather or slices elsewhere",
-    "index_put": "use torch.where with a mask",
-    "scatter": "use torch.where with a comparison against torch.arange",
+    "median": "sort and take the middle: x.sort(dim).values.select(dim, n // 2)",
+    "unique": "its shape depends on the data; do it outside the step",
+    "nonzero": "its shape depends on the data; use torch.where(mask, x, 0) in place of x[mask]",
+    "pow": "write the power as products, or torch.exp(y * torch.log(x)) where x is positive",
+    "index": "x[mask] has a shape that depends on the data; use torch.where(mask, x, 0)",
+    "index_put": "use torch.where with a mask, or scatter",
+    "scatter": "give it an index of the tensor's shape but for the one dimension, or use torch.where",
     "item": "keep values as tensors: a step has no branch that depends on data",
     "prod": "use the exponential of a sum of logarithms",
+    "cumprod": "use the exponential of a cumsum of logarithms",
+    "remainder": "compute it outside the step and register_buffer the result",
     "_foreach": "return a plain torch.optim optimizer from build()",
     "random": "use torch.rand or nn.Dropout, which become the market's own generator",
     "_fft": "multiply by a matrix of sines and cosines",
-    "max": "use amax, which returns no indices",
+    "_cdist": "expand the square: x.square().sum(1)[:, None] - 2 * x @ y.T + y.square().sum(1)",
+    "upsample": "use F.interpolate(mode='nearest') with a whole scale_factor",
 }
+_LONGEST = sorted(ADVICE, key=len, reverse=True)
 PASS_THROUGH = {
     aten.clone.default, aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.lift.default,
     aten.contiguous.default,
@@ -299,7 +302,7 @@ class _Builder:
     def _refusal(self, node: fx.Node) -> UnsupportedModel:
         name = str(node.target).removeprefix("aten.")
         stem = name.split(".")[0].rstrip("_")
-        advice = next((text for part, text in ADVICE.items() if stem == part or stem.startswith(part + "_")), "")
+        advice = next((ADVICE[part] for part in _LONGEST if stem == part or stem.startswith(part + "_")), "")
         return UnsupportedModel(
             f"operation {name} is not supported ({self.source_of(node) or 'line unknown'})",
             why="it has no exact kernel and no rule for a referee",
@@ -333,6 +336,9 @@ class _Builder:
     ) -> Known:
         alpha = node.kwargs.get("alpha", 1)
         rounding = node.kwargs.get("rounding_mode")
+        if op == "mul.Tensor" and dtype == "bool":
+            sides = [Ref(self.as_value(arg, values, node).number) for arg in node.args]
+            return self.emit("logical_and.default", sides, dtype, shape, source)
         if rounding is not None or dtype == "bool":
             raise self._refusal(node)
         left = self._cast(self.as_value(node.args[0], values, node), dtype, source)

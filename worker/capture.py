@@ -30,7 +30,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from protocol.errors import UnsupportedModel
 from protocol.operations import ITEM_BYTES
 from protocol.program import Init, Input, Program
-from worker import checkpoint, lowering, lowering_images, lowering_indices, lowering_pointwise, lowering_random
+from worker import (
+    checkpoint,
+    lowering,
+    lowering_images,
+    lowering_indices,
+    lowering_pointwise,
+    lowering_random,
+    lowering_sorting,
+)
 from worker.assembly import TRANSLATED, assemble
 from worker.init_rules import record_init
 from worker.optimizers import FunctionalOptimizer, functional
@@ -42,7 +50,9 @@ _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _LOWERINGS = {
     os.path.abspath(module.__file__ or "")
-    for module in (lowering, lowering_images, lowering_indices, lowering_pointwise, lowering_random)
+    for module in (
+        lowering, lowering_images, lowering_indices, lowering_pointwise, lowering_random, lowering_sorting
+    )
 }
 _OWN_FILES = {_OURS + name for name in ("capture.py", "optimizers.py")} | _LOWERINGS
 _SITE = os.path.join(sys.prefix, "lib") + os.sep

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protocol.errors import UnsupportedModel
-
 __all__ = ["LOWERINGS", "lowers"]
 
 aten = torch.ops.aten
@@ -324,22 +322,23 @@ def log_softmax_backward(grad: Tensor, y: Tensor, dim: int, dtype: torch.dtype) 
     return grad - aten.exp.default(y) * total(grad, [dim], True)
 
 
-def _class_weights(weight: Tensor | None) -> None:
-    if weight is not None:
-        raise UnsupportedModel(
-            "class weights in the loss are not supported", next_step="multiply the loss of each example by its weight"
-        )
+def _class_weights(weight: Tensor | None, safe: Tensor, kept: Tensor) -> Tensor:
+    """float32 of the targets' shape: the weight of each target's class, 1 without weights, 0 where it is ignored."""
+    if weight is None:
+        return kept.to(torch.float32)
+    each = aten.embedding.default(weight.view(-1, 1), safe).squeeze(-1)
+    return torch.where(kept, each, torch.zeros(()))
 
 
 @lowers(aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
 def nll_loss(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: int) -> tuple[Tensor, Tensor]:
-    _class_weights(weight)
     dim = 1 if x.dim() > 1 else 0
     kept = target != ignore
-    safe = torch.where(kept, target, torch.zeros_like(target)).unsqueeze(dim)
-    losses = -aten.gather.default(x, dim, safe).squeeze(dim)
-    losses = torch.where(kept, losses, torch.zeros_like(losses))
-    count = total(kept.to(torch.float32), range(target.dim()), False)
+    safe = torch.where(kept, target, torch.zeros_like(target))
+    weights = _class_weights(weight, safe, kept)
+    losses = -aten.gather.default(x, dim, safe.unsqueeze(dim)).squeeze(dim)
+    losses = torch.where(kept, losses if weight is None else losses * weights, torch.zeros_like(losses))
+    count = total(weights, range(target.dim()), False)
     if reduction == 0:
         return losses, count
     summed = total(losses, range(losses.dim()), False)
@@ -350,11 +349,12 @@ def nll_loss(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, i
 def nll_loss_backward(
     grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore: int, count: Tensor
 ) -> Tensor:
-    _class_weights(weight)
     dim = 1 if x.dim() > 1 else 0
     each = -grad / count if reduction == 1 else -grad
     if reduction == 0:
         each = each.unsqueeze(dim)
+    if weight is not None:
+        each = each * weight.view([-1 if axis == dim else 1 for axis in range(x.dim())])
     wanted = target.unsqueeze(dim)
     hit = aten.logical_and.default(_one_hot(wanted, x, dim), wanted != ignore)
     return torch.where(hit, each, torch.zeros_like(each))
@@ -364,4 +364,3 @@ def _one_hot(index: Tensor, like: Tensor, dim: int) -> Tensor:
     """bool of the shape of `like`: where its coordinate along `dim` equals `index` (size 1 along dim)."""
     places = torch.arange(like.shape[dim]).view([-1 if axis == dim else 1 for axis in range(like.dim())])
     return places == index
-

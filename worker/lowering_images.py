@@ -383,9 +383,12 @@ def max_pool_backward(
     return window.back(grads)
 
 
-def _average(x: Tensor, kernel: Any, stride: Any, padding: Any, divisor: int | None) -> tuple[_Window, int]:
-    window = _Window(x, kernel, stride, padding, (1,), 0.0)
-    return window, divisor or len(window.places)
+def _divisor(x: Tensor, window: _Window, count_padding: bool, divisor: int | None) -> Tensor | int:
+    """What the sum over each window is divided by: a number, or float32 of the output's height and width."""
+    if divisor or count_padding or not any(window.padding):
+        return divisor or len(window.places)
+    inside = torch.ones([1, 1, *x.shape[2:]])
+    return total(torch.stack(window.slices(inside)), [0], False)
 
 
 @lowers(aten.avg_pool2d.default)
@@ -399,10 +402,10 @@ def avg_pool(
     divisor: int | None = None,
 ) -> Any:
     _no_ceil(ceil_mode)
-    if x.dim() != 4 or (any(padding) and not count_padding):
+    if x.dim() != 4:
         return NotImplemented
-    window, count = _average(x, kernel, stride, padding, divisor)
-    return total(torch.stack(window.slices(x)), [0], False) / count
+    window = _Window(x, kernel, stride, padding, (1,), 0.0)
+    return total(torch.stack(window.slices(x)), [0], False) / _divisor(x, window, count_padding, divisor)
 
 
 @lowers(aten.avg_pool2d_backward.default)
@@ -417,10 +420,10 @@ def avg_pool_backward(
     divisor: int | None,
 ) -> Any:
     _no_ceil(ceil_mode)
-    if x.dim() != 4 or (any(padding) and not count_padding):
+    if x.dim() != 4:
         return NotImplemented
-    window, count = _average(x, kernel, stride, padding, divisor)
-    return window.back([grad / count] * len(window.places))
+    window = _Window(x, kernel, stride, padding, (1,), 0.0)
+    return window.back([grad / _divisor(x, window, count_padding, divisor)] * len(window.places))
 
 
 def _cells(x: Tensor, out: Sequence[int]) -> list[int]:
@@ -444,3 +447,13 @@ def adaptive_pool_backward(grad: Tensor, x: Tensor) -> Tensor:
     cells = _cells(x, grad.shape[-2:])
     each = (grad / (cells[-3] * cells[-1])).unsqueeze(-1).unsqueeze(-3)
     return each.expand(cells).reshape(x.shape)
+
+
+@lowers(aten.upsample_nearest2d_backward.default)
+def upsample_backward(
+    grad: Tensor, out: Sequence[int], sizes: Sequence[int], rows: float | None = None, columns: float | None = None
+) -> Any:
+    if any(size % source for size, source in zip(out, sizes[2:], strict=True)):
+        return NotImplemented
+    cells = _cells(grad, sizes[2:])
+    return total(grad.reshape(cells), [3, 5], False)

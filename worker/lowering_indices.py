@@ -93,12 +93,17 @@ def topk(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = 
     left = x if largest else -x
     values, indices = [], []
     taken = torch.full((), -math.inf)
+    free: Tensor | None = None  # a place that holds -inf itself must not be taken twice
     for number in range(k):
-        value, index = _chosen(left, axis)
+        value = aten.amax.default(left, [axis], True)
+        hit = left == value
+        index = _first_hit(hit if free is None else aten.logical_and.default(hit, free), axis)
         values.append(value if largest else -value)
         indices.append(index)
         if number + 1 < k:
-            left = torch.where(_places(x, axis) == index, taken, left)
+            here = _places(x, axis) != index
+            free = here if free is None else aten.logical_and.default(free, here)
+            left = torch.where(free, left, taken)
     return torch.cat(values, axis), torch.cat(indices, axis)
 
 
@@ -178,33 +183,6 @@ def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: floa
     rest = [size for place, size in enumerate(x.shape) if place != axis]
     back = added.reshape([x.shape[axis], *rest]).movedim(0, axis)
     return x + (back if alpha == 1 else back * alpha)
-
-
-def _one_index(indices: Sequence[Tensor | None]) -> tuple[int, Tensor] | None:
-    """(dimension, index) if exactly one dimension is indexed by integers."""
-    given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
-    return given[0] if len(given) == 1 and given[0][1].dtype == torch.int64 else None
-
-
-@lowers(aten.index.Tensor)
-def index_tensor(x: Tensor, indices: Sequence[Tensor | None]) -> Any:
-    one = _one_index(indices)
-    return NotImplemented if one is None else _take(x, *one)
-
-
-@lowers(aten.index_put.default)
-def index_put(x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Any:
-    one = _one_index(indices)
-    if one is None or not accumulate:
-        return NotImplemented
-    axis, index = one
-    rest = [size for place, size in enumerate(x.shape) if place != axis]
-    spread = values.expand([*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]])
-    moved = spread.permute(
-        [*range(axis, axis + index.dim()), *range(axis), *range(axis + index.dim(), spread.dim())]
-    ).reshape(index.numel(), -1)
-    added = aten.embedding_dense_backward.default(moved, index.reshape(-1), x.shape[axis], -1, False)
-    return x + added.reshape([x.shape[axis], *rest]).movedim(0, axis)
 
 
 @lowers(aten.flip.default)

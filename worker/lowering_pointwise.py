@@ -6,13 +6,12 @@ Like worker/lowering.py: one function for each ATen overload, float32 unless sai
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from worker.lowering import lowers, scaled
+from worker.lowering import lowers, scaled, total
 
 __all__: list[str] = []
 
@@ -89,26 +88,136 @@ def gelu_backward(grad: Tensor, x: Tensor, *, approximate: str = "none") -> Tens
     return grad * ((tanh + 1) * 0.5 + x * (-(tanh * tanh) + 1) * slope * 0.5)
 
 
+@lowers(aten.elu.default)
+def elu(x: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
+    return torch.where(x > 0, scaled(x, scale), scaled(expm1(scaled(x, input_scale)), alpha * scale))
+
+
+@lowers(aten.elu_backward.default)
+def elu_backward(grad: Tensor, alpha: float, scale: float, input_scale: float, is_result: bool, x: Tensor) -> Tensor:
+    slope = x + alpha * scale if is_result else scaled(aten.exp.default(scaled(x, input_scale)), alpha * scale)
+    return torch.where(x > 0, scaled(grad, scale), scaled(grad, input_scale) * slope)
+
+
+@lowers(aten.hardtanh.default)
+def hardtanh(x: Tensor, low: float = -1, high: float = 1) -> Tensor:
+    return clamp(x, low, high)
+
+
+@lowers(aten.hardtanh_backward.default)
+def hardtanh_backward(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    inside = aten.logical_and.default(x > low, x < high)
+    return torch.where(inside, grad, torch.zeros((), dtype=grad.dtype))
+
+
 # --- arithmetic --------------------------------------------------------------------------------------------
-_POWERS: dict[float, Callable[[Tensor], Tensor]] = {
-    0.5: aten.sqrt.default,
-    -0.5: lambda x: aten.reciprocal.default(aten.sqrt.default(x)),
-    1.5: lambda x: x * aten.sqrt.default(x),
-    -1.0: aten.reciprocal.default,
-    -2.0: lambda x: aten.reciprocal.default(x * x),
-    0.0: torch.ones_like,
-    1.0: lambda x: x.clone(),
-    2.0: lambda x: x * x,
-    3.0: lambda x: x * x * x,
-    4.0: lambda x: (x * x) * (x * x),
-}
+POWER_MAX = 64
+"""Largest whole exponent written as products: at most 12 of them."""
+
+
+def _whole_power(x: Tensor, exponent: int) -> Tensor:
+    result = None
+    while exponent:
+        if exponent & 1:
+            result = x if result is None else result * x
+        exponent >>= 1
+        x = x * x if exponent else x
+    assert result is not None
+    return result
 
 
 @lowers(aten.pow.Tensor_Scalar)
 def power(x: Tensor, exponent: float) -> Any:
-    if float(exponent) not in _POWERS:
+    exponent = float(exponent)
+    if exponent == 0:
+        return torch.ones_like(x)
+    if exponent == 1:
+        return x.clone()
+    if not x.is_floating_point() and not exponent.is_integer():
         return NotImplemented
-    return _POWERS[float(exponent)](x)
+    if exponent < 0:
+        return aten.reciprocal.default(power(x, -exponent)) if x.is_floating_point() else NotImplemented
+    if (2 * exponent).is_integer() and exponent <= POWER_MAX:
+        whole, half = int(exponent), not exponent.is_integer()
+        root = aten.sqrt.default(x) if half else None
+        if root is None or not whole:
+            return _whole_power(x, whole) if root is None else root
+        return _whole_power(x, whole) * root
+    if exponent.is_integer():
+        return NotImplemented
+    return aten.exp.default(aten.log.default(x) * exponent)  # NaN below zero, as it must be
+
+
+@lowers(aten.pow.Scalar)
+def power_of(base: float, exponent: Tensor) -> Any:
+    if base <= 0 or not exponent.is_floating_point():
+        return NotImplemented
+    return aten.exp.default(exponent * math.log(base))
+
+
+@lowers(aten.linalg_vector_norm.default)
+def vector_norm(
+    x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    dims = [dim] if isinstance(dim, int) else list(dim) if dim else list(range(x.dim()))
+    if ord == 2:
+        return aten.sqrt.default(total(x * x, dims, keepdim))
+    if ord == 1:
+        return total(x.abs(), dims, keepdim)
+    return aten.amax.default(x.abs(), dims, keepdim) if ord == math.inf else NotImplemented
+
+
+@lowers(aten.isnan.default)
+def isnan(x: Tensor) -> Tensor:
+    return x != x  # only NaN differs from itself
+
+
+@lowers(aten.isinf.default)
+def isinf(x: Tensor) -> Tensor:
+    return x.abs() == math.inf
+
+
+@lowers(aten.trunc.default)
+def trunc(x: Tensor) -> Tensor:
+    # From 2**23 on every float32 is whole; below, int64 holds it and the conversion cuts the fraction off.
+    small = x.abs() < 2.0**23
+    return torch.where(small, torch.where(small, x, torch.zeros(())).to(torch.int64).to(torch.float32), x)
+
+
+@lowers(aten.floor.default)
+def floor(x: Tensor) -> Tensor:
+    cut = trunc(x)
+    return torch.where(cut > x, cut - 1, cut)
+
+
+@lowers(aten.ceil.default)
+def ceil(x: Tensor) -> Tensor:
+    return -floor(-x)
+
+
+@lowers(aten.log2.default)
+def log2(x: Tensor) -> Tensor:
+    return aten.log.default(x) * (1 / math.log(2))
+
+
+@lowers(aten.log10.default)
+def log10(x: Tensor) -> Tensor:
+    return aten.log.default(x) * (1 / math.log(10))
+
+
+@lowers(aten.exp2.default)
+def exp2(x: Tensor) -> Tensor:
+    return aten.exp.default(x * math.log(2))
+
+
+@lowers(aten.tan.default)
+def tan(x: Tensor) -> Tensor:
+    return aten.sin.default(x) / aten.cos.default(x)
+
+
+@lowers(aten.bitwise_xor.Tensor, aten.logical_xor.default)
+def xor(x: Tensor, y: Tensor) -> Any:
+    return x != y if x.dtype == y.dtype == torch.bool else NotImplemented
 
 
 @lowers(aten.log1p.default)
@@ -162,6 +271,13 @@ def clamp(x: Tensor, low: float | None = None, high: float | None = None) -> Ten
     if low is not None:
         x = aten.maximum.default(x, torch.full((), low, dtype=x.dtype))
     return x if high is None else aten.minimum.default(x, torch.full((), high, dtype=x.dtype))
+
+
+@lowers(aten.clamp.Tensor)
+def clamp_between(x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+    if low is not None:
+        x = aten.maximum.default(x, low)
+    return x if high is None else aten.minimum.default(x, high)
 
 
 @lowers(aten.clamp_min.default)
