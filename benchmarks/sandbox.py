@@ -1,6 +1,6 @@
 """Warm workers: how soon a job starts, how fast its data arrives, how surely it ends. Prints one JSON line last.
 
-    python benchmarks/worker.py [--rounds 9] [--size-mb 256]
+    python benchmarks/sandbox.py [--rounds 9] [--size-mb 256]
 
 start: from `Workshop.run` to the first step told, less the median time of the later steps, so what is left is the
 hand-over, the graph filter, reading the task and program, the first state, and all that only a first step does. The
