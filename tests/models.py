@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from protocol.program import Program
 from worker import exact
 from worker.capture import Captured, Training, capture_built
 from worker.training import drawn
@@ -83,9 +84,9 @@ def batch_of(name: str, step: int) -> dict[str, Tensor]:
     return {"x": x, "y": torch.argmax(rows[:, :classes], 1)}
 
 
-def state_of(name: str) -> dict[str, Tensor]:
+def state_of(program: Program) -> dict[str, Tensor]:
     """The first state: each tensor by its init rule, as a task with the seed _STATE_SEED draws it."""
-    rules = {item.name: item for item in captured(name).program.inputs if item.init is not None}
+    rules = {item.name: item for item in program.inputs if item.init is not None}
     return {item: drawn(rules[item], _STATE_SEED, index) for index, item in enumerate(sorted(rules))}
 
 

@@ -115,9 +115,10 @@ def compute(backend: str, helper: bool) -> dict[str, str]:
     return digests
 
 
-def start(configuration: Configuration) -> subprocess.Popen[str]:
+def environment(configuration: Configuration) -> dict[str, str]:
+    """The variables of a process that computes so."""
     threads = str(configuration.threads)
-    environment = {
+    return {
         **os.environ,
         "ATEN_CPU_CAPABILITY": configuration.capability,
         "OMP_NUM_THREADS": threads,
@@ -126,8 +127,12 @@ def start(configuration: Configuration) -> subprocess.Popen[str]:
         "MKL_CBWR": configuration.mkl or "AUTO",
         "OMP_WAIT_POLICY": "PASSIVE",
     }
-    command = [sys.executable, __file__, configuration.backend, threads, str(int(configuration.helper))]
-    return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def start(configuration: Configuration) -> subprocess.Popen[str]:
+    options = [configuration.backend, str(configuration.threads), str(int(configuration.helper))]
+    command = [sys.executable, __file__, *options]
+    return subprocess.Popen(command, env=environment(configuration), cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, dict[str, str]]:

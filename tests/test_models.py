@@ -76,7 +76,8 @@ def test_the_captured_step_is_the_users_own(name: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_each_model_learns_in_exact_mode(name: str) -> None:
-    executor, state, rate = Executor(models.captured(name).program), models.state_of(name), models.rate_of(name)
+    program = models.captured(name).program
+    executor, state, rate = Executor(program), models.state_of(program), models.rate_of(name)
     losses = []
     for step in range(STEPS):
         state, loss = executor.step(state, models.batch_of(name, step % 4), rate, 1, step)
@@ -85,7 +86,8 @@ def test_each_model_learns_in_exact_mode(name: str) -> None:
 
 
 def test_a_frozen_base_passes_through_untouched_and_its_adapters_train() -> None:
-    executor, first = Executor(models.captured("lora").program), models.state_of("lora")
+    program = models.captured("lora").program
+    executor, first = Executor(program), models.state_of(program)
     state, _ = executor.step(first, models.batch_of("lora", 0), 0.01, 1, 0)
     for name, tensor in first.items():
         if ".base." in name:

@@ -64,11 +64,11 @@ def loss(scores: Tensor, target: Tensor) -> Tensor:
 
 
 def build() -> Training:
-    """Two micro-batches an update, gradients clipped: the usual recipe."""
+    """Model, loss, optimizer and one example batch; gradients are clipped."""
     model = GPT2()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     example = torch.zeros(BATCH, CONTEXT, dtype=torch.int64)
-    return Training(model, loss, optimizer, {"x": example, "y": example.clone()}, accumulate=2, clip_norm=1.0)
+    return Training(model, loss, optimizer, {"x": example, "y": example.clone()}, clip_norm=1.0)
 
 
 def data() -> dict[str, NDArray[np.generic]]:

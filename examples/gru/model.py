@@ -17,7 +17,7 @@ class Counter(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.recurrent = nn.GRU(2, WIDTH, num_layers=2, batch_first=True)
+        self.recurrent = nn.GRU(2, WIDTH, batch_first=True)
         self.head = nn.Linear(WIDTH, 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -39,11 +39,11 @@ def network() -> nn.Module:
 
 
 def build() -> Training:
-    """Only what still wants a gradient goes to the optimizer."""
+    """Only what still wants a gradient goes to the optimizer; each update is made of two micro-batches."""
     model = network()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     example = {"x": torch.zeros(BATCH, INPUTS), "y": torch.zeros(BATCH, 1)}
-    return Training(model, nn.MSELoss(), torch.optim.AdamW(trained, lr=1e-2), example)
+    return Training(model, nn.MSELoss(), torch.optim.AdamW(trained, lr=1e-2), example, accumulate=2)
 
 
 def data() -> dict[str, NDArray[np.generic]]:
