@@ -194,7 +194,6 @@ def test_a_refusal_names_operation_line_and_alternative(function: Function, oper
     with pytest.raises(UnsupportedModel) as refused:
         _capture(model, {"x": torch.randn(LINE), "y": torch.zeros(1)})
     line = function.__code__.co_firstlineno + 1
-    if function is not _counted:  # refused by a function mode, which has no line
-        assert f"test_lowering.py:{line}" in str(refused.value)
+    assert f"test_lowering.py:{line}" in str(refused.value)
     assert operation in refused.value.what
     assert instead in (refused.value.next_step or "")

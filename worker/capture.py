@@ -366,6 +366,11 @@ def _trace(step: _Step, tensors: list[Tensor]) -> fx.GraphModule:
                 # Batch norm writes its running sums; only our form of it says so in a way functionalize sees.
                 table: dict[Any, Callable[..., Any]] = {torch.ops.aten.native_batch_norm.default: lowering.batch_norm}
                 first = make_fx(step, decomposition_table=table)(*tensors)
+        except UnsupportedModel as error:
+            line = _line_of_error(error)
+            if not line:  # about the loss or the batch, not about a line of the model
+                raise
+            raise UnsupportedModel(f"{error.what} ({line})", why=error.why, next_step=error.next_step) from error
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
             raise UnsupportedModel(
                 f"the step cannot be traced: {str(error).splitlines()[0][:200]}",
