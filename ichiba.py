@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from worker.capture import Captured, Training, capture
+    from worker.capture_forward import Evaluation, Generation, Inference
     from worker.optimizers import Lion
 
-__all__ = ["Captured", "Lion", "Training", "capture"]
+__all__ = ["Captured", "Evaluation", "Generation", "Inference", "Lion", "Training", "capture"]
 
 _HOMES = {
     "Captured": "worker.capture",
+    "Evaluation": "worker.capture_forward",
+    "Generation": "worker.capture_forward",
+    "Inference": "worker.capture_forward",
     "Lion": "worker.optimizers",
     "Training": "worker.capture",
     "capture": "worker.capture",

@@ -187,7 +187,8 @@ def get(terminal: Terminal, job_id: str, output: Path | None) -> None:
     """Collect the result of a finished job, with its proof.
 
     Writes weights.safetensors (parameters and buffers), checkpoint.safetensors (the optimizer's state too: a later
-    job can start from it) and proof.json, and checks all three before it says anything.
+    job can start from it) and proof.json, and checks all three before it says anything. A job that evaluates, infers
+    or generates also leaves result.safetensors: its metrics, outputs or tokens, which are shown.
 
     \b
     ichiba job get 3f2a -o result
@@ -227,6 +228,7 @@ def _collect(terminal: Terminal, client: Client, job_id: str, folder: Path) -> N
     import json
     import mmap
 
+    from peer.cli_result import collect_results
     from peer.home import Home
     from protocol import merkle, safetensors
     from protocol.bundle import make_bundle
@@ -251,6 +253,7 @@ def _collect(terminal: Terminal, client: Client, job_id: str, folder: Path) -> N
     kept = {item.name for item in program.inputs_of("parameter", "buffer")}
     weights = safetensors.write({name: array for name, array in tensors.items() if name in kept})
     _write(folder / "weights.safetensors", weights)
+    collect_results(terminal, tensors, folder)
     roots = {name: merkle.tensor_root(array) for name, array in tensors.items()}
     bundle = make_bundle(evidence, network=home.network_file.read_text(), state=roots)
     _write(folder / "proof.json", json.dumps(bundle, indent=1).encode() + b"\n")

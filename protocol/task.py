@@ -36,10 +36,11 @@ class BatchRule(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 
     `windows`: from the one 1-D array, `size` windows of `length`; input "x" gets a[i:i+length], input "y" gets
     a[i+1:i+1+length]. `rows`: `size` row numbers; every batch input gets the rows of the array of its name.
-    Row numbers and window starts come from the generator keyed by (task seed, step), with replacement.
+    Row numbers and window starts come from the generator keyed by (task seed, step), with replacement. `sequence`:
+    as `rows`, with rows step * size to (step + 1) * size - 1, so that a task reads each row once, in order.
     """
 
-    rule: Literal["windows", "rows"]
+    rule: Literal["windows", "rows", "sequence"]
     size: Annotated[int, msgspec.Meta(ge=1, le=2**20)]
     length: Annotated[int, msgspec.Meta(ge=0, le=2**24)]
 
@@ -125,7 +126,15 @@ class TaskSpec(
             if not 1 <= task.batch.length < task.arrays[0].shape[0]:
                 raise MalformedRecord(f"windows of {task.batch.length} from an array of {task.arrays[0].shape[0]}")
         elif len({array.shape[0] for array in task.arrays}) != 1 or not task.arrays[0].shape[0]:
-            raise MalformedRecord("the batch rule `rows` takes arrays of one equal, positive number of rows")
+            raise MalformedRecord(
+                f"the batch rule `{task.batch.rule}` takes arrays of one equal, positive number of rows"
+            )
+        elif task.batch.rule == "sequence" and task.steps * task.batch.size != task.arrays[0].shape[0]:
+            rows = task.arrays[0].shape[0]
+            raise MalformedRecord(
+                f"{task.steps} steps of {task.batch.size} rows do not read {rows} rows once each",
+                next_step="make steps times size the number of rows; leave rows out, or evaluate the rest apart",
+            )
         return task
 
 

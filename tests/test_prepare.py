@@ -19,6 +19,7 @@ from protocol.program import Program, program_id, state_layout
 from protocol.task import TaskSpec
 from worker.job_file import BadJobFile, read_job_file
 from worker.prepare import Prepared, UserCodeFailed, prepare
+from worker.script_file import is_script
 from worker.training import run_segments
 
 NETWORK = bytes(32)
@@ -74,6 +75,8 @@ def job(tmp_path: Path) -> Callable[..., Path]:
 # --- job.toml ----------------------------------------------------------------------------------------------
 def test_the_examples_read() -> None:
     for example in sorted(EXAMPLES.glob("*/job.toml")):
+        if is_script(example):
+            continue  # tests/test_script.py reads it
         read = read_job_file(example)
         assert read.budget_micro
         assert read.unit_price_max == 2000

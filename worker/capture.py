@@ -43,7 +43,7 @@ from worker.assembly import TRANSLATED, assemble
 from worker.init_rules import record_init
 from worker.optimizers import FunctionalOptimizer, functional
 
-__all__ = ["Captured", "Training", "capture", "capture_built"]
+__all__ = ["Captured", "Training", "capture", "capture_built", "source_of", "trace", "traced_lines"]
 
 _GIVEN = Init.of("given")
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
@@ -54,7 +54,7 @@ _LOWERINGS = {
         lowering, lowering_images, lowering_indices, lowering_pointwise, lowering_random, lowering_sorting
     )
 }
-_OWN_FILES = {_OURS + name for name in ("capture.py", "optimizers.py")} | _LOWERINGS
+_OWN_FILES = {_OURS + name for name in ("capture.py", "capture_forward.py", "optimizers.py")} | _LOWERINGS
 _SITE = os.path.join(sys.prefix, "lib") + os.sep
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+)')
 
@@ -94,7 +94,11 @@ class Captured:
 
 def capture_built(build: Callable[[], Any]) -> Captured:
     """`capture` of what `build()` returns (attributes model, loss, optimizer, example), with its init rules."""
+    from worker.capture_forward import FORWARD_KINDS, capture_forward  # which needs this module's trace
+
     built, rules = record_init(build)
+    if type(built) in FORWARD_KINDS:
+        return capture_forward(built, rules=rules)
     for name in ("model", "loss", "optimizer", "example"):
         if not hasattr(built, name):
             raise UnsupportedModel(
@@ -159,9 +163,9 @@ def capture(
 
     names = (list(parameters), list(buffers), list(slots), list(batch))
     step = _Step(model, loss, functional_optimizer, gradients, *names)
-    graph = _trace(step, tensors)
+    graph = trace(step, tensors)
     state_names = [*parameters, *buffers, *slots]
-    program = assemble(graph, inputs, state_names, _source_of)
+    program = assemble(graph, inputs, state_names, source_of)
     return Captured(program, dict(zip(state_names, tensors, strict=False)))
 
 
@@ -207,6 +211,11 @@ class _Gradients:
         norm = torch.sqrt(torch.stack(squares).sum())
         scale = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
         return {name: grad * scale for name, grad in grads.items()}
+
+
+def traced_lines() -> TorchDispatchMode:
+    """Within, each operation that is traced keeps the user's line that called it."""
+    return _Lines()
 
 
 class _Step:
@@ -354,7 +363,8 @@ class _Replay(fx.Interpreter):
         return super().run_node(n)
 
 
-def _trace(step: _Step, tensors: list[Tensor]) -> fx.GraphModule:
+def trace(step: Callable[..., list[Tensor]], tensors: list[Tensor]) -> fx.GraphModule:
+    """`step` of `tensors` as a graph of the allow-list's operations. Raises UnsupportedModel with the user's line."""
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
@@ -387,7 +397,7 @@ def _trace(step: _Step, tensors: list[Tensor]) -> fx.GraphModule:
             with fx_traceback.preserve_node_meta():
                 graph = make_fx(lowered, decomposition_table=_table())(*tensors)
         except UnsupportedModel as error:
-            line = _source_of(replay.at) if replay.at is not None else ""
+            line = source_of(replay.at) if replay.at is not None else ""
             raise UnsupportedModel(
                 f"{error.what} ({line or 'line unknown'})", why=error.why, next_step=error.next_step
             ) from error
@@ -418,7 +428,8 @@ def _user_frame(frames: list[tuple[str, int]]) -> str:
     return ""
 
 
-def _source_of(node: fx.Node) -> str:
+def source_of(node: fx.Node) -> str:
+    """The user's line that `node` came from; empty if it is unknown."""
     return str(node.meta.get("stack_trace") or "")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 from protocol import params
 from protocol.credits import micro_of
@@ -23,14 +23,16 @@ __all__ = ["BadJobFile", "JobFile", "read_job_file"]
 
 _T = TypeVar("_T", str, int)
 _KEYS: Final = (
-    "name", "model", "data", "initial", "mode", "width", "seed", "steps", "steps_per_segment", "budget", "price",
-    "sandbox", "batch", "learning_rate",
+    "kind", "name", "model", "data", "initial", "mode", "width", "seed", "steps", "steps_per_segment", "budget",
+    "price", "sandbox", "batch", "learning_rate",
 )  # fmt: skip
 _SAVED: Final = {
     "model": ", or the .program that captured.save() wrote",
     "data": ", or a file: .npz for arrays by name, anything else as bytes",
 }
 _LEVELS: Final = tuple(name.lower() for name in params.SANDBOX_LEVELS)
+Kind: TypeAlias = Literal["train", "evaluate", "infer", "generate"]
+_KINDS: Final = ("train", "evaluate", "infer", "generate")
 _BATCH_KEYS: Final = ("rule", "size", "length")
 _RATE_KEYS: Final = ("kind", "peak", "floor", "warmup_steps")
 
@@ -52,9 +54,10 @@ class JobFile:
     """
 
     path: Path
+    kind: Kind
     name: str
     model: tuple[Path, str]
-    data: tuple[Path, str]
+    data: tuple[Path, str] | None
     initial: Literal["seed", "model"] | Path
     mode: Literal["exact", "native"]
     width: Literal[8, 15, 22]
@@ -155,19 +158,21 @@ def read_job_file(path: Path) -> JobFile:
     width = top.integer("width", 8, 22, default=15)
     if width not in (8, 15, 22):
         raise BadJobFile(f"width is {width}, it must be 8, 15 or 22 bits", next_step="width = 15")
+    kind = top.choice("kind", _KINDS, default="train")
     return JobFile(
         path=path,
+        kind=kind,
         name=top.take("name", str, default=folder.name)[:256] or "job",
         model=_model(folder, top.take("model", str, default="model.py:build")),
-        data=_data(folder, top.take("data", str, default="model.py:data")),
+        data=None if kind == "generate" else _data(folder, top.take("data", str, default="model.py:data")),
         initial=_initial(folder, top.take("initial", str, default="seed")),
         mode=top.choice("mode", ("exact", "native"), default="exact"),
         width=width,  # type: ignore[arg-type]
         seed=top.integer("seed", 0, 2**63 - 1, default=0),
         steps=steps,
         steps_per_segment=per_segment,
-        batch=_batch(top.table("batch", _BATCH_KEYS)),
-        schedule=_schedule(top.table("learning_rate", _RATE_KEYS), steps),
+        batch=_batch_of(kind, top),
+        schedule=_schedule_of(kind, top, steps),
         budget_micro=_money(top, "budget"),
         unit_price_max=_money(top, "price"),
         sandbox=_LEVELS.index(top.choice("sandbox", _LEVELS[2:], default=_LEVELS[2])),
@@ -210,10 +215,35 @@ def _inside(folder: Path, name: str, key: str) -> Path:
     return path
 
 
+def _refuse_table(key: str, kind: Kind, top: _Table, why: str) -> None:
+    if key in top.raw:
+        raise BadJobFile(f"[{key}] in {top.where}, whose kind is {kind}", why=why, next_step=f"remove [{key}]")
+
+
+def _batch_of(kind: Kind, top: _Table) -> BatchRule:
+    if kind == "generate":
+        _refuse_table("batch", kind, top, "it reads no data but the prompt, which build() gives")
+        return BatchRule("rows", 1, 0)
+    rule = _batch(top.table("batch", _BATCH_KEYS))
+    if kind in ("evaluate", "infer") and rule.rule != "sequence":
+        raise BadJobFile(
+            f"the rule {rule.rule!r} in [batch] of a job of the kind {kind}", why="it would not read each row once",
+            next_step='rule = "sequence"',
+        )  # fmt: skip
+    return rule
+
+
+def _schedule_of(kind: Kind, top: _Table, steps: int) -> Schedule:
+    if kind != "train":
+        _refuse_table("learning_rate", kind, top, "it trains nothing")
+        return Schedule("constant", 0, 0, 0)
+    return _schedule(top.table("learning_rate", _RATE_KEYS), steps)
+
+
 def _batch(table: _Table) -> BatchRule:
-    rule = table.choice("rule", ("windows", "rows"))
+    rule = table.choice("rule", ("windows", "rows", "sequence"))
     size = table.integer("size", 1, 2**20)
-    if rule == "rows" and "length" in table.raw:
+    if rule != "windows" and "length" in table.raw:
         raise BadJobFile("length in [batch] belongs to the rule `windows`", next_step="remove it")
     return BatchRule(rule, size, table.integer("length", 1, 2**24) if rule == "windows" else 0)
 

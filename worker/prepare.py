@@ -13,7 +13,7 @@ import traceback
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, Literal
@@ -26,9 +26,10 @@ from protocol import params, safetensors
 from protocol.codec import encode
 from protocol.errors import IchibaError, MalformedRecord, RemoteProtocolError, UnsupportedModel
 from protocol.program import Program, operations_per_step, peak_bytes, program_id, state_layout
-from protocol.task import ArrayRef, Initial, TaskSpec
+from protocol.task import ArrayRef, BatchRule, Initial, TaskSpec
 from worker import checkpoint
 from worker.capture import Captured, capture_built
+from worker.capture_forward import FORWARD_KINDS, PROMPT, Generation, prompts_of, steps_of
 from worker.executor import DTYPES, Diverged, Executor
 from worker.job_file import BadJobFile, JobFile, read_job_file
 from worker.training import Batches, check_task, initial_state, rate_of
@@ -106,10 +107,15 @@ def prepare(job_toml: Path, network: bytes, progress: Callable[[str], None] = la
     """
     job = read_job_file(job_toml)
     with _importable(job.path.resolve().parent):
+        progress("capturing one step")
+        prompts: list[torch.Tensor] = []
+        captured = _capture(job, prompts)
         progress("running the data function")
-        arrays = _arrays(job)
-        progress("capturing one training step")
-        captured = _capture(job)
+        if prompts:
+            job = replace(job, batch=BatchRule("sequence", prompts[0].shape[0] // job.steps, 0))
+            arrays: tuple[PreparedArray, ...] = (_array(PROMPT, prompts[0]),)
+        else:
+            arrays = _arrays(job)
     program = captured.program.to_bytes()
     progress("computing the first state")
     base = _base(job, captured)
@@ -247,7 +253,8 @@ def _call(place: tuple[Path, str], key: str) -> Callable[[], Any]:
     return function
 
 
-def _capture(job: JobFile) -> Captured:
+def _capture(job: JobFile, prompts: list[torch.Tensor]) -> Captured:
+    """The captured step; the data of a generation goes into `prompts`, for only build() has it."""
     file, name = job.model
     if not name:
         return _saved(job, file)
@@ -255,7 +262,22 @@ def _capture(job: JobFile) -> Captured:
 
     def built() -> Any:
         with _users(f"{name}()", file):
-            return build()
+            found = build()
+        kind = FORWARD_KINDS.get(type(found), "train")
+        if kind != job.kind:
+            raise BadJobFile(
+                f'{name}() in {file.name} returned a job of the kind {kind}, {job.path.name} says {job.kind}',
+                next_step=f'kind = "{kind}"',
+            )
+        steps = steps_of(found, job.batch.size)
+        if steps is not None and steps != job.steps:
+            raise BadJobFile(
+                f"steps is {job.steps}, what {name}() in {file.name} returned takes {steps}",
+                next_step=f"steps = {steps}",
+            )
+        if isinstance(found, Generation):
+            prompts.append(prompts_of(found))
+        return found
 
     return capture_built(built)
 
@@ -280,6 +302,7 @@ def _saved(job: JobFile, file: Path) -> Captured:
 
 # --- data --------------------------------------------------------------------------------------------------
 def _arrays(job: JobFile) -> tuple[PreparedArray, ...]:
+    assert job.data is not None, "a job without data never comes here"
     file, name = job.data
     if not name:
         return _npz(file) if file.suffix == ".npz" else (_array("text", file.read_bytes()),)

@@ -139,7 +139,10 @@ class Batches:
             cut = {"x": text[places], "y": text[places + 1]}
         else:
             count = next(iter(arrays.values())).shape[0]
-            rows = philox.integers(drawn_with, step, BATCH_STREAM, rule.size, count)
+            if rule.rule == "sequence":
+                rows = np.arange(step * rule.size, (step + 1) * rule.size)
+            else:
+                rows = philox.integers(drawn_with, step, BATCH_STREAM, rule.size, count)
             cut = {name: array[rows] for name, array in arrays.items()}
         return {
             item.name: torch.from_numpy(np.ascontiguousarray(cut[item.name].astype(item.dtype)))

@@ -1,0 +1,217 @@
+"""Evaluation, inference and generation: run by segments in exact mode, and compared with plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+import ichiba
+from peer.cli_result import metrics_of, text_of
+from protocol.errors import UnsupportedModel
+from protocol.program import Program, program_id
+from tests.models import EXAMPLES
+from worker import checkpoint
+from worker.capture_forward import capture_forward
+from worker.executor import Executor
+from worker.job_file import BadJobFile, read_job_file
+from worker.prepare import Prepared, prepare
+from worker.training import initial_state, run_segments
+
+NETWORK = bytes(32)
+
+
+def run(prepared: Prepared) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The first and the last state of a prepared job, every segment started from the bytes of the one before."""
+    names = {array.name: bytes(32) for array in prepared.arrays}
+    base_id = bytes(32) if prepared.base else b""
+    task = prepared.make_task(program=program_id(prepared.program), arrays=names, base=base_id)
+    arrays = {array.name: array.data for array in prepared.arrays}
+    program, base = Program.from_bytes(prepared.program), prepared.base
+    first = initial_state(task, program, base)
+    roots = []
+    for segment in range(task.segments):
+        (result,) = run_segments(
+            task=task, program=program, arrays=arrays, base=base, segments=range(segment, segment + 1)
+        )
+        base = result.checkpoint
+        roots.append(result.out_root)
+    assert len(set(roots)) == len(roots)
+    return first, checkpoint.load(base or b"")
+
+
+def weights_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if not name.startswith("result.")}
+
+
+def test_an_evaluation_is_the_mean_over_every_row_read_once() -> None:
+    prepared = prepare(EXAMPLES / "evaluate", NETWORK)
+    first, last = run(prepared)
+    layers = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
+    layers.load_state_dict(weights_of(first))
+    arrays = {array.name: np.frombuffer(array.data, array.dtype).reshape(array.shape) for array in prepared.arrays}
+    with torch.no_grad():
+        scores = layers(torch.from_numpy(arrays["x"].copy()))
+    target = torch.from_numpy(arrays["y"].astype(np.int64))
+    results = {name.removeprefix("result."): t.numpy() for name, t in last.items() if name.startswith("result.")}
+    found = metrics_of(results)
+    assert list(found) == ["loss", "accuracy"]
+    assert found["loss"] == pytest.approx(float(F.cross_entropy(scores, target)), rel=1e-3)
+    assert found["accuracy"] == pytest.approx(float((scores.argmax(1) == target).float().mean()), abs=2e-3)
+    for name, tensor in weights_of(first).items():
+        assert torch.equal(last[name], tensor), "an evaluation changed a weight"
+
+
+def test_an_inference_gives_each_rows_output_in_order_in_evaluation_mode() -> None:
+    prepared = prepare(EXAMPLES / "infer", NETWORK)
+    first, last = run(prepared)
+    layers = (nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3))
+    model = nn.Sequential(*layers).eval()
+    model.load_state_dict(weights_of(first))
+    x = torch.from_numpy(np.frombuffer(prepared.arrays[0].data, np.float32).reshape(300, 1, 8, 8).copy())
+    with torch.no_grad():
+        torch.testing.assert_close(last["result.output"], model(x), rtol=1e-3, atol=2e-3)
+
+
+class Counting(nn.Module):
+    """Scores whose best symbol is the last one plus one: what greedy decoding writes is known."""
+
+    def __init__(self, symbols: int = 7) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.eye(symbols).roll(1, 1) * 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.embedding(x, self.table)
+
+
+def generated(**options: Any) -> list[dict[str, Tensor]]:
+    """The state before and after each step of a generation."""
+    prompt = torch.tensor([[1, 2], [6, 5]])
+    captured = capture_forward(ichiba.Generation(Counting(), prompt, 6, **options))
+    states = [captured.initial_state]
+    executor = Executor(captured.program, "exact")
+    for step in range(6):
+        states.append(executor.step(states[-1], {"prompt": prompt}, 0.0, 3, step)[0])
+    return states
+
+
+def test_greedy_decoding_takes_the_best_symbol_each_time() -> None:
+    tokens = generated(temperature=0.0)[-1]["result.tokens"].tolist()
+    assert tokens == [[1, 2, 3, 4, 5, 6, 0, 1], [6, 5, 6, 0, 1, 2, 3, 4]]
+
+
+def test_sampling_is_seeded_stays_within_the_best_and_keeps_what_it_wrote() -> None:
+    states = generated(temperature=1.5, top_k=2)
+    again = generated(temperature=1.5, top_k=2)[-1]["result.tokens"]
+    last = states[-1]["result.tokens"]
+    assert torch.equal(last, again)
+    for number, state in enumerate(states):
+        assert number == 0 or torch.equal(state["result.tokens"][:, : 2 + number], last[:, : 2 + number])
+        assert int(state["result.position"]) == 2 + number
+
+
+def test_only_the_best_are_drawn_when_top_k_says_so() -> None:
+    class Ranked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores = nn.Parameter(torch.arange(5.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scores.expand(x.shape[0], x.shape[1], 5)
+
+    prompt = torch.zeros((200, 1), dtype=torch.int64)
+    captured = capture_forward(ichiba.Generation(Ranked(), prompt, 1, temperature=9.0, top_k=2))
+    state, _ = Executor(captured.program, "exact").step(captured.initial_state, {"prompt": prompt}, 0.0, 1, 0)
+    assert set(state["result.tokens"][:, 1].tolist()) == {3, 4}
+
+
+def test_the_symbols_drawn_have_the_chances_of_the_softmax() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores = nn.Parameter(torch.log(torch.tensor([0.1, 0.2, 0.7])))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scores.expand(x.shape[0], x.shape[1], 3)
+
+    prompt = torch.zeros((2000, 1), dtype=torch.int64)
+    captured = capture_forward(ichiba.Generation(Fixed(), prompt, 1))
+    state, loss = Executor(captured.program, "exact").step(captured.initial_state, {"prompt": prompt}, 0.0, 11, 0)
+    shares = torch.bincount(state["result.tokens"][:, 1], minlength=3) / 2000
+    torch.testing.assert_close(shares, torch.tensor([0.1, 0.2, 0.7]), atol=0.03, rtol=0)
+    assert loss == pytest.approx(0.8018, abs=0.06)  # the entropy in nats
+
+
+def test_the_generation_example_is_a_job_that_starts_from_its_prompt() -> None:
+    prepared = prepare(EXAMPLES / "generate", NETWORK)
+    assert [(array.name, array.shape) for array in prepared.arrays] == [("prompt", (80, 14))]
+    assert (prepared.job.steps, prepared.job.batch.rule, prepared.job.batch.size) == (40, "sequence", 2)
+    assert prepared.parameters == 1_075_200
+
+
+REFUSED: dict[str, tuple[str, tuple[str, str], str]] = {
+    "rows at random": ("evaluate", ('"sequence"', '"rows"'), "each row once"),
+    "a learning rate": ("infer", ("[batch]", "[learning_rate]\npeak = 0.1\n[batch]"), "trains nothing"),
+    "a batch to generate": ("generate", ("price = 2000", 'price = 2000\n[batch]\nrule = "rows"\nsize = 1'), "prompt"),
+    "a kind from nowhere": ("infer", ('"infer"', '"inferr"'), "did you mean 'infer'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_job_file_that_does_not_fit_its_kind_is_refused(name: str, tmp_path: Path) -> None:
+    folder, (old, new), said = REFUSED[name]
+    text = (EXAMPLES / folder / "job.toml").read_text()
+    assert old in text
+    (tmp_path / "job.toml").write_text(text.replace(old, new))
+    (tmp_path / "model.py").write_text((EXAMPLES / folder / "model.py").read_text())
+    with pytest.raises(BadJobFile, match=said):
+        read_job_file(tmp_path)
+
+
+MISMATCHED: dict[str, tuple[str, tuple[str, str], str]] = {
+    "another kind than build() returns": ("evaluate", ('"evaluate"', '"infer"'), 'kind = "evaluate"'),
+    "too few steps": ("infer", ("steps = 15", "steps = 14"), "steps = 15"),
+    "rows left over": ("evaluate", ("steps = 40", "steps = 39"), "number of rows"),
+    "tokens without steps": ("generate", ("steps = 40 ", "steps = 41 "), "steps = 40"),
+}
+
+
+@pytest.mark.parametrize("name", MISMATCHED)
+def test_what_build_returns_and_the_job_file_must_agree(name: str, tmp_path: Path) -> None:
+    folder, (old, new), said = MISMATCHED[name]
+    text = (EXAMPLES / folder / "job.toml").read_text()
+    assert old in text
+    (tmp_path / "job.toml").write_text(text.replace(old, new))
+    (tmp_path / "model.py").write_text((EXAMPLES / folder / "model.py").read_text())
+    with pytest.raises(BadJobFile) as refused:
+        prepare(tmp_path, NETWORK)
+    assert said in f"{refused.value} {refused.value.next_step}"
+
+
+ONE = torch.zeros((1, 1), dtype=torch.int64)
+PAIR = {"x": torch.zeros(3, 2), "y": torch.zeros(3, 2)}
+BAD: dict[str, Callable[[], Any]] = {
+    "prompt is": lambda: ichiba.Generation(Counting(), torch.zeros(3), 2),
+    "tokens=0": lambda: ichiba.Generation(Counting(), ONE, 0),
+    "top_k is 0": lambda: ichiba.Generation(Counting(), ONE, 1, top_k=0),
+    "rows is 0": lambda: ichiba.Inference(nn.Linear(2, 2), {"x": torch.zeros(1, 2)}, 0),
+    "not one number": lambda: ichiba.Evaluation(nn.Linear(2, 2), F.mse_loss, PAIR, {"all": lambda o, y: o}),
+}
+
+
+@pytest.mark.parametrize("said", BAD)
+def test_what_means_nothing_is_refused(said: str) -> None:
+    with pytest.raises(UnsupportedModel, match=said):
+        capture_forward(BAD[said]())
+
+
+def test_results_are_shown_harmlessly() -> None:
+    assert text_of(np.array([[72, 105, 27, 10, 33]])) == ["Hi\N{REPLACEMENT CHARACTER}\n!"]
+    assert text_of(np.array([[72, 300]])) == []
+    assert metrics_of({"output": np.zeros(3)}) == {}
