@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peer.cli_output import Terminal, ago, common, credits_of, short_id
+from peer.cli_proof import proof
 from protocol.errors import IchibaError
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ def job() -> None:
 
     A JOB is named by its id or any unambiguous beginning of it.
     """
+
+
+job.add_command(proof)
 
 
 @job.command()
@@ -187,8 +191,8 @@ def get(terminal: Terminal, job_id: str, output: Path | None) -> None:
     """Collect the result of a finished job, with its proof.
 
     Writes weights.safetensors (parameters and buffers), checkpoint.safetensors (the optimizer's state too: a later
-    job can start from it) and proof.json, and checks all three before it says anything. A job that evaluates, infers
-    or generates also leaves result.safetensors: its metrics, outputs or tokens, which are shown.
+    job can start from either), model.program and proof.json, and checks all before it says anything. A job that
+    evaluates, infers or generates also leaves result.safetensors: its metrics, outputs or tokens, which are shown.
 
     \b
     ichiba job get 3f2a -o result
@@ -224,7 +228,7 @@ def _plain(name: str) -> str:
 
 
 def _collect(terminal: Terminal, client: Client, job_id: str, folder: Path) -> None:
-    """Write the three files. The weights come out of the checkpoint, so one root vouches for both."""
+    """Write the files. The weights come out of the checkpoint, so one root vouches for both."""
     import json
     import mmap
 
@@ -238,14 +242,11 @@ def _collect(terminal: Terminal, client: Client, job_id: str, folder: Path) -> N
     home = Home(terminal.data_dir)
     evidence = client.bundle(job_id)
     task = TaskSpec.from_bytes(bytes.fromhex(evidence["task"]), network=home.network().id)
-    checkpoint, graph = folder / "checkpoint.safetensors", folder / "program.part"
+    checkpoint, graph = folder / "checkpoint.safetensors", folder / "model.program"
     with terminal.moving("checkpoint") as moved:
         client.get_blob(bytes.fromhex(evidence["checkpoint"]), checkpoint, moved)
-    try:
-        client.get_blob(task.program, graph)
-        program = Program.from_bytes(graph.read_bytes())
-    finally:
-        graph.unlink(missing_ok=True)
+    client.get_blob(task.program, graph)
+    program = Program.from_bytes(graph.read_bytes())
     # Mapped, not read: a checkpoint may be larger than the memory.
     with checkpoint.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

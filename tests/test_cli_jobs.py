@@ -268,7 +268,8 @@ def test_get_writes_checked_weights_and_a_proof_that_verifies_without_the_daemon
     told = ichiba(home, "job", "get", JOB, "-o", str(out))
     assert told.exit_code == 0, told.output
     assert "bit for bit" in told.stdout
-    assert {path.name for path in out.iterdir()} == {"checkpoint.safetensors", "proof.json", "weights.safetensors"}
+    written = {"checkpoint.safetensors", "model.program", "proof.json", "weights.safetensors"}
+    assert {path.name for path in out.iterdir()} == written
     assert sorted(load_file(out / "weights.safetensors")) == ["bias", "weight"]
     finished.soon(finished.stop)
     told = ichiba(home, "receipts", "verify", str(out))

@@ -54,7 +54,7 @@ def test_an_evaluation_is_the_mean_over_every_row_read_once() -> None:
     prepared = prepare(EXAMPLES / "evaluate", NETWORK)
     first, last = run(prepared)
     layers = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
-    layers.load_state_dict(weights_of(first))
+    layers.load_state_dict({name.removeprefix("layers."): tensor for name, tensor in weights_of(first).items()})
     arrays = {array.name: np.frombuffer(array.data, array.dtype).reshape(array.shape) for array in prepared.arrays}
     with torch.no_grad():
         scores = layers(torch.from_numpy(arrays["x"].copy()))

@@ -1,7 +1,7 @@
 """An evaluation of the spirals classifier (examples/mlp): mean loss and accuracy over its 2,000 points, each read once.
 
 Its weights come from a training job: `ichiba job get JOB -o trained`, then `initial = "trained/weights.safetensors"` in
-job.toml. As it stands here the weights are those that build() makes.
+job.toml, and afterwards `ichiba job proof evaluated trained`. As it stands here the weights are drawn from the seed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,16 @@ from ichiba import Evaluation
 BATCH = 50
 
 
-def network() -> nn.Module:
-    """float32 (batch, 2) in, scores (batch, 2) out."""
-    return nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
+class Spirals(nn.Module):
+    """The model of examples/mlp, under the same names: float32 (batch, 2) in, scores (batch, 2) out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float32 (batch, 2)."""
+        return self.layers(x)
 
 
 def accuracy(scores: Tensor, target: Tensor) -> Tensor:
@@ -29,7 +36,7 @@ def accuracy(scores: Tensor, target: Tensor) -> Tensor:
 def build() -> Evaluation:
     """Model, loss, one example batch, and the metrics by name."""
     example = {"x": torch.zeros(BATCH, 2), "y": torch.zeros(BATCH, dtype=torch.int64)}
-    return Evaluation(network(), nn.CrossEntropyLoss(), example, {"accuracy": accuracy})
+    return Evaluation(Spirals(), nn.CrossEntropyLoss(), example, {"accuracy": accuracy})
 
 
 def data() -> dict[str, NDArray[np.generic]]:
