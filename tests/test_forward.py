@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import ichiba
 from peer.cli_result import metrics_of, text_of
 from protocol.errors import UnsupportedModel
-from protocol.program import Program, program_id
+from protocol.program import NODE_STREAM, Program, program_id
 from tests.models import EXAMPLES
-from worker import checkpoint
+from worker import checkpoint, exact
 from worker.capture_forward import capture_forward
 from worker.executor import Executor
 from worker.job_file import BadJobFile, read_job_file
@@ -146,6 +146,24 @@ def test_the_symbols_drawn_have_the_chances_of_the_softmax() -> None:
     shares = torch.bincount(state["result.tokens"][:, 1], minlength=3) / 2000
     torch.testing.assert_close(shares, torch.tensor([0.1, 0.2, 0.7]), atol=0.03, rtol=0)
     assert loss == pytest.approx(0.8018, abs=0.06)  # the entropy in nats
+
+
+def test_the_largest_number_the_generator_gives_does_not_choose_a_symbol_by_itself() -> None:
+    class Sure(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores = nn.Parameter(F.one_hot(torch.tensor(0), 64) * 60.0)  # no finite noise makes up for 60
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scores.expand(x.shape[0], x.shape[1], 64)
+
+    seed, place = 332, 2244  # where it first gives 1 - 2**-24 within 64 x 64 draws
+    assert float(exact.uniform(seed, 0, NODE_STREAM, (64 * 64,))[place]) == 1 - 2**-24
+    prompt = torch.zeros((64, 1), dtype=torch.int64)
+    for top_k in (None, 8):
+        captured = capture_forward(ichiba.Generation(Sure(), prompt, 1, top_k=top_k))
+        state, _ = Executor(captured.program, "exact").step(captured.initial_state, {"prompt": prompt}, 0.0, seed, 0)
+        assert not state["result.tokens"].any()
 
 
 def test_the_generation_example_is_a_job_that_starts_from_its_prompt() -> None:

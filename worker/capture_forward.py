@@ -26,7 +26,7 @@ __all__ = ["FORWARD_KINDS", "Evaluation", "Generation", "Inference", "capture_fo
 RESULT = "result."
 PROMPT = "prompt"  # the batch input of a generation: the same rows at every step
 _GIVEN, _ZERO = Init.of("given"), Init.of("constant", 0.0)
-_UNIFORM_STEP = 2.0**-25  # half the generator's step: keeps a draw above 0, whose logarithm is infinite
+_UNIFORM_MIN = 2.0**-25  # half the generator's step: stands for a draw of 0, whose logarithm is infinite
 _TOP_K_MAX = 32
 
 
@@ -162,7 +162,10 @@ class _Generate(_Forward):
             if self.top_k is not None:
                 least = torch.topk(wanted, self.top_k, dim=1).values[:, -1:]
                 wanted = torch.where(wanted < least, torch.full((), -math.inf), wanted)
-            wanted = wanted - torch.log(-torch.log(torch.rand(wanted.shape) + _UNIFORM_STEP))
+            uniform = torch.rand(wanted.shape)
+            # Not added to every draw: the largest, 1 - 2**-24, would round to 1, and its noise would be infinite.
+            uniform = torch.where(uniform == 0, torch.full_like(uniform, _UNIFORM_MIN), uniform)
+            wanted = wanted - torch.log(-torch.log(uniform))
         chosen = torch.argmax(wanted, dim=1, keepdim=True)
         here = places == position
         chance = torch.gather(torch.log_softmax(scores, dim=1), 1, chosen)
