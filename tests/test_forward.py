@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import ichiba
 from peer.cli_result import metrics_of, text_of
+from protocol import merkle
 from protocol.errors import UnsupportedModel
 from protocol.program import NODE_STREAM, Program, program_id
 from tests.models import EXAMPLES
 from worker import checkpoint, exact
 from worker.capture_forward import capture_forward
-from worker.executor import Executor
+from worker.executor import Diverged, Executor
 from worker.job_file import BadJobFile, read_job_file
 from worker.prepare import Prepared, prepare
 from worker.training import initial_state, run_segments
@@ -77,6 +79,33 @@ def test_an_inference_gives_each_rows_output_in_order_in_evaluation_mode() -> No
     x = torch.from_numpy(np.frombuffer(prepared.arrays[0].data, np.float32).reshape(300, 1, 8, 8).copy())
     with torch.no_grad():
         torch.testing.assert_close(last["result.output"], model(x), rtol=1e-3, atol=2e-3)
+
+
+def test_weights_handed_on_are_hashed_and_looked_through_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[tuple[int, ...]] = []
+
+    def counted(array: NDArray[Any]) -> bytes:
+        hashed.append(array.shape)
+        return tensor_root(array)
+
+    tensor_root = merkle.tensor_root
+    monkeypatch.setattr(merkle, "tensor_root", counted)
+    captured = capture_forward(ichiba.Inference(nn.Linear(5, 2), {"x": torch.zeros(3, 5)}, 9))
+    executor, state, roots = Executor(captured.program), captured.initial_state, checkpoint.Roots()
+    found = [roots.of(state)]
+    for step in range(3):
+        after, _ = executor.step(state, {"x": torch.ones(3, 5)}, 0.0, 1, step)
+        assert after["weight"] is state["weight"]
+        state = after
+        found.append(roots.of(state))
+    assert hashed.count((2, 5)) == 1
+    assert hashed.count((9, 2)) == 4
+    assert found[-1] == checkpoint.state_root(state)
+    other = {**state, "weight": state["weight"].clone()}
+    assert roots.of(other) == found[-1], "another tensor of the same bits has the same root"
+    for _ in range(2):  # what is no number is found in weights too, however often it is handed on
+        with pytest.raises(Diverged):
+            executor.step({**state, "weight": torch.full((2, 5), torch.nan)}, {"x": torch.ones(3, 5)}, 0.0, 1, 4)
 
 
 class Counting(nn.Module):

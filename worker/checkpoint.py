@@ -14,7 +14,7 @@ from torch import Tensor
 from protocol import merkle, safetensors
 from protocol.safetensors import Layout
 
-__all__ = ["dump", "layout_of", "load", "state_root"]
+__all__ = ["Roots", "dump", "layout_of", "load", "state_root"]
 
 
 def dump(state: Mapping[str, Tensor]) -> bytes:
@@ -39,3 +39,24 @@ def layout_of(state: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ..
 def state_root(state: Mapping[str, Tensor]) -> bytes:
     """The root that binds every bit of `state`: 32 bytes."""
     return merkle.state_root({name: tensor.detach().cpu().numpy() for name, tensor in state.items()})
+
+
+class Roots:
+    """Roots of the states of one run: a tensor that steps hand on untouched, as frozen weights are, is hashed once.
+
+    It is known again by being the same object under the same name; nothing of ours changes a tensor in place.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Tensor, bytes]] = {}
+
+    def of(self, state: Mapping[str, Tensor]) -> bytes:
+        """The root of `state`: 32 bytes. Keeps its tensors alive until the next call."""
+        found: dict[str, tuple[Tensor, bytes]] = {}
+        for name, tensor in state.items():
+            known = self._known.get(name)
+            if known is None or known[0] is not tensor:
+                known = (tensor, merkle.tensor_root(tensor.detach().cpu().numpy()))
+            found[name] = known
+        self._known = found
+        return merkle.state_root_of({name: root for name, (_, root) in found.items()})

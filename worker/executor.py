@@ -92,6 +92,7 @@ class Executor:
             kernels = native_kernels(self.device)
         torch.set_flush_denormal(False)
         self._plan = self._planned(kernels)
+        self._finite: dict[str, Tensor] = {}  # state that a step handed on untouched, and that was looked at
         self._constants = [
             torch.from_numpy(np.frombuffer(constant.data, constant.dtype).copy())
             .reshape(constant.shape)
@@ -154,10 +155,13 @@ class Executor:
         for update in self.program.updates:
             tensor = values[update.value]
             assert tensor is not None
-            if tensor.is_floating_point() and tensor.numel():
+            known = tensor is self._finite.get(update.name)
+            if tensor.is_floating_point() and tensor.numel() and not known:
                 low, high = torch.aminmax(tensor)
                 if not bool(torch.isfinite(low) & torch.isfinite(high)):
                     raise Diverged(step, update.name)
+                if update.value < len(self.program.inputs):
+                    self._finite[update.name] = tensor
             new[update.name] = tensor
         loss = values[self.program.loss]
         assert loss is not None

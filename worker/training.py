@@ -284,9 +284,10 @@ def _run(
     batches = Batches(task, program, arrays)
     executor = Executor(program, task.mode, width=task.width, threads=threads)
     state = _start(task, program, base, segments, partial)
+    roots = checkpoint.Roots()
     root: bytes | None = None  # no step needs it, so a job starts sooner when it is taken after the first ones
     if partial is not None:
-        root = checkpoint.state_root(state)
+        root = roots.of(state)
         if root != partial.root:
             raise VerificationFailed("the suspended state is not the one that was kept", why="the file was damaged")
     for segment in segments:
@@ -300,7 +301,7 @@ def _run(
             if cheats.is_stale(cheat, segment):
                 break
             if stop is not None and stop():
-                raise Suspended(segment, step, in_root or checkpoint.state_root(start_state), checkpoint.dump(state))
+                raise Suspended(segment, step, in_root or roots.of(start_state), checkpoint.dump(state))
             batch = batches.of(step, seed=cheats.batch_seed(cheat, segment, task.seed))
             try:
                 state, loss = executor.step(state, batch, rate_of(task, step), task.seed, step)
@@ -310,8 +311,8 @@ def _run(
             losses.append(loss)
             on_step(step, loss)
         last = steps.stop if diverged is None else diverged
-        in_root = in_root or checkpoint.state_root(start_state)
-        root = checkpoint.state_root(state) if state is not start_state else root or in_root
+        in_root = in_root or roots.of(start_state)
+        root = roots.of(state) if state is not start_state else root or in_root
         missing = last - begun - len(losses)  # only a fraud leaves steps out: it repeats the loss it had
         losses.extend([losses[-1] if losses else 0.0] * missing)
         done = last - steps.start
