@@ -257,7 +257,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "benchmark": "worker",
+                "benchmark": "sandbox",
                 "machine": {"processor": processor(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)},
                 **found,
                 "tensors_in_mb_s": {kind: summary(values, 0) for kind, values in rates.items()},
