@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from peer.cli_output import Terminal, common, short_id
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from protocol.program import Input
+
 __all__ = ["proof"]
+
+
+def _drawn(item: Input, seed: int, number: int) -> NDArray[Any]:
+    """A weight that only the later job has, as its solver drew it. Loads torch."""
+    from worker.training import drawn
+
+    found: NDArray[Any] = drawn(item, seed, number).numpy()
+    return found
 
 
 @click.command()
@@ -42,7 +56,7 @@ def proof(terminal: Terminal, results: tuple[Path, ...]) -> None:
             program = folder / "model.program"
             if not program.is_file():
                 raise NotFound(f"no model.program in {folder}", next_step=f"ichiba job get {name} -o {folder}")
-            taken = verify_stack(report, program.read_bytes(), reports[number + 1])
+            taken = verify_stack(report, program.read_bytes(), reports[number + 1], _drawn)
         start = f"seed {report.seed}" if report.seeded else "weights whose origin is not proved here"
         if taken is not None:
             start = f"{taken} tensors of the job below, bit for bit"

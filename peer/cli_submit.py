@@ -51,7 +51,7 @@ def submit(
         from peer.cli_script import offer_script
         from worker.script_file import ScriptFile, is_script, read_script_file
 
-        prepared = None if is_script(job) else _prepare(terminal, job, network)
+        prepared = None if is_script(job) else _prepare(terminal, client, job, network)
         terms = read_script_file(job) if prepared is None else prepared.job
         budget_micro = budget if budget is not None else terms.budget_micro
         unit_price_max = price if price is not None else terms.unit_price_max
@@ -97,12 +97,13 @@ def _follow_all(
     click.get_current_context().exit(max([follow(terminal, client, made, timeout=timeout) for made in jobs]))
 
 
-def _prepare(terminal: Terminal, job: Path, network: bytes) -> Prepared:
+def _prepare(terminal: Terminal, client: Client, job: Path, network: bytes) -> Prepared:
     """Capture the job, with its stages on stderr."""
+    from peer.cli_stack import stacking
     from worker.job_file import read_job_file
 
     read_job_file(job)  # a mistake in it is told before seconds of importing torch
-    with terminal.progress() as live:
+    with stacking(terminal, client) as below, terminal.progress() as live:
         bar = live.add_task("loading torch", total=None, note="") if live is not None else None
 
         def stage(text: str) -> None:
@@ -111,12 +112,18 @@ def _prepare(terminal: Terminal, job: Path, network: bytes) -> Prepared:
 
         from worker.prepare import prepare
 
-        prepared = prepare(job, network, stage)
+        prepared = prepare(job, network, stage, below)
     loss = f", first loss {prepared.first_loss:.4f}" if prepared.first_loss is not None else ""
     terminal.note(
         f"{prepared.job.name}: {prepared.parameters:,} parameters, {prepared.nodes} nodes, "
         f"{prepared.operations / 1e9:.1f} giga-operations, {size_of(prepared.memory_bytes)} of memory{loss}"
     )
+    if prepared.stack is not None:
+        fresh = ", ".join(prepared.stack.fresh)[:200]
+        terminal.note(
+            f"{len(prepared.stack.taken)} weights are those the job below ended with"
+            + (f"; drawn from the seed: {fresh}" if fresh else "")
+        )
     return prepared
 
 
@@ -157,7 +164,7 @@ def quote(terminal: Terminal, job: Path | None, operations: int | None, price: i
     sandbox = 2  # FILTERED, what any graph needs
     with terminal.client() as client:
         if job is not None:
-            prepared = _prepare(terminal, job, bytes.fromhex(client.status()["network_id"]))
+            prepared = _prepare(terminal, client, job, bytes.fromhex(client.status()["network_id"]))
             operations, memory, sandbox = prepared.operations, prepared.memory_bytes, prepared.job.sandbox
             price = price if price is not None else prepared.job.unit_price_max
         assert operations is not None

@@ -19,7 +19,7 @@ from protocol.credits import micro_of
 from protocol.errors import IchibaError
 from protocol.task import BatchRule, Schedule
 
-__all__ = ["BadJobFile", "JobFile", "read_job_file"]
+__all__ = ["BadJobFile", "JobFile", "SettledJob", "read_job_file"]
 
 _T = TypeVar("_T", str, int)
 _KEYS: Final = (
@@ -45,12 +45,20 @@ class BadJobFile(IchibaError):
 
 
 @dataclass(frozen=True)
+class SettledJob:
+    """The finished job that another is stacked on: the beginning of its id, or the folder `ichiba job get` wrote."""
+
+    job: str
+    folder: Path | None
+
+
+@dataclass(frozen=True)
 class JobFile:
     """A checked job.toml. budget_micro and unit_price_max are None if the file leaves them to the command line.
 
-    initial: "seed", "model", or the path of a checkpoint. model: (file, function), or (file, "") for a saved
-    capture; data: (file, function), or (file, "") for a .npz of arrays or a file whose bytes are the data. Paths are
-    absolute. sandbox: the level a solver must have, 2 to 4.
+    initial: "seed", "model", the path of a checkpoint, or what the job is stacked on. model: (file, function), or
+    (file, "") for a saved capture; data: (file, function), or (file, "") for a .npz of arrays or a file whose bytes are
+    the data. Paths are absolute. sandbox: the level a solver must have, 2 to 4.
     """
 
     path: Path
@@ -58,7 +66,7 @@ class JobFile:
     name: str
     model: tuple[Path, str]
     data: tuple[Path, str] | None
-    initial: Literal["seed", "model"] | Path
+    initial: Literal["seed", "model"] | Path | SettledJob
     mode: Literal["exact", "native"]
     width: Literal[8, 15, 22]
     seed: int
@@ -198,12 +206,21 @@ def _data(folder: Path, text: str) -> tuple[Path, str]:
     return _inside(folder, text, "data"), ""
 
 
-def _initial(folder: Path, text: str) -> Literal["seed", "model"] | Path:
+def _initial(folder: Path, text: str) -> Literal["seed", "model"] | Path | SettledJob:
     if text in ("seed", "model"):
         return text  # type: ignore[return-value]
+    if text.startswith("job:"):
+        name = text.removeprefix("job:").strip().lower()
+        if not 1 <= len(name) <= 64 or set(name) - set("0123456789abcdef"):
+            raise BadJobFile(f"initial is {text!r}", next_step='"job:" and an id, or its beginning, of `ichiba job ls`')
+        return SettledJob(name, None)
+    if (folder / text / "proof.json").is_file():
+        return SettledJob("", folder / text)
     if not text.endswith(".safetensors"):
         raise BadJobFile(
-            f"initial is {text!r}", next_step='one of "seed", "model", or the path of a .safetensors checkpoint'
+            f"initial is {text!r}",
+            next_step='one of "seed", "model", the path of a .safetensors checkpoint, "job:" and the id of a finished '
+            "job, or the folder that `ichiba job get` wrote of one",
         )
     return _inside(folder, text, "initial")
 

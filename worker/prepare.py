@@ -31,7 +31,8 @@ from worker import checkpoint
 from worker.capture import Captured, capture_built
 from worker.capture_forward import FORWARD_KINDS, PROMPT, Generation, prompts_of, steps_of
 from worker.executor import DTYPES, Diverged, Executor
-from worker.job_file import BadJobFile, JobFile, read_job_file
+from worker.job_file import BadJobFile, JobFile, SettledJob, read_job_file
+from worker.stacking import Stack, stacked
 from worker.training import Batches, check_task, initial_state, rate_of
 
 __all__ = ["Prepared", "PreparedArray", "UserCodeFailed", "prepare"]
@@ -67,6 +68,7 @@ class Prepared:
     program: its canonical bytes. base: the checkpoint it starts from, None for a seeded start. base_root: the state
     root before step 0, 32 bytes. checkpoint_bytes: the exact size of every checkpoint. memory_bytes: what a solver
     must have. operations: of the whole job. first_loss: of a trial step, None if the step is too large to try.
+    stack: of a job that stands on another, what it took over from there.
     """
 
     job: JobFile
@@ -82,6 +84,7 @@ class Prepared:
     nodes: int
     parameters: int
     first_loss: float | None
+    stack: Stack | None
 
     def make_task(self, *, program: bytes, arrays: Mapping[str, bytes], base: bytes = b"") -> TaskSpec:
         """The task, from the blob id of the program, of each array by name, and of the base if there is one."""
@@ -99,11 +102,17 @@ class Prepared:
 _SEEDED: Final = Initial("seed", bytes(32), bytes(32))
 
 
-def prepare(job_toml: Path, network: bytes, progress: Callable[[str], None] = lambda stage: None) -> Prepared:
+def prepare(
+    job_toml: Path,
+    network: bytes,
+    progress: Callable[[str], None] = lambda stage: None,
+    settled: Callable[[SettledJob], Path] | None = None,
+) -> Prepared:
     """Read job.toml, run the user's build() and data(), capture the step, and check that it all fits together.
 
-    network: id, 32 bytes. progress: told what is going on, in words. Raises BadJobFile, UserCodeFailed,
-    UnsupportedModel (with the operation and the user's line).
+    network: id, 32 bytes. progress: told what is going on, in words. settled: finds the last checkpoint of the job
+    that this one is stacked on, and checks its proof. Raises BadJobFile, UserCodeFailed, UnsupportedModel (with the
+    operation and the user's line).
     """
     job = read_job_file(job_toml)
     with _importable(job.path.resolve().parent):
@@ -118,11 +127,10 @@ def prepare(job_toml: Path, network: bytes, progress: Callable[[str], None] = la
             arrays = _arrays(job)
     program = captured.program.to_bytes()
     progress("computing the first state")
-    base = _base(job, captured)
+    stack = _stack(job, captured.program, settled)
+    base = checkpoint.dump(stack.state) if stack is not None else _base(job, captured)
     operations = operations_per_step(captured.program)
-    base_root = bytes(32)
-    if base is not None:
-        base_root = checkpoint.state_root(checkpoint.load(base))
+    base_root = checkpoint.state_root(checkpoint.load(base)) if base is not None else bytes(32)
     task = _task(
         job,
         network,
@@ -161,6 +169,7 @@ def prepare(job_toml: Path, network: bytes, progress: Callable[[str], None] = la
         nodes=len(captured.program.nodes),
         parameters=sum(int(np.prod(item.shape)) for item in captured.program.inputs_of("parameter")),
         first_loss=first_loss,
+        stack=stack,
     )
 
 
@@ -351,6 +360,14 @@ def _array(name: str, value: Any) -> PreparedArray:
 
 
 # --- where it starts ---------------------------------------------------------------------------------------
+def _stack(job: JobFile, program: Program, settled: Callable[[SettledJob], Path] | None) -> Stack | None:
+    """The first state of a job that stands on another; None of any other job. Raises BadJobFile."""
+    if not isinstance(job.initial, SettledJob):
+        return None
+    assert settled is not None, "who prepares stacked jobs looks up what they stand on"
+    return stacked(settled(job.initial), program, job.seed)
+
+
 def _base(job: JobFile, captured: Captured) -> bytes | None:
     """The checkpoint the job starts from; None if it starts from its seed. Raises BadJobFile."""
     if job.initial == "seed":
