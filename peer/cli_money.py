@@ -145,8 +145,8 @@ def verify(terminal: Terminal, path: Path, network_file: Path | None) -> None:
     """Check the proof in PATH and the weights next to it.
 
     PATH is a proof.json, or the directory `ichiba job get` wrote. Needs no daemon and asks nobody: it checks every
-    signature, the chain of receipts, the draw, the verdicts and the amounts, and that weights.safetensors and
-    checkpoint.safetensors, where they lie beside it, are what the proof ends in.
+    signature, the chain of receipts, the draw, the verdicts and the amounts, and that weights.safetensors,
+    checkpoint.safetensors and result.safetensors, where they lie beside it, are what the proof ends in.
 
     \b
     ichiba receipts verify char-gpt-3f2a
@@ -168,6 +168,7 @@ def check_proof(proof: Path, network_id: bytes) -> tuple[BundleReport, list[str]
     """
     import msgspec
 
+    from peer.cli_result import RESULT_PREFIX
     from protocol import params
     from protocol.bundle import verify_bundle, verify_checkpoint, verify_outputs, verify_weights
     from protocol.errors import NotFound, VerificationFailed
@@ -187,7 +188,8 @@ def check_proof(proof: Path, network_id: bytes) -> tuple[BundleReport, list[str]
         with _Mapped(result) as data:
             count = verify_outputs(report, data)
         files.append(f"{result.name}: its {count} output(s) are those both parties signed for")
-    checkpoint, weights = proof.with_name("checkpoint.safetensors"), proof.with_name("weights.safetensors")
+    names = ("checkpoint.safetensors", "weights.safetensors", "result.safetensors")
+    checkpoint, weights, results = (proof.with_name(name) for name in names)
     if checkpoint.exists():
         with _Mapped(checkpoint) as data:
             verify_checkpoint(report, data)
@@ -196,6 +198,10 @@ def check_proof(proof: Path, network_id: bytes) -> tuple[BundleReport, list[str]
         with _Mapped(weights) as data:
             count = verify_weights(report, data)
         files.append(f"{weights.name}: all {count} tensors are those of that state, bit for bit")
+    if results.exists():
+        with _Mapped(results) as data:
+            count = verify_weights(report, data, prefix=RESULT_PREFIX)
+        files.append(f"{results.name}: all {count} tensors are results of that state, bit for bit")
     return report, files
 
 

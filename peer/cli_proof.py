@@ -57,6 +57,7 @@ def proof(terminal: Terminal, results: tuple[Path, ...]) -> None:
             if not program.is_file():
                 raise NotFound(f"no model.program in {folder}", next_step=f"ichiba job get {name} -o {folder}")
             taken = verify_stack(report, program.read_bytes(), reports[number + 1], _drawn)
+        open_questions = report.not_proved(origin_known=taken is not None)
         start = f"seed {report.seed}" if report.seeded else "weights whose origin is not proved here"
         if taken is not None:
             start = f"{taken} tensors of the job below, bit for bit"
@@ -66,10 +67,10 @@ def proof(terminal: Terminal, results: tuple[Path, ...]) -> None:
                 "job": report.job.hex(), "name": report.name, "base_root": report.base_root.hex(),
                 "final_root": report.final_root.hex(), "segments": report.segments, "solvers": solvers,
                 "segments_checked": list(report.segments_checked), "checked_permille": report.checked_permille,
-                "tensors_taken": taken, "seeded": report.seeded, "not_proved": report.not_proved(),
+                "tensors_taken": taken, "seeded": report.seeded, "not_proved": open_questions,
             },
         )  # fmt: skip
         terminal.say(line)
         terminal.say(f"  starts from {start}")
-        for sentence in report.not_proved():
+        for sentence in open_questions:
             terminal.say(f"  not proved  {sentence}")

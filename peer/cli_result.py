@@ -14,9 +14,10 @@ from peer.cli_output import Terminal
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["collect_results", "metrics_of", "text_of"]
+__all__ = ["RESULT_PREFIX", "collect_results", "metrics_of", "text_of"]
 
-_PREFIX = "result."
+RESULT_PREFIX = "result."
+"""Of the tensors in a last state that are results (worker/capture_forward.py); in result.safetensors it is left out."""
 _TEXT_ROWS_MAX, _TEXT_CHARS_MAX = 8, 2000  # shown of a generation; all of it is in the file
 
 
@@ -41,7 +42,8 @@ def collect_results(terminal: Terminal, tensors: Mapping[str, NDArray[Any]], fol
     """Write `result.safetensors` and say what is in it. Nothing for a job that trained."""
     from protocol import safetensors
 
-    results = {name.removeprefix(_PREFIX): array for name, array in tensors.items() if name.startswith(_PREFIX)}
+    whole = {name: array for name, array in tensors.items() if name.startswith(RESULT_PREFIX)}
+    results = {name.removeprefix(RESULT_PREFIX): array for name, array in whole.items()}
     if not results:
         return
     (folder / "result.safetensors").write_bytes(safetensors.write(results))

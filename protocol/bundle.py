@@ -127,8 +127,8 @@ class BundleReport:
         ]
         return lines
 
-    def not_proved(self) -> list[str]:
-        """What the evidence leaves open, in sentences."""
+    def not_proved(self, *, origin_known: bool = False) -> list[str]:
+        """What the evidence leaves open, in sentences. origin_known: the origin of the first state is proved apart."""
         if self.script:
             return [f"that the outputs are what the script gives ({ASSURANCE})", "how long it really ran"]
         lines = []
@@ -142,6 +142,11 @@ class BundleReport:
             lines.append(f"the job is not finished: {self.segments_done} of {self.segments} segments count")
         if self.seeded and 0 not in self.segments_checked and self.deals:
             lines.append(f"that seed {self.seed} gives state {self.base_root.hex()[:12]}: no checker ran segment 0")
+        if not self.seeded and not origin_known and self.deals:
+            lines.append(
+                f"where state {self.base_root.hex()[:12]} comes from: its submitter brought it; "
+                "`ichiba job proof` follows it to the job it is the end of"
+            )
         unchecked_micro = sum(deal.paid_micro for deal in self.deals if not deal.verified and deal.closed == "claimed")
         if unchecked_micro:
             lines.append(
@@ -313,17 +318,19 @@ def verify_outputs(report: BundleReport, data: bytes | memoryview) -> int:
     return len(result.files)
 
 
-def verify_weights(report: BundleReport, data: bytes | memoryview) -> int:
+def verify_weights(report: BundleReport, data: bytes | memoryview, *, prefix: str = "") -> int:
     """Raise VerificationFailed unless each tensor of `data` (safetensors) is that of the proved final state.
 
-    Returns how many there are. Needs the tensor roots that the bundle carries in `state`.
+    prefix: what stands before their names there. Returns how many there are. Needs the tensor roots that the bundle
+    carries in `state`.
     """
-    tensors = _tensors(data, "weights")
+    noun = "result" if prefix else "weights"
+    tensors = _tensors(data, noun)
     for name, array in tensors.items():
-        if name not in report.state:
-            raise Refused("weights", f"tensor {name[:80]!r} is not in the proved final state")
-        if merkle.tensor_root(array) != report.state[name]:
-            raise Refused("weights", f"tensor {name[:80]!r} is not the proved one")
+        if prefix + name not in report.state:
+            raise Refused(noun, f"tensor {name[:80]!r} is not in the proved final state")
+        if merkle.tensor_root(array) != report.state[prefix + name]:
+            raise Refused(noun, f"tensor {name[:80]!r} is not the proved one")
     return len(tensors)
 
 

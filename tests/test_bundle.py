@@ -432,3 +432,25 @@ def test_the_weights_must_be_tensors_of_the_proved_state(report: BundleReport) -
         with pytest.raises(Refused) as told:
             verify_weights(report, safetensors.write(wrong))
         assert told.value.check == "weights"
+
+
+def test_results_are_checked_under_the_names_they_have_in_the_state(report: BundleReport) -> None:
+    results = {"result.loss": np.array(2.5, dtype=np.float32), "result.rows": np.array(7, dtype=np.int64)}
+    roots = {name: merkle.tensor_root(array) for name, array in results.items()}
+    report = replace(report, state={**report.state, **roots})
+    loss = results["result.loss"]
+    assert verify_weights(report, safetensors.write({"loss": loss}), prefix="result.") == 1
+    for wrong in ({"loss": loss + 1}, {"rows": loss}, {"layer.weight": STATE["layer.weight"]}):
+        with pytest.raises(Refused) as told:
+            verify_weights(report, safetensors.write(wrong), prefix="result.")
+        assert told.value.check == "result"
+
+
+def test_weights_that_were_brought_along_leave_their_origin_open(report: BundleReport) -> None:
+    def origin(of: BundleReport, **options: bool) -> bool:
+        return any("comes from: its submitter brought it" in line for line in of.not_proved(**options))
+
+    assert report.seeded
+    assert not origin(report)
+    assert origin(replace(report, seeded=False))
+    assert not origin(replace(report, seeded=False), origin_known=True)
