@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from protocol.errors import UnsupportedModel
 from protocol.operations import ITEM_BYTES
-from protocol.program import Init, Input, Program
+from protocol.program import STATE_ROLES, Init, Input, Program
 from worker import (
     checkpoint,
     lowering,
@@ -43,7 +43,7 @@ from worker.assembly import TRANSLATED, assemble
 from worker.init_rules import record_init
 from worker.optimizers import FunctionalOptimizer, functional
 
-__all__ = ["Captured", "Training", "capture", "capture_built", "source_of", "trace", "traced_lines"]
+__all__ = ["Captured", "StepInputs", "Training", "capture", "capture_built", "traced_lines"]
 
 _GIVEN = Init.of("given")
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
@@ -136,37 +136,51 @@ def capture(
     buffers = dict(model.named_buffers())
     functional_optimizer = functional(optimizer, {id(p): name for name, p in parameters.items()})
     slots = functional_optimizer.initial(parameters)
-    inputs: list[Input] = []
-    tensors: list[Tensor] = []
+    inputs = StepInputs()
+    for name, tensor in parameters.items():
+        inputs.add(name, "parameter" if tensor.requires_grad else "buffer", tensor, rules(tensor) or _GIVEN)
+    for name, tensor in buffers.items():
+        inputs.add(name, "buffer", tensor, rules(tensor) or _GIVEN)
+    for name, (tensor, init) in slots.items():
+        inputs.add(name, "optimizer", tensor, init)
+    inputs.finish(batch, float(optimizer.param_groups[0]["lr"]))
+    names = (list(parameters), list(buffers), list(slots), list(batch))
+    step = _Step(model, loss, functional_optimizer, gradients, *names)
+    return inputs.captured(step)
 
-    def add(name: str, role: Any, tensor: Tensor, init: Init | None) -> None:
+
+class StepInputs:
+    """What a step takes, in order: the state, then the batch, the learning rate and the step key."""
+
+    def __init__(self) -> None:
+        self.inputs: list[Input] = []
+        self.tensors: list[Tensor] = []
+
+    def add(self, name: str, role: Any, tensor: Tensor, init: Init | None) -> None:
+        """One input. Raises UnsupportedModel for a dtype that no Program has."""
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in ITEM_BYTES:
             raise UnsupportedModel(f"{role} {name} is {dtype}", next_step="convert it to float32 or int64")
-        inputs.append(Input(name, role, dtype, tuple(tensor.shape), init))  # type: ignore[arg-type]
-        tensors.append(tensor.detach().clone())
+        self.inputs.append(Input(name, role, dtype, tuple(tensor.shape), init))  # type: ignore[arg-type]
+        self.tensors.append(tensor.detach().clone())
 
-    for name, tensor in parameters.items():
-        add(name, "parameter" if tensor.requires_grad else "buffer", tensor, rules(tensor) or _GIVEN)
-    for name, tensor in buffers.items():
-        add(name, "buffer", tensor, rules(tensor) or _GIVEN)
-    for name, (tensor, init) in slots.items():
-        add(name, "optimizer", tensor, init)
-    for name, tensor in batch.items():
-        if name in parameters or name in buffers:
-            raise UnsupportedModel(
-                f"{name} names both a tensor of the model and one of the batch", next_step="rename the batch's"
-            )
-        add(name, "batch", tensor, None)
-    add("ichiba.learning_rate", "learning_rate", torch.tensor(float(optimizer.param_groups[0]["lr"])), None)
-    add("ichiba.step_key", "step_key", torch.zeros(2, dtype=torch.int64), None)
+    def finish(self, batch: Mapping[str, Tensor], rate: float) -> None:
+        """The inputs that are no state. Raises UnsupportedModel if one has the name of a state tensor."""
+        known = {item.name for item in self.inputs}
+        for name, tensor in batch.items():
+            if name in known:
+                raise UnsupportedModel(
+                    f"{name} names both a tensor of the model and one of the batch", next_step="rename the batch's"
+                )
+            self.add(name, "batch", tensor, None)
+        self.add("ichiba.learning_rate", "learning_rate", torch.tensor(rate), None)
+        self.add("ichiba.step_key", "step_key", torch.zeros(2, dtype=torch.int64), None)
 
-    names = (list(parameters), list(buffers), list(slots), list(batch))
-    step = _Step(model, loss, functional_optimizer, gradients, *names)
-    graph = trace(step, tensors)
-    state_names = [*parameters, *buffers, *slots]
-    program = assemble(graph, inputs, state_names, source_of)
-    return Captured(program, dict(zip(state_names, tensors, strict=False)))
+    def captured(self, step: Callable[..., list[Tensor]]) -> Captured:
+        """`step`, which gives the new state in the order it was added and then the loss, as a Program."""
+        state = [item.name for item in self.inputs if item.role in STATE_ROLES]
+        program = assemble(_trace(step, self.tensors), self.inputs, state, _source_of)
+        return Captured(program, dict(zip(state, self.tensors, strict=False)))
 
 
 @dataclass(frozen=True)
@@ -363,8 +377,7 @@ class _Replay(fx.Interpreter):
         return super().run_node(n)
 
 
-def trace(step: Callable[..., list[Tensor]], tensors: list[Tensor]) -> fx.GraphModule:
-    """`step` of `tensors` as a graph of the allow-list's operations. Raises UnsupportedModel with the user's line."""
+def _trace(step: Callable[..., list[Tensor]], tensors: list[Tensor]) -> fx.GraphModule:
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
@@ -397,7 +410,7 @@ def trace(step: Callable[..., list[Tensor]], tensors: list[Tensor]) -> fx.GraphM
             with fx_traceback.preserve_node_meta():
                 graph = make_fx(lowered, decomposition_table=_table())(*tensors)
         except UnsupportedModel as error:
-            line = source_of(replay.at) if replay.at is not None else ""
+            line = _source_of(replay.at) if replay.at is not None else ""
             raise UnsupportedModel(
                 f"{error.what} ({line or 'line unknown'})", why=error.why, next_step=error.next_step
             ) from error
@@ -428,8 +441,7 @@ def _user_frame(frames: list[tuple[str, int]]) -> str:
     return ""
 
 
-def source_of(node: fx.Node) -> str:
-    """The user's line that `node` came from; empty if it is unknown."""
+def _source_of(node: fx.Node) -> str:
     return str(node.meta.get("stack_trace") or "")
 
 

@@ -8,6 +8,7 @@ and the last checkpoint is the result. The model runs in evaluation mode.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from protocol.errors import UnsupportedModel
-from protocol.program import Init, Input
-from worker.assembly import assemble
-from worker.capture import Captured, source_of, trace, traced_lines
+from protocol.program import Init
+from worker.capture import Captured, StepInputs, traced_lines
 
 __all__ = ["FORWARD_KINDS", "Evaluation", "Generation", "Inference", "capture_forward", "prompts_of", "steps_of"]
 
@@ -43,6 +43,10 @@ class Evaluation:
     loss: Callable[..., Tensor]
     example: Mapping[str, Tensor]
     metrics: Mapping[str, Callable[..., Tensor]] | None = None
+
+    def measures(self) -> dict[str, Callable[..., Tensor]]:
+        """The loss and the metrics, by name."""
+        return {"loss": self.loss, **(self.metrics or {})}
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,11 @@ FORWARD_KINDS: dict[type, str] = {Evaluation: "evaluate", Inference: "infer", Ge
 State = dict[str, Tensor]
 
 
-class _Forward:
+class _Forward(ABC):
     """The step as a function of flat tensors: weights, results, batch, learning rate (unused), step key."""
 
-    def __init__(self, model: nn.Module, weights: list[str], results: list[str], batch: list[str]) -> None:
-        self.model, self.weights, self.results, self.batch = model, weights, results, batch
+    def __init__(self, built: Any, weights: list[str], results: list[str], batch: list[str]) -> None:
+        self.built, self.weights, self.results, self.batch = built, weights, results, batch
 
     def __call__(self, *flat: Tensor) -> list[Tensor]:
         values = dict(zip([*self.weights, *self.results, *self.batch], flat, strict=False))
@@ -102,26 +106,24 @@ class _Forward:
 
     def output(self, weights: State, x: Tensor) -> Tensor:
         """The model's output. Raises UnsupportedModel if it is no float32 tensor."""
-        found = functional_call(self.model, dict(weights), (x,))
+        found = functional_call(self.built.model, dict(weights), (x,))
         if not isinstance(found, Tensor) or found.dtype != torch.float32:
             raise UnsupportedModel("the model's output is no float32 tensor", next_step="return one from forward")
         return found
 
+    @abstractmethod
     def run(self, weights: State, results: State, batch: State) -> tuple[State, Tensor]:
         """New results, and the number that stands where a training step has its loss."""
-        raise NotImplementedError(type(self).__name__)
 
 
 class _Evaluate(_Forward):
-    measures: Mapping[str, Callable[..., Tensor]]
-
     def run(self, weights: State, results: State, batch: State) -> tuple[State, Tensor]:
         """Add each measure of this batch to its sum."""
         x, *targets = batch.values()
         output = self.output(weights, x)
         new = {f"{RESULT}batches": results[f"{RESULT}batches"] + 1}
         measured = {}
-        for name, measure in self.measures.items():
+        for name, measure in self.built.measures().items():
             value = measure(output, *targets)
             if not isinstance(value, Tensor) or value.numel() != 1:
                 raise UnsupportedModel(f"metric {name} is not one number", next_step="return the mean over the batch")
@@ -138,9 +140,6 @@ class _Infer(_Forward):
 
 
 class _Generate(_Forward):
-    temperature: float
-    top_k: int | None
-
     def run(self, weights: State, results: State, batch: State) -> tuple[State, Tensor]:
         """Write one token at the position; the number is the mean of -log of the chances of those written."""
         tokens, position = results[f"{RESULT}tokens"], results[f"{RESULT}position"]
@@ -157,10 +156,10 @@ class _Generate(_Forward):
         at = (position - 1).reshape(1, 1, 1).expand(scores.shape[0], 1, scores.shape[2])
         scores = torch.gather(scores, 1, at).squeeze(1)
         wanted = scores
-        if self.temperature > 0:
-            wanted = scores / self.temperature
-            if self.top_k is not None:
-                least = torch.topk(wanted, self.top_k, dim=1).values[:, -1:]
+        if self.built.temperature > 0:
+            wanted = scores / self.built.temperature
+            if self.built.top_k is not None:
+                least = torch.topk(wanted, self.built.top_k, dim=1).values[:, -1:]
                 wanted = torch.where(wanted < least, torch.full((), -math.inf), wanted)
             uniform = torch.rand(wanted.shape)
             # Not added to every draw: the largest, 1 - 2**-24, would round to 1, and its noise would be infinite.
@@ -188,27 +187,25 @@ def _checked(built: Generation) -> Generation:
     return built
 
 
-def _planned(built: Any) -> tuple[type[_Forward], dict[str, Any], dict[str, tuple[Tensor, Init]], dict[str, Tensor]]:
-    """(step, its settings, results with their init rules, batch inputs) of one of FORWARD_KINDS."""
+def _planned(built: Any) -> tuple[type[_Forward], dict[str, tuple[Tensor, Init]], dict[str, Tensor]]:
+    """(step, results with their init rules, batch inputs) of one of FORWARD_KINDS."""
     if isinstance(built, Evaluation):
-        measures = {"loss": built.loss, **(built.metrics or {})}
-        sums = {f"{RESULT}{name}": (torch.zeros(()), _ZERO) for name in [*measures, "batches"]}
-        return _Evaluate, {"measures": measures}, sums, dict(built.example)
+        sums = {f"{RESULT}{name}": (torch.zeros(()), _ZERO) for name in [*built.measures(), "batches"]}
+        return _Evaluate, sums, dict(built.example)
     if isinstance(built, Inference):
         if built.rows < 1:
             raise UnsupportedModel(f"rows is {built.rows}", next_step="give the number of rows of the data")
         with torch.no_grad():
             shape = built.model(next(iter(built.example.values()))).shape
         rows = torch.zeros((built.rows, *shape[1:]))
-        return _Infer, {}, {f"{RESULT}output": (rows, _ZERO)}, {"x": next(iter(built.example.values()))}
+        return _Infer, {f"{RESULT}output": (rows, _ZERO)}, {"x": next(iter(built.example.values()))}
     _checked(built)
     rows, length = built.prompt.shape
     results = {
         f"{RESULT}tokens": (torch.zeros((rows, length + built.tokens), dtype=torch.int64), _ZERO),
         f"{RESULT}position": (torch.tensor(length), Init.of("constant", float(length))),
     }
-    settings = {"temperature": built.temperature, "top_k": built.top_k}
-    return _Generate, settings, results, {PROMPT: built.prompt}
+    return _Generate, results, {PROMPT: built.prompt}
 
 
 def capture_forward(built: Any, *, rules: Callable[[Tensor], Init | None] = lambda tensor: None) -> Captured:
@@ -217,26 +214,13 @@ def capture_forward(built: Any, *, rules: Callable[[Tensor], Init | None] = lamb
     Raises UnsupportedModel, with the operation and the user's line, for what no Program can hold.
     """
     built.model.eval()
-    step_type, settings, results, batch = _planned(built)
-    inputs: list[Input] = []
-    tensors: list[Tensor] = []
-
-    def add(name: str, role: Any, tensor: Tensor, init: Init | None) -> None:
-        inputs.append(Input(name, role, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), init))  # type: ignore[arg-type]
-        tensors.append(tensor.detach().clone())
-
+    step_type, results, batch = _planned(built)
+    inputs = StepInputs()
     weights = {**dict(built.model.named_parameters()), **dict(built.model.named_buffers())}
     parameters = {name for name, _ in built.model.named_parameters()}
     for name, tensor in weights.items():
-        add(name, "parameter" if name in parameters else "buffer", tensor, rules(tensor) or _GIVEN)
+        inputs.add(name, "parameter" if name in parameters else "buffer", tensor, rules(tensor) or _GIVEN)
     for name, (tensor, init) in results.items():
-        add(name, "optimizer", tensor, init)
-    for name, tensor in batch.items():
-        add(name, "batch", tensor, None)
-    add("ichiba.learning_rate", "learning_rate", torch.zeros(()), None)
-    add("ichiba.step_key", "step_key", torch.zeros(2, dtype=torch.int64), None)
-    step = step_type(built.model, list(weights), list(results), list(batch))
-    for name, value in settings.items():
-        setattr(step, name, value)
-    program = assemble(trace(step, tensors), inputs, [*weights, *results], source_of)
-    return Captured(program, dict(zip([*weights, *results], tensors, strict=False)))
+        inputs.add(name, "optimizer", tensor, init)
+    inputs.finish(batch, 0.0)
+    return inputs.captured(step_type(built, list(weights), list(results), list(batch)))

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from protocol.errors import IchibaError, LimitExceeded, LocalProtocolError, MalformedRecord
 from protocol.operations import OPERATIONS
-from protocol.program import NODE_STREAM, STATE_ROLES, Arg, Items, Program, Real, Ref, Type, peak_bytes
+from protocol.program import STATE_ROLES, Arg, Items, Program, Real, Ref, Type, peak_bytes
 from worker import exact
-from worker.exact.devices import checked_device
+from worker.exact.devices import checked_device, uniform_kernel
 
 __all__ = ["DTYPES", "Diverged", "Executor", "native_kernels"]
 
@@ -246,18 +246,14 @@ def _checked_embedding_backward(grad: Tensor, index: Tensor, rows: int, padding:
     return aten.embedding_dense_backward.default(grad, index, rows, padding, scale)
 
 
-def _uniform(step_key: Tensor, number: int, shape: Sequence[int]) -> Tensor:
-    seed, step = step_key.tolist()
-    return exact.uniform(seed, step, NODE_STREAM + number, tuple(shape))
-
-
 def native_kernels(device: torch.device) -> dict[str, Kernel]:
     """torch's own kernel of each operation on `device`. They are fast, and their bits depend on the machine."""
+    drawn = uniform_kernel(exact.uniform)
     special: dict[str, Kernel] = {
         "full.default": lambda shape, value, dtype: torch.full(shape, value, dtype=dtype, device=device),
         "arange.start_step": functools.partial(torch.arange, dtype=torch.int64, device=device),
         "embedding_dense_backward.default": _checked_embedding_backward,
-        "ichiba.uniform": lambda *args: _uniform(*args).to(device),
+        "ichiba.uniform": lambda *args: drawn(*args).to(device),
     }
     for name in OPERATIONS.keys() - special.keys():
         stem, overload = name.split(".")

@@ -172,7 +172,7 @@ def _sum_over(x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
 def uniform(seed: int, step: int, stream: int, shape: Sequence[int]) -> Tensor:
     """worker.exact.random.uniform, compiled where the helper is. Raises LocalProtocolError as that does."""
     library, count = _library(), math.prod(shape)
-    # What the generator refuses, and what is too little to gain by, is left to it.
+    # What the generator refuses is left to it, so that the refusal has one home.
     if library is None or not (0 <= seed < 2**64 and 0 <= step < 2**64 and 0 <= stream < 2**32 and count <= 2**34):
         return random.uniform(seed, step, stream, shape)
     draw = library.ichiba_uniform

@@ -120,17 +120,22 @@ def seed_and_step(step_key: Tensor) -> tuple[int, int]:
     return seed, step
 
 
+def uniform_kernel(draw: Callable[[int, int, int, Sequence[int]], Tensor]) -> Callable[..., Tensor]:
+    """The kernel of `ichiba.uniform` from a generator's `draw(seed, step, stream, shape)`."""
+
+    def kernel(step_key: Tensor, number: int, shape: Sequence[int]) -> Tensor:
+        seed, step = seed_and_step(step_key)
+        return draw(seed, step, NODE_STREAM + number, shape)
+
+    return kernel
+
+
 def device_kernels(device: torch.device) -> dict[str, Callable[..., Tensor]]:
     """The kernels that differ on `device`, by operation."""
-
-    def draw(step_key: Tensor, number: int, shape: Sequence[int]) -> Tensor:
-        seed, step = seed_and_step(step_key)
-        return uniform(seed, step, NODE_STREAM + number, shape, device)
-
     return {
         "full.default": functools.partial(full, device=device),
         "arange.start_step": functools.partial(arange, device=device),
-        "ichiba.uniform": draw,
+        "ichiba.uniform": uniform_kernel(functools.partial(uniform, device=device)),
         "embedding_dense_backward.default": embedding_dense_backward,
     }
 

@@ -17,9 +17,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from protocol.program import NODE_STREAM
 from worker.exact import compiled, elementary, reductions
-from worker.exact.devices import arange, checked_device, device_kernels, full, number, prove, seed_and_step
+from worker.exact.devices import arange, checked_device, device_kernels, full, number, prove, uniform_kernel
 from worker.exact.memory import keep_freed_memory
 from worker.exact.products import Products
 from worker.exact.random import uniform
@@ -79,16 +78,6 @@ def _sign(x: Tensor) -> Tensor:
     return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
 
 
-def _uniform(draw: Callable[[int, int, int, Sequence[int]], Tensor]) -> Kernel:
-    """The kernel of `ichiba.uniform` from a generator's `draw(seed, step, stream, shape)`."""
-
-    def kernel(step_key: Tensor, number: int, shape: Sequence[int]) -> Tensor:
-        seed, step = seed_and_step(step_key)
-        return draw(seed, step, NODE_STREAM + number, shape)
-
-    return kernel
-
-
 _FIXED: dict[str, Kernel] = {
     # Movement.
     "reshape.default": lambda x, shape: x.reshape(shape),
@@ -135,7 +124,7 @@ _FIXED: dict[str, Kernel] = {
     "sum.dim_IntList": reductions.sum_over,
     "amax.default": reductions.amax,
     "embedding_dense_backward.default": reductions.embedding_dense_backward,
-    "ichiba.uniform": _uniform(uniform),
+    "ichiba.uniform": uniform_kernel(uniform),
 }
 
 
@@ -160,5 +149,5 @@ def kernels(
         prove(there, kernels(width, helper=helper), place)
         return MappingProxyType(there)
     products = Products(width, backend, helper=helper)
-    faster = {**compiled.compiled_kernels(), "ichiba.uniform": _uniform(compiled.uniform)} if helper else {}
+    faster = {**compiled.compiled_kernels(), "ichiba.uniform": uniform_kernel(compiled.uniform)} if helper else {}
     return MappingProxyType({**_FIXED, **faster, "mm.default": products.mm, "bmm.default": products.bmm})
