@@ -1,5 +1,6 @@
 # Two commands: `make demo` and `make test`. Each sets up what it needs in .venv first.
 # TORCH=cpu (default) installs the CPU build of PyTorch; TORCH=cuda installs PyPI's CUDA build (several GB).
+# The tests run in one process more than there are cores, at most four: each takes up to 1.5 GB (tests/conftest.py).
 PYTHON ?= python3
 TORCH ?= cpu
 
@@ -11,7 +12,7 @@ demo: setup
 test: setup
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto
 
 setup:
 	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" sh ./setup.sh

@@ -33,8 +33,8 @@ from worker.capture import Captured, Training, capture_built
 from worker.training import run_segments
 
 NETWORK, NOWHERE = bytes(32), bytes(32)
-RUNS: dict[str, tuple[Literal["exact", "native"], Literal[8, 15, 22]]] = {
-    "native": ("native", 15),
+RUNS: dict[str, tuple[Literal["exact", "tolerant"], Literal[8, 15, 22]]] = {
+    "native": ("tolerant", 15),
     "width 8": ("exact", 8),
     "width 15": ("exact", 15),
     "width 22": ("exact", 22),

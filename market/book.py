@@ -37,6 +37,7 @@ class OrderBook:
     offers: dict[bytes, Offer] = field(default_factory=dict)
     asks: dict[tuple[bytes, int], Ask] = field(default_factory=dict)
     bids: dict[bytes, dict[bytes, tuple[bytes, Bid]]] = field(default_factory=dict)
+    envelopes: dict[bytes, bytes] = field(default_factory=dict)  # of the bids, by their ids: an audit shows them
     taken: dict[bytes, int] = field(default_factory=dict)  # offers that became agreements -> when they may be forgotten
     equivocations: dict[bytes, int] = field(default_factory=dict)  # author -> times caught
 
@@ -73,7 +74,7 @@ class OrderBook:
         self.asks[key] = ask
         return True
 
-    def add_bid(self, bid_id: bytes, bid: Bid, *, now_ns: int) -> bool:
+    def add_bid(self, bid_id: bytes, bid: Bid, *, now_ns: int, envelope: bytes = b"") -> bool:
         """True if the bid is its solver's newest on an offer that stands here; other bids are not kept, or anybody
         could fill the book with bids on nothing. Raises as `add_offer`."""
         check_times(created_ns=bid.created_ns, expires_ns=bid.expires_ns, now_ns=now_ns)
@@ -88,13 +89,28 @@ class OrderBook:
             return False
         if old is None and len(on_offer) >= params.BOOK_BIDS_PER_OFFER_MAX:
             raise LimitExceeded("too many bids on one offer")
+        if old is not None:
+            self.envelopes.pop(old[0], None)
         on_offer[bid.solver] = (bid_id, bid)
+        if envelope:
+            self.envelopes[bid_id] = envelope
         return True
 
     def remove_offer(self, offer_id: bytes) -> None:
         """Forget an offer and its bids."""
         self.offers.pop(offer_id, None)
-        self.bids.pop(offer_id, None)
+        for bid_id, _ in self.bids.pop(offer_id, {}).values():
+            self.envelopes.pop(bid_id, None)
+
+    def remove_peer(self, peer: bytes) -> None:
+        """Forget a peer's offers, asks and bids."""
+        for offer_id in [i for i, offer in self.offers.items() if offer.submitter == peer]:
+            self.remove_offer(offer_id)
+        for key in [key for key in self.asks if key[0] == peer]:
+            del self.asks[key]
+        for on_offer in self.bids.values():
+            if peer in on_offer:
+                self.envelopes.pop(on_offer.pop(peer)[0], None)
 
     def take_offer(self, offer_id: bytes, *, now_ns: int) -> None:
         """The offer became an agreement: drop it, and refuse late copies for as long as any could live."""
@@ -121,6 +137,8 @@ class OrderBook:
             del self.asks[key]
         for offer_id in list(self.bids):
             live = {s: pair for s, pair in self.bids[offer_id].items() if pair[1].expires_ns > now_ns}
+            for solver in self.bids[offer_id].keys() - live.keys():
+                self.envelopes.pop(self.bids[offer_id][solver][0], None)
             if live:
                 self.bids[offer_id] = live
             else:

@@ -26,6 +26,7 @@ from protocol.errors import (
     MalformedRecord,
     VerificationFailed,
 )
+from protocol.outcomes import Split
 
 __all__ = [
     "BURNED",
@@ -40,6 +41,7 @@ __all__ = [
     "apply_entry",
     "close_key",
     "deposit",
+    "divided",
     "jackpot",
     "open_channel",
     "open_key",
@@ -52,8 +54,13 @@ __all__ = [
 ]
 
 NULL_KEY: Final = bytes(32)
-KINDS: Final = frozenset({"deposit", "withdraw", "open", "settle", "slash", "stake-add", "stake-withdraw", "jackpot"})
-CLOSING_KINDS: Final = frozenset({"settle", "slash"})
+KINDS: Final = frozenset(
+    {
+        *("deposit", "withdraw", "open", "settle", "slash", "stake-add", "stake-withdraw", "jackpot"),
+        *("unlock", "convict", "lost-challenge", "fault"),  # market/penalties.py
+    }
+)
+CLOSING_KINDS: Final = frozenset({"settle", "slash", "convict", "unlock"})
 WORLD_SIGN: Final = {"deposit": -1, "withdraw": 1}
 OWNED_BUCKET: Final = re.compile(r"free|stake|(?:channel|lock):[0-9a-f]{64}")
 SHARED_BUCKETS: Final = frozenset({"burned", "pool", "world"})
@@ -229,6 +236,24 @@ def accounts_of(agreement_id: bytes, *, submitter: bytes, solver: bytes) -> tupl
     return Account(submitter, f"channel:{agreement_id.hex()}"), Account(solver, f"lock:{agreement_id.hex()}")
 
 
+def divided(micro: int, costs: Shares, split: Split, *, winner: bytes, submitter: bytes) -> list[Posting]:
+    """Where `micro` forfeited micro-credits go: costs in full, or pro rata if they exceed it, then the split. winner:
+    empty if nobody is to get its share."""
+    costs_micro = shares_total(costs, "costs")
+    covered = [
+        (Account(peer, "free"), cost if costs_micro <= micro else cost * micro // costs_micro) for peer, cost in costs
+    ]
+    rest = micro - sum(cost for _, cost in covered)
+    if costs_micro > micro:
+        return [*covered, (BURNED, rest)]  # dust of nobody's
+    shares = [
+        (Account(winner, "free") if winner else BURNED, rest * split.winner // 1000),
+        (Account(submitter, "free"), rest * split.submitter // 1000),
+        (POOL, rest * split.pool // 1000),
+    ]
+    return [*covered, *shares, (BURNED, rest - sum(share for _, share in shares))]
+
+
 def deposit(key: bytes, owner: bytes, free_micro: int, stake_micro: int = 0, *, memo: str = "") -> Entry:
     """world -> free and stake of `owner`."""
     total_micro = amount(free_micro, "free_micro") + amount(stake_micro, "stake_micro")
@@ -299,7 +324,8 @@ def settle(
 ) -> Entry:
     """The end of an agreement nobody disputes: channel -> solver's and checkers' free, the lock -> stake.
 
-    channel_micro, lock_micro: all that the two buckets hold. paid_micro: to the solver. fees: (peer key,
+    channel_micro, lock_micro: all that the two buckets hold; lock_micro 0 leaves the lock, for `unlock` after the time
+    in which the work may be challenged. paid_micro: to the solver. fees: (peer key,
     micro) on top of it; a fee to NULL_KEY goes to the pool. What is left of the channel returns to the
     submitter: the payer keeps every micro-credit that is not stated here. Raises VerificationFailed if paid
     and fees exceed the channel.
@@ -340,20 +366,11 @@ def slash(
     """
     amount(channel_micro, "channel_micro")
     amount(lock_micro, "lock_micro")
-    costs_micro = shares_total(checker_costs, "checker_costs")
     channel, lock = accounts_of(agreement_id, submitter=submitter, solver=solver)
-    covered = [
-        (Account(peer, "free"), micro if costs_micro <= lock_micro else micro * lock_micro // costs_micro)
-        for peer, micro in checker_costs
-    ]
-    rest_micro = lock_micro - sum(micro for _, micro in covered)
-    # When the costs ate the lock, what rounding left of it is dust of nobody's: it burns whole.
-    compensation_micro = rest_micro // 2 if costs_micro <= lock_micro else 0
-    postings = [
+    postings = (
         (channel, -channel_micro),
         (lock, -lock_micro),
-        (Account(submitter, "free"), channel_micro + compensation_micro),
-        (BURNED, rest_micro - compensation_micro),
-        *covered,
-    ]
-    return Entry(close_key(agreement_id), "slash", tuple(postings), memo)
+        (Account(submitter, "free"), channel_micro),
+        *divided(lock_micro, checker_costs, Split(submitter=500), winner=submitter, submitter=submitter),
+    )
+    return Entry(close_key(agreement_id), "slash", postings, memo)

@@ -9,7 +9,7 @@ market/entries.py and is exported from here as well.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from market.entries import (
     BURNED,
@@ -129,6 +129,23 @@ class Ledger:
         """Whether an entry with this key has been applied."""
         return key in self._applied
 
+    def digest_of(self, key: bytes) -> bytes | None:
+        """The digest of the entry applied under `key`, 32 bytes; None if there is none."""
+        return self._applied.get(key)
+
+    def copy(self) -> Ledger:
+        """A ledger of the same content that goes its own way. O(accounts + entries)."""
+        flows = {owner: replace(flow) for owner, flow in self._flows.items()}
+        return Ledger(dict(self._balances), dict(self._applied), flows)
+
+    @classmethod
+    def resumed(cls, balances: dict[Account, int], flows: dict[bytes, Flow], applied: dict[bytes, bytes]) -> Ledger:
+        """The ledger that `balances()` and `flows()` were taken of, with the digests of its entries by key, in the
+        order applied. Raises ConservationBroken if they do not add up."""
+        ledger = cls(balances, applied, flows)
+        ledger.check()
+        return ledger
+
     def balance_micro(self, account: Account) -> int:
         """The balance in micro-credits; 0 for an account never used."""
         return self._balances.get(account, 0)
@@ -194,9 +211,9 @@ class Ledger:
                     flow.paid_micro -= delta_micro
                 case "settle", "free":
                     flow.earned_micro += delta_micro
-                case "slash", "lock":
+                case ("slash" | "convict", "lock") | ("lost-challenge" | "fault", "stake"):
                     flow.slashed_micro -= delta_micro
-                case ("slash", "free" | "channel") | ("jackpot", "free"):
+                case ("slash" | "convict", "free" | "channel") | ("jackpot" | "lost-challenge", "free"):
                     # The channel's debit cancels its refund, so only what came from the lock is counted.
                     flow.awarded_micro += delta_micro
                 case _:

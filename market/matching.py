@@ -14,6 +14,7 @@ from typing import Final, Literal
 from protocol import params
 from protocol.codec import blake
 from protocol.params import SANDBOX_LEVELS as LEVELS
+from protocol.profile import EXACT
 from protocol.records import Bid, Offer, amount_for
 
 __all__ = [
@@ -30,14 +31,27 @@ __all__ = [
 ]
 
 SANDBOX_CONTAINED: Final = LEVELS.index("CONTAINED")
+SANDBOX_NAMESPACED: Final = LEVELS.index("NAMESPACED")
 
 
 @dataclass(frozen=True)
 class Record:
-    """A solver's history from co-signed evidence: deals that ended right, and deals that ended wrong or lost."""
+    """A solver's history from co-signed evidence: deals that ended right, and deals that ended wrong or lost.
+
+    streak: how many ended right since the last that did not; the rate of checks follows from it.
+    """
 
     right: int = 0
     wrong: int = 0
+    streak: int = 0
+
+    def after_right(self) -> Record:
+        """One more that ended right."""
+        return Record(self.right + 1, self.wrong, self.streak + 1)
+
+    def after_wrong(self, *, taken_back: bool = False) -> Record:
+        """One more that ended wrong; taken_back: it had been counted as right before."""
+        return Record(max(0, self.right - taken_back), self.wrong + 1, 0)
 
 
 @dataclass(frozen=True)
@@ -118,14 +132,31 @@ def trust_ppm(record: Record) -> int:
 
 
 def required_level(offer: Offer) -> int:
-    """The sandbox level that `offer` takes: what it says, and for a script CONTAINED whatever it says."""
-    return max(offer.sandbox, SANDBOX_CONTAINED) if offer.mode == "script" else offer.sandbox
+    """The sandbox level that `offer` takes: what it says; but for a script CONTAINED, and for a sealed job at least
+    NAMESPACED, as its content must be kept from the other programs of the machine."""
+    sealed = SANDBOX_NAMESPACED if offer.privacy == "sealed" else 0
+    return max(offer.sandbox, SANDBOX_CONTAINED if offer.mode == "script" else sealed)
 
 
 def refuse_offer(
-    offer: Offer, *, unit_price: int, memory_bytes: int, sandbox: int, stake_micro: int, slots_free: int
+    offer: Offer,
+    *,
+    unit_price: int,
+    memory_bytes: int,
+    sandbox: int,
+    stake_micro: int,
+    slots_free: int,
+    solves: bool = True,
+    verifies: bool = False,
+    checker_stake_min_micro: int = 0,
 ) -> Refusal | None:
-    """Why a solver with these means does not bid on `offer`, or None."""
+    """Why a peer with these means does not bid on `offer`, or None. Profiles are for verifiers with a stake, all else
+    is for solvers."""
+    profile = offer.mode == "profile"
+    if not (verifies if profile else solves):
+        return Refusal("role", f"this peer is no {'verifier' if profile else 'solver'}")
+    if profile and stake_micro < checker_stake_min_micro:
+        return Refusal("stake", f"a profile takes {checker_stake_min_micro} of stake, {stake_micro} are free")
     if offer.unit_price_max < unit_price:
         return Refusal("price", f"offers at most {offer.unit_price_max}, this peer asks {unit_price} per Gop")
     if offer.memory_bytes > memory_bytes:
@@ -133,8 +164,8 @@ def refuse_offer(
     needed = required_level(offer)
     if needed > sandbox:
         return Refusal("sandbox", f"needs sandbox level {LEVELS[needed]}, this machine has {LEVELS[sandbox]}")
-    if offer.mode == "native":
-        return Refusal("mode", "native mode needs a profiled threshold, which this version does not have")
+    if (offer.mode == "tolerant") != (offer.tolerance != EXACT):
+        return Refusal("mode", "a tolerance belongs to tolerant work, and tolerant work needs one")
     if offer.lock_micro > stake_micro:
         return Refusal("stake", f"locks {offer.lock_micro} of stake, {stake_micro} micro-credits are free")
     if not slots_free:
@@ -143,9 +174,15 @@ def refuse_offer(
 
 
 def refuse_bid(
-    offer: Offer, bid: Bid, *, free_stake_micro: int, excluded: Collection[bytes], reachable: bool
+    offer: Offer,
+    bid: Bid,
+    *,
+    free_stake_micro: int,
+    excluded: Collection[bytes],
+    reachable: bool,
+    stake_min_micro: int = 0,
 ) -> Refusal | None:
-    """Why `bid` cannot win `offer`, or None."""
+    """Why `bid` cannot win `offer`, or None. stake_min_micro: what its peer must hold, beside what it locks."""
     if bid.solver in excluded:
         return Refusal("excluded", "this solver failed this job, and others go first")
     if bid.solver == offer.submitter:
@@ -162,6 +199,8 @@ def refuse_bid(
         return Refusal("sandbox", f"has sandbox level {LEVELS[bid.sandbox]}, {LEVELS[needed]} is needed")
     if bid.lock_micro < offer.lock_micro:
         return Refusal("lock", f"locks {bid.lock_micro}, {offer.lock_micro} micro-credits are asked")
+    if free_stake_micro < stake_min_micro:
+        return Refusal("stake", f"holds {free_stake_micro} free stake, a profile takes {stake_min_micro}")
     if bid.lock_micro > free_stake_micro:
         return Refusal("stake", f"promises a lock of {bid.lock_micro}, holds {free_stake_micro} free stake")
     return None
@@ -178,6 +217,7 @@ def match_round(
     excluded: Collection[bytes],
     reachable: Callable[[bytes], bool],
     proven: Callable[[bytes], Proven] = lambda _: Proven("none", 0),
+    stake_min_micro: int = 0,
 ) -> Choice:
     """The best bid for one offer in one round. Ties go to the smaller bid id; nothing depends on arrival.
 
@@ -192,6 +232,7 @@ def match_round(
             free_stake_micro=free_stake_micro(bid.solver),
             excluded=excluded,
             reachable=reachable(bid.solver),
+            stake_min_micro=stake_min_micro,
         )
         if refusal is not None:
             refused.append((bid.solver, refusal))

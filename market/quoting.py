@@ -5,30 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from protocol.incentives import lock_needed
 from protocol.network import Rules
 from protocol.records import Ask, amount_for
 
 __all__ = ["Quote", "channel_micro", "lock_micro", "quote", "sampled_segments"]
 
 
-def sampled_segments(rules: Rules, segments: int) -> int:
+def sampled_segments(rules: Rules, segments: int, permille: int) -> int:
     """How many segments of a deal of `segments` are re-executed (protocol.sampling.select_segments)."""
-    return min(segments, max(rules.check_segments_min, -(-segments * rules.check_permille // 1000)))
+    return min(segments, max(rules.check_segments_min, -(-segments * permille // 1000)))
 
 
-def channel_micro(rules: Rules, *, operations: int, segments: int, unit_price: int, operations_per_segment: int) -> int:
+def channel_micro(
+    rules: Rules, *, operations: int, segments: int, unit_price: int, operations_per_segment: int, permille: int
+) -> int:
     """The micro-credits a deal's channel must hold: the work, and its checks at the same unit price.
 
     Checks: every sampled segment twice (a verifier may have to be replaced) and one audit. What is not used goes
     back to the submitter when the channel closes.
     """
-    checks = (2 * sampled_segments(rules, segments) + 1) * operations_per_segment
+    checks = (2 * sampled_segments(rules, segments, permille) + 1) * operations_per_segment
     return amount_for(operations, unit_price) + amount_for(checks, unit_price)
 
 
 def lock_micro(rules: Rules, price_micro: int) -> int:
-    """The stake a solver locks on work of this price, rounded down."""
-    return price_micro * rules.lock_permille // 1000
+    """The least stake that work of this price takes: a newcomer's. Who is checked less locks more."""
+    return lock_needed(rules, price_micro, rules.newcomer_permille)
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,21 @@ forgets it, and a proposal on a forgotten bid is declined.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from market.matching import Refusal, refuse_offer
 from peer.desk import MARKET, Desk
+from peer.profiles import tolerance_for
 from peer.settler import Settler
 from protocol import params
-from protocol.records import ROLE_SOLVER, Agreement, Ask, Bid, Offer, amount_for, open_record
+from protocol.errors import IchibaError
+from protocol.incentives import check_rate, lock_needed
+from protocol.profile import EXACT
+from protocol.records import ROLE_SOLVER, ROLE_VERIFIER, Agreement, Ask, Bid, Offer, amount_for, open_record
 from protocol.sampling import commitment
 from protocol.script import AnyTask, ScriptSpec
-from protocol.task import task_id
+from protocol.task import TaskSpec, task_id
 
 __all__ = ["Bidder"]
 
@@ -29,7 +33,7 @@ class Bidder:
     settler: Settler
     slots_free: Callable[[], int] = lambda: 0
     carded: Callable[[], int] = lambda: 0  # operations a second of this peer's bench card, 0 for none
-    seeds: dict[bytes, tuple[bytes, Bid]] = field(default_factory=dict)  # bid id -> its seed and terms
+    seeds: dict[bytes, tuple[bytes, bytes, Bid]] = field(default_factory=dict)  # bid id -> seed, secret, terms
     bid_on: dict[bytes, int] = field(default_factory=dict)  # offer -> when our bid on it expires
     refusals: dict[bytes, Refusal] = field(default_factory=dict)  # offer -> why not, for `why`
     ask_sequence: int = 0
@@ -40,7 +44,8 @@ class Bidder:
     def consider(self, offer_id: bytes, offer: Offer) -> None:
         """Bid on an offer, or note why not."""
         means, now = self.desk.means, self.desk.now_ns
-        if not means.roles & ROLE_SOLVER or offer.submitter == self.desk.me:
+        solves, verifies = bool(means.roles & ROLE_SOLVER), bool(means.roles & ROLE_VERIFIER)
+        if not (solves or (verifies and offer.mode == "profile")) or offer.submitter == self.desk.me:
             return
         refusal = self._paused() or refuse_offer(
             offer,
@@ -49,6 +54,9 @@ class Bidder:
             sandbox=means.sandbox,
             stake_micro=self.settler.free_stake(self.desk.me),
             slots_free=self.slots_free(),
+            solves=solves,
+            verifies=verifies,
+            checker_stake_min_micro=self.desk.network.rules.checker_stake_min_micro,
         )
         if refusal is not None:
             if self.refusals.get(offer_id) != refusal:
@@ -59,7 +67,7 @@ class Bidder:
         rules = self.desk.network.rules
         if self.bid_on.get(offer_id, 0) > now + rules.bid_lifetime_ms * 10**6 // 2:
             return
-        seed = self.desk.rng.randbytes(32)
+        seed, secret = self.desk.rng.randbytes(32), self.desk.rng.randbytes(32)
         expires = min(now + rules.bid_lifetime_ms * 10**6, offer.expires_ns)
         bid = Bid(
             network=self.desk.network.id,
@@ -67,24 +75,35 @@ class Bidder:
             solver=self.desk.me,
             unit_price=self.price_of(offer),
             operations_cap=offer.operations,
-            lock_micro=offer.lock_micro,
+            lock_micro=self._lock(offer),
             eta_ns=offer.operations if offer.mode == "script" else offer.operations * 10**9 // max(1, self.speed()),
             sandbox=means.sandbox,
             seed_commitment=commitment(seed, agreement_salt=self.desk.me),
+            forced_commitment=commitment(secret, agreement_salt=self.desk.me),
             nonce=now,
             created_ns=now,
             expires_ns=expires,
         )
         envelope = self.desk.seal(bid)
         bid_id = open_record(envelope, network=self.desk.network.id)[1]
-        self.seeds[bid_id] = (seed, bid)
+        self.seeds[bid_id] = (seed, secret, bid)
         self.bid_on[offer_id] = expires
         self.desk.book.add_bid(bid_id, bid, now_ns=now)
         self.desk.publish(MARKET, envelope)
         self.desk.emit("bid", offer=offer_id, unit_price=bid.unit_price, eta_s=bid.eta_ns // 10**9)
 
+    def _lock(self, offer: Offer) -> int:
+        """The stake for this peer's own rate, at its price, as far as it reaches, and what the offer asks."""
+        if not offer.check_permille:
+            return offer.lock_micro
+        rules, price_micro = self.desk.network.rules, amount_for(offer.operations, self.price_of(offer))
+        rate = check_rate(rules, self.settler.history(self.desk.me).streak)
+        wanted = lock_needed(rules, price_micro, rate)
+        return max(offer.lock_micro, min(wanted, self.settler.free_stake(self.desk.me)))
+
     def _paused(self) -> Refusal | None:
-        return Refusal("paused", "its owner paused this peer; `ichiba resume`") if self.desk.paused_ns else None
+        resting = self.desk.resting()
+        return Refusal(*resting) if resting is not None else None
 
     def price_of(self, offer: Offer) -> int:
         """The least this peer asks for, per giga-operation. One of a script's is a second, so it costs what the
@@ -96,6 +115,10 @@ class Bidder:
         """Operations per second: measured on this peer's own segments, else by its card, else the configured guess."""
         by_card = self.carded() // params.BENCH_JOB_SHARE
         return self.operations_per_second or by_card or self.desk.means.operations_per_second
+
+    def measured(self, operations: int, took_ns: int) -> None:
+        """A segment of so many operations took this peer so long."""
+        self.operations_per_second = int(operations / (max(1, took_ns) / 1e9))
 
     def publish_ask(self) -> None:
         """The standing ask of this peer's one slot: what it offers, in every role; while it is paused, in none."""
@@ -109,7 +132,7 @@ class Bidder:
             peer=self.desk.me,
             slot=0,
             sequence=self.ask_sequence,
-            roles=0 if self.desk.paused_ns else means.roles,
+            roles=0 if self.desk.resting() else means.roles,
             unit_price=means.unit_price,
             memory_bytes=means.memory_bytes,
             sandbox=means.sandbox,
@@ -121,48 +144,89 @@ class Bidder:
         self.desk.book.add_ask(ask, now_ns=now)
         self.desk.publish(MARKET, self.ask)
 
-    def refuse_proposal(self, agreement: Agreement, task: AnyTask) -> Refusal | None:
-        """Why the proposal is not what we bid, or cannot be run now."""
-        if refusal := self._paused():
+    def refuse_proposal(
+        self, agreement: Agreement, task: AnyTask | None, profiles: Sequence[bytes] = ()
+    ) -> Refusal | None:
+        """Why the proposal is not what we bid, or cannot be run now. task: None while a sealed job's is not known;
+        `refuse_task` judges it then. profiles: of a tolerant task."""
+        if refusal := self._paused() or self._refuse_terms(agreement):
             return refusal
+        offer = self.desk.book.offers.get(agreement.offer)
+        if offer is None or offer.task != agreement.task:
+            return Refusal("task", "the proposal is not about the task that was offered")
+        if (offer.privacy == "sealed") != (task is None):
+            return Refusal("privacy", "the task of a sealed job comes after the award, that of an open one before")
+        span = (agreement.submitter, agreement.first_segment, agreement.last_segment, agreement.operations)
+        if span[1] >= span[2] or span != (
+            offer.submitter,
+            offer.first_segment,
+            offer.last_segment,
+            offer.operations,
+        ):
+            return Refusal("range", "the proposal covers other segments or operations than the offer")
+        if task is not None and (refusal := self.refuse_task(agreement, task, profiles)):
+            return refusal
+        if self.settler.free_stake(self.desk.me) < agreement.lock_micro:
+            return Refusal("stake", "the stake is locked elsewhere by now")
+        return None
+
+    def refuse_task(self, agreement: Agreement, task: AnyTask, profiles: Sequence[bytes] = ()) -> Refusal | None:
+        """Why the task is not what both signed, or cannot be judged or run."""
+        if agreement.task != task_id(task):
+            return Refusal("task", "the proposal is not about the task that was offered")
+        if refusal := self._untrusted(agreement, task, profiles):
+            return refusal
+        if isinstance(task, TaskSpec) != (agreement.check_permille != 0):
+            return Refusal("terms", "only work on a graph is re-executed, and always; the proposal differs")
+        if isinstance(task, ScriptSpec) and task.memory_bytes > self.desk.means.memory_bytes:
+            return Refusal("memory", f"the script takes {task.memory_bytes >> 20} MiB, more than its offer said")
+        if task.segments < agreement.last_segment:
+            return Refusal("operations", "the task has fewer segments than the offer said")
+        steps = range(task.steps_of(agreement.first_segment).start, task.steps_of(agreement.last_segment - 1).stop)
+        if len(steps) * task.operations_per_step != agreement.operations:
+            return Refusal("operations", "the task has another number of operations than the offer said")
+        return None
+
+    def _refuse_terms(self, agreement: Agreement) -> Refusal | None:
+        """Why the terms are not those of a bid of ours, or not those of the network."""
         if agreement.bid not in self.seeds:
             return Refusal("unknown-bid", "this peer made no such bid, or forgot it in a restart")
-        _, bid = self.seeds[agreement.bid]
-        offer = self.desk.book.offers.get(agreement.offer)
+        _, _, bid = self.seeds[agreement.bid]
         if not self.slots_free():
             return Refusal("busy", "every slot of this peer is taken")
         latest_ns = self.desk.now_ns + 2 * self.desk.network.rules.proposal_ms * 10**6
         if not self.desk.now_ns < agreement.accept_before_ns <= latest_ns or bid.expires_ns <= self.desk.now_ns:
             return Refusal("expired", "the bid or the proposal is past its time")
-        terms = (bid.offer, bid.unit_price, bid.lock_micro, bid.seed_commitment)
+        terms = (bid.offer, bid.unit_price, bid.lock_micro, bid.seed_commitment, bid.forced_commitment)
         if terms != (
             agreement.offer,
             agreement.unit_price,
             agreement.lock_micro,
             agreement.solver_commitment,
+            agreement.forced_commitment,
         ):
             return Refusal("terms", "the proposal differs from the bid")
-        if isinstance(task, ScriptSpec) != (agreement.check_permille == 0):
-            return Refusal("terms", "of a script nothing is re-executed, of a graph something is; the proposal differs")
-        if isinstance(task, ScriptSpec) and task.memory_bytes > self.desk.means.memory_bytes:
-            return Refusal("memory", f"the script takes {task.memory_bytes >> 20} MiB, more than its offer said")
-        if offer is None or agreement.task != task_id(task) or offer.task != agreement.task:
-            return Refusal("task", "the proposal is not about the task that was offered")
-        span = (agreement.submitter, agreement.first_segment, agreement.last_segment)
-        if span != (offer.submitter, offer.first_segment, offer.last_segment) or span[1] >= span[2]:
-            return Refusal("range", "the proposal covers other segments than the offer")
-        steps = range(task.steps_of(agreement.first_segment).start, task.steps_of(agreement.last_segment - 1).stop)
-        operations = len(steps) * task.operations_per_step
-        if (
-            operations != agreement.operations
-            or operations > bid.operations_cap
-            or task.segments < agreement.last_segment
-        ):
-            return Refusal("operations", "the task has another number of operations than the offer said")
-        if agreement.channel_micro < amount_for(operations, agreement.unit_price):
+        price_micro = amount_for(agreement.operations, agreement.unit_price)
+        rules, rate = self.desk.network.rules, agreement.check_permille
+        if rate and not rules.check_permille <= rate <= rules.newcomer_permille:
+            return Refusal("terms", f"checks {rate} permille, the rules ask {rules.check_permille} to a newcomer's")
+        if rate and agreement.lock_micro < lock_needed(rules, price_micro, rate):
+            return Refusal("terms", f"{agreement.lock_micro} locked is less than {rate} permille of checks take")
+        if agreement.operations > bid.operations_cap:
+            return Refusal("operations", "the proposal has more operations than were bid on")
+        if agreement.channel_micro < price_micro:
             return Refusal("channel", "the channel does not cover the price of the work")
-        if self.settler.free_stake(self.desk.me) < agreement.lock_micro:
-            return Refusal("stake", "the stake is locked elsewhere by now")
+        return None
+
+    def _untrusted(self, agreement: Agreement, task: AnyTask, profiles: Sequence[bytes]) -> Refusal | None:
+        """Why the work cannot be judged by the profiles that came with a proposal, or None."""
+        if not isinstance(task, TaskSpec):
+            extra = bool(profiles) or agreement.tolerance != EXACT
+            return Refusal("profiles", "only a tolerant task has a tolerance") if extra else None
+        try:
+            tolerance_for(self.settler, profiles, task, expected=agreement.tolerance)
+        except IchibaError as error:
+            return Refusal("profiles", f"{error.what}{': ' if error.why else ''}{error.why}"[:400])
         return None
 
     def tick(self) -> None:
@@ -175,4 +239,4 @@ class Bidder:
         for table in (self.bid_on, self.refusals):
             for offer_id in [i for i in table if i not in self.desk.book.offers]:
                 del table[offer_id]
-        self.seeds = {i: pair for i, pair in self.seeds.items() if pair[1].expires_ns > now}
+        self.seeds = {i: kept for i, kept in self.seeds.items() if kept[2].expires_ns > now}

@@ -6,12 +6,14 @@ are never evicted; a full disk loses nothing. Hashing and disk work run in threa
 
 Wire, on /ichiba/<tag>/blob/1: the asker sends the id (32 bytes); the server answers with one frame, a status byte
 and then the manifest if it is 0; the asker sends chunk numbers (4 bytes, big-endian), up to
-params.BLOB_PIPELINE_CHUNKS ahead, and gets each chunk's bytes in that order.
+params.BLOB_PIPELINE_CHUNKS ahead, and gets each chunk's bytes in that order. A blob of a sealed job is not here to who
+asks for its id; to who asks for its locator (protocol/sealing.py) it comes, behind a status byte of 3, as ciphertext.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import logging
 import os
@@ -25,26 +27,21 @@ from typing import BinaryIO, Final, Protocol
 
 import trio
 
+from peer.blob_download import DiskFull, Download, Progress
 from peer.links import PeerUnreachable, Stream
+from peer.sealed_blobs import NO_ACCESS, Secrets, read_manifest, sealed_chunk, unseal_file
 from protocol import params
 from protocol.blob import MANIFEST_BYTES_MAX, BlobManifest, blob_id, manifest_of
 from protocol.codec import encode
-from protocol.errors import CorruptStore, IchibaError, LimitExceeded, NotFound, RemoteProtocolError
+from protocol.errors import CorruptStore, LimitExceeded, NotFound, RemoteProtocolError
 from protocol.keys import short
+from protocol.sealing import Keys, check_sealable, locator_of, sealed_bytes
 
 __all__ = ["PROTOCOL", "BlobHost", "BlobStore", "DiskFull", "Progress"]
 
 log = logging.getLogger(__name__)
 PROTOCOL: Final = "blob"
-HERE, ABSENT, BUSY = 0, 1, 2
-WRITES_MAX: Final = 3  # chunks hashed and written at once; one more is being received
-Progress = Callable[[int, int], None]  # bytes here, bytes in all
-
-
-class DiskFull(IchibaError):
-    """No room for a blob, on the disk or under the store's cap. Nothing that was stored is lost."""
-
-    code = "disk-full"
+HERE, ABSENT, BUSY, SEALED = 0, 1, 2, 3
 
 
 class BlobHost(Protocol):
@@ -77,6 +74,7 @@ class BlobStore:
         self._reserved = 0  # bytes promised to imports and downloads under way
         self._serving: Counter[bytes] = Counter()
         self._load()
+        self.secrets = Secrets(directory / "secrets", here=self._entries)
 
     def _load(self) -> None:
         """Read the directory; what a crash left half done is removed, partial downloads stay."""
@@ -151,22 +149,35 @@ class BlobStore:
 
     # --- putting -------------------------------------------------------------------------------------------
 
-    async def put_bytes(self, data: bytes) -> bytes:
+    async def put_bytes(self, data: bytes, *, keys: Keys | None = None) -> bytes:
         """Store `data`; returns its blob id. Raises DiskFull, LimitExceeded."""
-        return await self._put(lambda: io.BytesIO(data), len(data))
+        return await self._put(lambda: io.BytesIO(data), len(data), keys)
 
-    async def put_file(self, path: Path) -> bytes:
-        """Store a copy of the file; returns its blob id. Raises DiskFull, LimitExceeded, OSError."""
+    async def put_file(self, path: Path, *, keys: Keys | None = None) -> bytes:
+        """Store a copy of the file; returns its blob id. keys: of the sealed job that it belongs to: it is never served
+        as it is; with none in them, to nobody yet. Raises DiskFull, LimitExceeded, OSError."""
         size = (await trio.to_thread.run_sync(path.stat)).st_size
-        return await self._put(lambda: path.open("rb"), size)
+        return await self._put(lambda: path.open("rb"), size, keys)
 
-    async def _put(self, opener: Callable[[], BinaryIO], size: int) -> bytes:
+    def protect(self, blobs: Sequence[bytes], keys: Keys) -> None:
+        """From now on serve these blobs only sealed, to who knows their keys. On the disk when it returns.
+
+        Raises NotFound for one that is not here, LimitExceeded for one too long to be sealed.
+        """
+        for blob in blobs:
+            check_sealable(self.size(blob))
+        self.secrets.protect({blob: keys.access(blob) for blob in blobs}, hide=True)
+
+    async def _put(self, opener: Callable[[], BinaryIO], size: int, keys: Keys | None) -> bytes:
         if size > params.BLOB_BYTES_MAX:
             raise LimitExceeded(f"a blob of {size} bytes, at most {params.BLOB_BYTES_MAX} are stored")
+        if keys is not None:
+            check_sealable(size)
         with self._room(size):
             temporary = self._blobs / f"{os.urandom(8).hex()}.new"
             try:
                 blob, manifest = await trio.to_thread.run_sync(_copy, opener, temporary, size, self._disk_full)
+                await trio.to_thread.run_sync(self._mark, blob, keys)
                 if not self.has(blob):
                     await trio.to_thread.run_sync(self._install, blob, manifest, temporary)
                     self._entries[blob] = _Entry(manifest.size, time.time())
@@ -174,6 +185,12 @@ class BlobStore:
                 return blob
             finally:
                 temporary.unlink(missing_ok=True)
+
+    def _mark(self, blob: bytes, keys: Keys | None) -> None:
+        """Before a blob of a sealed job is here. One that was here openly is no secret, and goes on being served."""
+        if keys is not None:
+            access = keys.access(blob) if keys != Keys() else NO_ACCESS
+            self.secrets.protect({blob: access}, hide=not self.has(blob) or self.secrets.hides(blob))
 
     def _install(self, blob: bytes, manifest: BlobManifest, data: Path) -> None:
         """Manifest first, then the data under its name: whoever sees the data has both. In a thread."""
@@ -200,11 +217,16 @@ class BlobStore:
 
     async def _serve(self, stream: Stream) -> None:
         with trio.fail_after(params.BLOB_IDLE_SECONDS_MAX):
-            blob = await stream.receive_exactly(32)
-            if not self.has(blob):
-                return await stream.send_frame(bytes([ABSENT]))
-            manifest = self.manifest(blob)
-            await stream.send_frame(bytes([HERE]) + encode(manifest))
+            asked = await stream.receive_exactly(32)
+        sought = self.secrets.sought(asked)
+        blob, access = sought or (asked, b"")
+        if not self.has(blob) or (not sought and self.secrets.hides(blob)):
+            return await stream.send_frame(bytes([ABSENT]))
+        # The first time it costs a pass over a sealed blob: no clock runs here, and who hangs up may come again.
+        sealed = functools.partial(self.secrets.manifest, blob, access, self._file(blob, "data"))
+        manifest = await trio.to_thread.run_sync(sealed) if sought else self.manifest(blob)
+        with trio.fail_after(params.BLOB_IDLE_SECONDS_MAX):
+            await stream.send_frame(bytes([SEALED if sought else HERE]) + encode(manifest))
         with self.path(blob).open("rb") as file:  # open once: eviction meanwhile does not hurt
             while True:
                 with trio.fail_after(params.BLOB_IDLE_SECONDS_MAX):
@@ -214,7 +236,11 @@ class BlobStore:
                     head += await stream.receive_exactly(4 - len(head)) if len(head) < 4 else b""
                     index = int.from_bytes(head, "big")
                     count, offset = manifest.chunk_bytes(index), index * params.BLOB_CHUNK_BYTES
-                    chunk = await trio.to_thread.run_sync(os.pread, file.fileno(), count, offset)
+                    if sought:
+                        last = index == len(manifest.chunks) - 1
+                        chunk = await trio.to_thread.run_sync(sealed_chunk, file.fileno(), access, index, last)
+                    else:
+                        chunk = await trio.to_thread.run_sync(os.pread, file.fileno(), count, offset)
                     await stream.send_all(chunk)
 
     # --- fetching ------------------------------------------------------------------------------------------
@@ -227,34 +253,38 @@ class BlobStore:
         *,
         size_max: int,
         progress: Progress | None = None,
+        keys: Keys | None = None,
     ) -> Path:
         """Bring `blob` here from the first of `peers` that gives it whole and right; its path.
 
         A peer that fails half-way is followed by the next, which goes on from there; calls for one blob share one
-        download. Raises NotFound if no peer gives it (with what each did), LimitExceeded if it is larger than
-        `size_max`, DiskFull.
+        download. keys: of the sealed job that it belongs to: it comes sealed, and is opened and checked here.
+        Raises NotFound if no peer gives it (with what each did), LimitExceeded if it is larger than `size_max`,
+        DiskFull.
         """
+        access = keys.access(blob) if keys is not None else b""
+        await trio.to_thread.run_sync(self._mark, blob, keys)
         while not self.has(blob):
             if (running := self._downloads.get(blob)) is not None:
                 await running.wait()  # its caller may fail or be cancelled: then this one goes on
                 continue
             done = self._downloads[blob] = trio.Event()
             try:
-                await self._fetch_from(host, blob, peers, size_max, progress or (lambda here, total: None))
+                await self._fetch_from(host, blob, peers, size_max, progress or (lambda here, total: None), access)
             finally:
                 del self._downloads[blob]
                 done.set()
         return self.path(blob)
 
     async def _fetch_from(
-        self, host: BlobHost, blob: bytes, peers: Sequence[bytes], size_max: int, progress: Progress
+        self, host: BlobHost, blob: bytes, peers: Sequence[bytes], size_max: int, progress: Progress, access: bytes
     ) -> None:
         told: list[str] = []
         for peer in peers:
             try:
                 stream = await host.open_stream(peer, PROTOCOL)
                 try:
-                    return await self._download(stream, blob, size_max, progress)
+                    return await self._download(stream, blob, size_max, progress, access)
                 finally:
                     stream.reset()
             except _TooLarge as fault:
@@ -272,23 +302,35 @@ class BlobStore:
             next_step="wait for a peer that has it, or connect to one",
         )
 
-    async def _download(self, stream: Stream, blob: bytes, size_max: int, progress: Progress) -> None:
+    async def _download(self, stream: Stream, blob: bytes, size_max: int, progress: Progress, access: bytes) -> None:
         with trio.fail_after(params.BLOB_IDLE_SECONDS_MAX):
-            await stream.send_all(blob)
+            await stream.send_all(locator_of(access) if access else blob)
             reply = await stream.receive_frame(MANIFEST_BYTES_MAX + 1) or bytes([ABSENT])
-        if reply[0] != HERE:
+        if reply[0] != (SEALED if access else HERE):
             raise NotFound("it is busy" if reply[0] == BUSY else "it does not have it")
-        manifest = await trio.to_thread.run_sync(lambda: BlobManifest.from_bytes(reply[1:], blob=blob))
+        if access:
+            manifest, size_max = await trio.to_thread.run_sync(read_manifest, reply[1:]), sealed_bytes(size_max)
+        else:
+            manifest = await trio.to_thread.run_sync(lambda: BlobManifest.from_bytes(reply[1:], blob=blob))
         if manifest.size > size_max:
             raise _TooLarge(f"blob {blob.hex()[:12]} has {manifest.size} bytes, at most {size_max} are wanted")
         partial = self._partial / f"{blob.hex()}.data"
-        with self._room(manifest.size):
+        with self._room(manifest.size * (2 if access else 1)):
             self._forget_old_partials(keep=partial)
             file, missing = await trio.to_thread.run_sync(self._open_partial, partial, manifest)
             with file:
-                await _Download(stream, manifest, file, missing, progress, self._disk_full).run()
+                await Download(stream, manifest, file, missing, progress, self._disk_full).run()
                 await trio.to_thread.run_sync(os.fsync, file.fileno())
-            await trio.to_thread.run_sync(self._install, blob, manifest, partial)
+            if access:
+                opened = self._blobs / f"{os.urandom(8).hex()}.new"
+                try:
+                    manifest = await trio.to_thread.run_sync(unseal_file, partial, opened, blob, access)
+                    await trio.to_thread.run_sync(self._install, blob, manifest, opened)
+                finally:
+                    opened.unlink(missing_ok=True)
+                    partial.unlink(missing_ok=True)
+            else:
+                await trio.to_thread.run_sync(self._install, blob, manifest, partial)
             self._entries[blob] = _Entry(manifest.size, time.time())
 
     def _open_partial(self, partial: Path, manifest: BlobManifest) -> tuple[BinaryIO, list[int]]:
@@ -373,64 +415,6 @@ class BlobStore:
 
 class _TooLarge(NotFound):
     """The true size is above what the caller wants; the peer did nothing wrong."""
-
-
-@dataclass
-class _Download:
-    """One peer's part in one download: chunks are asked for ahead and hashed and written in threads."""
-
-    stream: Stream
-    manifest: BlobManifest
-    file: BinaryIO
-    missing: list[int]
-    progress: Progress
-    disk_full: Callable[[OSError, int], Exception]
-    fault: Exception | None = None
-
-    async def run(self) -> None:
-        """Raises VerificationFailed for a wrong chunk, PeerUnreachable, trio.TooSlowError, DiskFull."""
-        self.done_bytes = self.manifest.size - sum(map(self.manifest.chunk_bytes, self.missing))
-        self.progress(self.done_bytes, self.manifest.size)
-        slots = trio.Semaphore(WRITES_MAX)
-        async with trio.open_nursery() as nursery:
-            try:
-                for number in range(min(params.BLOB_PIPELINE_CHUNKS, len(self.missing))):
-                    await self._ask(number)
-                for number, index in enumerate(self.missing):
-                    with trio.fail_after(params.BLOB_IDLE_SECONDS_MAX):
-                        data = await self.stream.receive_exactly(self.manifest.chunk_bytes(index))
-                        if number + params.BLOB_PIPELINE_CHUNKS < len(self.missing):
-                            await self._ask(number + params.BLOB_PIPELINE_CHUNKS)
-                    await slots.acquire()
-                    nursery.start_soon(self._keep, index, data, slots, nursery.cancel_scope)
-            except (PeerUnreachable, RemoteProtocolError, trio.TooSlowError) as fault:
-                self.fault = self.fault or fault  # chunks already received are still written
-        if self.fault is not None:
-            raise self.fault
-
-    async def _ask(self, number: int) -> None:
-        await self.stream.send_all(self.missing[number].to_bytes(4, "big"))
-
-    async def _keep(self, index: int, data: bytes, slots: trio.Semaphore, scope: trio.CancelScope) -> None:
-        try:
-            await trio.to_thread.run_sync(self._check_and_write, index, data)
-            self.done_bytes += len(data)
-            self.progress(self.done_bytes, self.manifest.size)
-        except (RemoteProtocolError, DiskFull, OSError) as fault:
-            self.fault = self.fault or fault
-            scope.cancel()
-        finally:
-            slots.release()
-
-    def _check_and_write(self, index: int, data: bytes) -> None:
-        self.manifest.check_chunk(index, data)
-        view, offset = memoryview(data), index * params.BLOB_CHUNK_BYTES
-        try:
-            while view:
-                written = os.pwrite(self.file.fileno(), view, offset)
-                view, offset = view[written:], offset + written
-        except OSError as error:
-            raise self.disk_full(error, self.manifest.size) from None
 
 
 def _copy(

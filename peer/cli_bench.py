@@ -103,10 +103,11 @@ def _alone(terminal: Terminal, out: Path | None) -> None:
     import trio
 
     from peer.home import Home
+    from peer.passphrase import passphrase_for
     from protocol.keys import SigningKey
 
     home = Home(terminal.data_dir)
-    key, network = SigningKey.from_seed(home.seed()), home.network()
+    key, network = SigningKey.from_seed(home.seed(passphrase_for(home))), home.network()
     out = out or terminal.data_dir / _FILE
     with terminal.progress() as live:
         bar = live.add_task(_STAGES["warm"], total=None, note="") if live is not None else None

@@ -34,14 +34,15 @@ class _Line(NamedTuple):
 def doctor(terminal: Terminal) -> None:
     """Check this machine and peer, and say how to mend what is wrong.
 
-    Looks at the data directory, the key, the network file, disk, clock, ports, the sandbox (by attacking it from
-    inside) and the peers. Works without a daemon too. Exits with 1 if something is bad.
+    Looks at the data directory, the key, the network file, all of the store, disk, clock, ports, the sandbox (by
+    attacking it from inside) and the peers. Works without a daemon too. Exits with 1 if something is bad.
 
     \b
     ichiba doctor
     ichiba doctor --json
     """
-    lines = [*_directory(terminal.data_dir), _network(terminal.data_dir), _disk(terminal.data_dir), _clock()]
+    path = terminal.data_dir
+    lines = [*_directory(path), _network(path), *_store(path), _disk(path), _clock()]
     try:
         with terminal.client() as client:
             status, told = client.status(), client.doctor()
@@ -98,6 +99,21 @@ def _network(path: Path) -> _Line:
     except IchibaError as error:
         return _Line("network file", "bad", error.what, error.next_step or f"ichiba --data {path} init")
     return _Line("network file", "ok", f"{network.name} ({network.id.hex()[:12]}), {len(network.deposits)} deposits")
+
+
+def _store(path: Path) -> list[_Line]:
+    """Every page and row of the store, also while the daemon uses it. A store of gigabytes takes minutes."""
+    from peer.store_check import check
+    from protocol.errors import NotFound
+
+    try:
+        found = check(path)
+    except NotFound:
+        return []
+    except IchibaError as error:
+        return [_Line("store", "bad", error.what, error.next_step)]
+    words = f"{found['rows']} rows, {found['entries']} journal entries and {found['events']} log lines are as written"
+    return [_Line("store", "ok", words)]
 
 
 def _disk(path: Path) -> _Line:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from protocol.credits import credits_of
 
-__all__ = ["ENDINGS", "line_of", "stamped"]
+__all__ = ["ENDINGS", "figure_of", "line_of", "stamped", "tolerance_of"]
 
 ENDINGS: Final = frozenset(("done", "failed", "cancelled"))
 """The kinds after which nothing more happens to a job."""
@@ -49,16 +49,47 @@ def _verdict(event: _Event) -> str:
     return f"{event['role']} {_who(event['checker'])} found {_span(event['segments'])} {event['finding']}{where}"
 
 
+def _profiled(event: _Event) -> str:
+    names = ", ".join(map(_who, event["profiled_by"]))
+    return f"profiled by {names}: {tolerance_of(event)}; the job is offered"
+
+
+def tolerance_of(found: dict[str, Any]) -> str:
+    """What tolerant work is judged by, from what a node says of it (peer/profiles.py)."""
+    left_out = f", without {', '.join(found['gauges'])}" if found["gauges"] else ""
+    return f"thresholds of {found['l1_ppb'] / 1e9:.1e} (L2 {found['l2_ppb'] / 1e9:.1e}) of an update{left_out}"
+
+
 def _span(segments: list[int]) -> str:
     return f"segment{'s' if len(segments) != 1 else ''} {', '.join(map(str, segments))}"
 
 
+def figure_of(event: _Event) -> str:
+    """The number of a step with what it is, as `loss 0.1234`; nothing for a job whose steps have none."""
+    name = event.get("figure", "loss")
+    return f"{name} {event['loss']:.4f}" if name else ""
+
+
+_OF_PROFILE: Final = "profile-"  # what happens to a profile is told in its job's log under such a kind
+_RULED: Final = {"forced": "wrong by order: its error was drawn, and its finder gets the jackpot"}
 _LINES: Final[dict[str, Callable[[_Event], str]]] = {
     "offer": lambda e: (
         f"offered: {e['operations'] / 1e9:.1f} Gop at up to {credits_of(e['unit_price_max'])} credits each, "
         f"segments {e['segments'][0]} to {e['segments'][1] - 1}"
     ),
     "round": _round,
+    "profiling": lambda e: (
+        f"tolerant mode: {e['wanted']} verifiers profile the task first, for at most {credits_of(e['budget_micro'])} "
+        "credits"
+    ),
+    "profile": lambda e: (
+        f"profile {e['number'] + 1} is ordered: {e['operations'] / 1e9:.1f} Gop{': ' if e['why'] else ''}{e['why']}"
+    ),
+    "profile-agreed": lambda e: f"profile: verifier {_who(e['solver'])} runs the task under several kernels",
+    "profile-step": lambda e: f"profile: step {e['step'] + 1} of {e['of']}",
+    "profile-paid": lambda e: f"profile: handed in and paid: {credits_of(e['amount_micro'])} credits",
+    "profile-done": lambda _: "profile: settled",
+    "profiled": _profiled,
     "matched": lambda e: (
         f"chose solver {_who(e['solver'])} at {credits_of(e['unit_price'])} credits per giga-operation"
     ),
@@ -66,7 +97,7 @@ _LINES: Final[dict[str, Callable[[_Event], str]]] = {
     "refused": _refused,
     "said": lambda e: f"{e['used_ns'] / 1e9:.1f} s: {e['text'].rstrip() or '(it runs)'}",
     "unchecked": lambda e: f"settled without a check; {e['why']}",
-    "step": lambda e: f"step {e['step'] + 1}: loss {e['loss']:.4f}",
+    "step": lambda e: f"step {e['step'] + 1}: {figure_of(e) or 'done'}",
     "solver-paused": lambda e: (
         f"solver {_who(e['solver'])} is paused by its owner; it is lost if nothing comes for {e['silence_s']} s"
     ),
@@ -80,6 +111,11 @@ _LINES: Final[dict[str, Callable[[_Event], str]]] = {
     "draw": lambda e: f"drawn for re-execution: {_span(e['segments'])} of {e['of']}",
     "check": lambda e: f"{e['role']} {_who(e['checker'])} is asked to re-execute {_span(e['segments'])}",
     "verdict": _verdict,
+    "challenged": lambda e: (
+        f"{_who(e['challenger'])} challenges segment {e['segment']} before the notaries; "
+        f"follow it with: ichiba dispute show {e['dispute'][:12]}"
+    ),
+    "arbitrated": lambda e: f"the notaries ruled: segment {e['segment']} is {_RULED.get(e['finding'], e['finding'])}",
     "waiting": lambda e: f"waiting: {e['why']}",
     "lost": lambda e: f"solver {_who(e['solver'])} is lost after {e['receipts']} segments: {e['why']}",
     "reoffer": lambda e: f"offered again from segment {e['segment']}: {e['why']}",
@@ -97,6 +133,8 @@ _LINES: Final[dict[str, Callable[[_Event], str]]] = {
 def line_of(event: _Event) -> str:
     """An event in words. One of a kind, or shape, that this program does not know is shown as it is."""
     make = _LINES.get(event["kind"])
+    if make is None and event["kind"].startswith(_OF_PROFILE):
+        return f"profile: {line_of({**event, 'kind': event['kind'].removeprefix(_OF_PROFILE)})}"
     if make is not None:
         try:
             return make(event)

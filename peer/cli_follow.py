@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from peer.cli_events import ENDINGS, line_of, stamped
+from peer.cli_events import ENDINGS, figure_of, line_of, stamped
 from peer.cli_output import Terminal, credits_of, short_id
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def exit_code_of(job: dict[str, Any], *, timed_out: bool = False) -> int:
         return _DISPUTED if disputed else _CODES[job["state"]]
     if not timed_out:
         return 0
-    if not deals and job["state"] == "offered":
+    if not deals and job["state"] in ("profiling", "offered"):
         return _NO_MATCH
     in_dispute = any(
         deal["state"] in ("checking", "settling") and any(check["state"] == "wrong" for check in deal["checks"])
@@ -87,7 +87,7 @@ def follow(terminal: Terminal, client: Client, job: dict[str, Any], *, timeout: 
     except _TimeOver:
         now = client.job(job_id)
         code = exit_code_of(now, timed_out=True)
-        why = "nobody took it: see `ichiba quote` and `ichiba book`" if code == _NO_MATCH else "the job goes on"
+        why = f"nobody took it: see `ichiba why {short_id(job_id)}`" if code == _NO_MATCH else "the job goes on"
         terminal.note(f"{timeout:g} s are over, {why}. Come back with: ichiba job logs -f {short_id(job_id)}")
         return code
     ended = client.job(job_id)
@@ -112,6 +112,11 @@ class _Screen:
             return
         if event["kind"] == "step":
             self._step(event)
+        elif event["kind"] == "profile-step" and (self.live is None or self.bar is None):
+            if (event["step"] + 1) * 4 % event["of"] < 4:  # in a log file, some four lines a profile
+                self.terminal.note(stamped(event))
+        elif event["kind"] == "profile-step" and self.live is not None and self.bar is not None:
+            self.live.update(self.bar, note=line_of(event))
         elif self.live is not None and self.bar is not None:
             self.live.console.print(stamped(event), markup=False, highlight=False)
             self.live.update(self.bar, note=_stage(event))
@@ -121,7 +126,7 @@ class _Screen:
     def _step(self, event: dict[str, Any]) -> None:
         done = event["step"] + 1
         if self.live is not None and self.bar is not None:
-            self.live.update(self.bar, completed=done, note=f"step {done}/{self.steps}  loss {event['loss']:.4f}")
+            self.live.update(self.bar, completed=done, note=f"step {done}/{self.steps}  {figure_of(event)}".rstrip())
         elif (part := done * 20 // self.steps) > self.shown:  # in a log file, one line each 5 %
             self.shown = part
             self.terminal.note(stamped(event))
@@ -131,7 +136,8 @@ def _stage(event: dict[str, Any]) -> str:
     """A few words beside the bar."""
     stages = {
         "offer": "waiting for bids", "agreed": "the solver begins", "proof": "proving", "draw": "being checked",
-        "check": "being checked", "settled": "settled", "reoffer": "waiting for bids",
+        "check": "being checked",
+        "profile-agreed": "being profiled", "settled": "settled", "reoffer": "waiting for bids",
     }  # fmt: skip
     return stages.get(event["kind"], line_of(event)[:40])
 

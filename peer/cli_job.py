@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peer.cli_output import Terminal, ago, common, credits_of, short_id
+from peer.cli_output import Terminal, ago, common, credits_of, short_id, write_whole
 from peer.cli_proof import proof
 from protocol.errors import IchibaError
+from protocol.money_line import MoneyLine
 
 if TYPE_CHECKING:
     from peer.client import Client
@@ -79,27 +80,44 @@ def ls(terminal: Terminal) -> None:
 @click.argument("job_id", metavar="JOB")
 @common
 def show(terminal: Terminal, job_id: str) -> None:
-    """Show one job with its deals and their checks.
+    """Show one job with its deals and their checks, and what it found if it evaluates, infers or generates.
 
     \b
     ichiba job show 3f2a
     """
+    from peer.cli_result import show_results
+
     with terminal.client() as client:
         found = client.job(job_id.lower())
-    terminal.record("ichiba.job/1", found)
+        terminal.record("ichiba.job/1", found)
+        _show_job(terminal, found)
+        show_results(terminal, client, found)
+
+
+def _privacy(found: dict[str, Any]) -> str:
+    """Who was given what to open a sealed job; what somebody was given cannot be taken back."""
+    held = [f"{key['peer'][-8:]} ({key['role']}: {key['opens']})" for key in found["keys"]]
+    return f"sealed; keys given to {', '.join(held) or 'nobody yet'}"
+
+
+def _show_job(terminal: Terminal, found: dict[str, Any]) -> None:
     terminal.pairs(
         {
             "job": found["job"],
             "name": found["name"],
+            "kind": found.get("kind", "train"),
             "state": f"{found['state']} {found['stage']}".strip() + (f": {found['reason']}" if found["reason"] else ""),
             "progress": f"{found['steps_done']} of {found['steps']} steps, "
             f"{found['segments_done']} of {found['segments']} segments",
             "budget": f"{credits_of(found['budget_micro'])} credits, {credits_of(found['spent_micro'])} spent, "
             f"{credits_of(found['paid_micro'])} of it to solvers",
+            **({"money": MoneyLine(**found["money"]).words()} if "money" in found else {}),
             "submitted": ago(found["created_ns"]),
             "final state": found["final_root"] or "-",
         }
         | ({"assurance": found["assurance"]} if found.get("assurance") else {})
+        | ({"privacy": _privacy(found)} if found.get("privacy") == "sealed" else {})
+        | ({"profiling": _profiling(found["profiling"])} if found.get("profiling") else {})
         | ({"replicas": _replicas(found["replicas"])} if found.get("replicas") else {})
     )
     terminal.table(
@@ -135,6 +153,16 @@ def show(terminal: Terminal, job_id: str) -> None:
                 for deal, check in checks
             ],
         )
+
+
+def _profiling(found: dict[str, Any]) -> str:
+    from peer.cli_events import tolerance_of
+
+    done = [one for one in found["profiles"] if one["state"] == "done"]
+    spent = credits_of(sum(one["spent_micro"] for one in found["profiles"]))
+    if "l1_ppb" not in found:
+        return f"{len(done)} of {max(found['wanted'], len(found['profiles']))} profiles are done, {spent} credits spent"
+    return f"{tolerance_of(found)}; by {', '.join(name[-8:] for name in found['profiled_by'])} for {spent} credits"
 
 
 def _replicas(found: dict[str, Any]) -> str:
@@ -253,15 +281,8 @@ def _collect(terminal: Terminal, client: Client, job_id: str, folder: Path) -> N
     tensors = safetensors.parse(memoryview(data), state_layout(program))
     kept = {item.name for item in program.inputs_of("parameter", "buffer")}
     weights = safetensors.write({name: array for name, array in tensors.items() if name in kept})
-    _write(folder / "weights.safetensors", weights)
+    write_whole(folder / "weights.safetensors", weights)
     collect_results(terminal, tensors, folder)
     roots = {name: merkle.tensor_root(array) for name, array in tensors.items()}
     bundle = make_bundle(evidence, network=home.network_file.read_text(), state=roots)
-    _write(folder / "proof.json", json.dumps(bundle, indent=1).encode() + b"\n")
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    part.replace(path)
+    write_whole(folder / "proof.json", json.dumps(bundle, indent=1).encode() + b"\n")

@@ -1,94 +1,35 @@
-"""Commands about the market and the money: book, wallet, receipts verify."""
+"""Commands about the money: wallet, receipts verify."""
 
 from __future__ import annotations
 
 import mmap
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from peer.cli_node import roles_of
-from peer.cli_output import Terminal, common, credits_of, short_id, size_of
-from protocol.params import SANDBOX_LEVELS
+from peer.cli_output import Terminal, common, credits_of, short_id
+from protocol.money_line import MoneyLine
 
 if TYPE_CHECKING:
     from protocol.bundle import BundleReport
 
-__all__ = ["book", "check_proof", "receipts", "show_proof", "wallet"]
+__all__ = ["check_proof", "receipts", "show_proof", "trusted_network", "wallet"]
 
 
-@click.command()
-@common
-def book(terminal: Terminal) -> None:
-    """Show the asks and offers this peer has heard of.
-
-    For each offer this peer would not bid on, the reason.
-
-    \b
-    ichiba book
-    ichiba book --json
-    """
-    with terminal.client() as client:
-        found = client.book()
-    for ask in found["asks"]:
-        terminal.record("ichiba.ask/1", ask)
-    for offer in found["offers"]:
-        terminal.record("ichiba.offer/1", offer)
-    terminal.table(
-        "asks",
-        ("peer", "roles", ">credits/Gop", ">Gop/s", ">memory", "sandbox", ">stake", ">trust", "here"),
-        [
-            (
-                ask["peer"][-8:],
-                roles_of(ask["roles"]),
-                credits_of(ask["unit_price"]),
-                f"{ask['operations_per_second'] / 1e9:.2f}",
-                size_of(ask["memory_bytes"]),
-                SANDBOX_LEVELS[ask["sandbox"]],
-                credits_of(ask["stake_micro"]),
-                f"{ask['trust_ppm'] / 10_000:.1f} %",
-                "yes" if ask["connected"] else "no",
-            )
-            for ask in found["asks"]
-        ],
-    )
-    terminal.table(
-        "offers",
-        (
-            "offer",
-            "submitter",
-            ">Gop",
-            ">credits/Gop at most",
-            ">stake asked",
-            ">bids",
-            "this peer does not bid because",
-        ),
-        [
-            (
-                short_id(offer["offer"]),
-                offer["submitter"][-8:],
-                f"{offer['operations'] / 1e9:.1f}",
-                credits_of(offer["unit_price_max"]),
-                credits_of(offer["lock_micro"]),
-                len(offer["bids"]),
-                offer["no_bid"]["why"] if offer["no_bid"] else "",
-            )
-            for offer in found["offers"]
-        ],
-    )
-
-
-@click.command()
+@click.group(invoke_without_command=True)
 @click.option("--all", "everybody", is_flag=True, help="Show every peer of the network, and that the sums agree.")
 @common
 def wallet(terminal: Terminal, everybody: bool) -> None:
-    """Show what this peer holds, locks, earns and owes.
+    """Show what this peer holds, locks, earns and owes; back it up.
 
     \b
     ichiba wallet
     ichiba wallet --all
     """
+    if click.get_current_context().invoked_subcommand is not None:
+        return
     with terminal.client() as client:
         found = client.wallet(everybody=everybody)
     terminal.record("ichiba.wallet/1", found)
@@ -99,6 +40,7 @@ def wallet(terminal: Terminal, everybody: bool) -> None:
             "stake": f"{credits_of(found['stake_micro'])} credits free to lock",
             "earned": f"{credits_of(found['earned_unsettled_micro'])} credits in vouchers, not settled yet",
         }
+        | ({"money": MoneyLine(**found["money"]).words()} if "money" in found else {})
     )
     terminal.table(
         "deals as solver",
@@ -127,19 +69,22 @@ def _money_table(terminal: Terminal, table: dict[str, Any]) -> None:
     terminal.say(f"burned {credits_of(table['burned_micro'])}, in the jackpot pool {credits_of(table['pool_micro'])}")
 
 
-@click.group()
-def receipts() -> None:
-    """Check the evidence of finished work, offline."""
-
-
-@receipts.command()
-@click.argument("path", type=click.Path(exists=True, path_type=Path))
-@click.option(
+trusted_network = click.option(
     "--network",
     "network_file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The network file you trust; without it that of the data directory.",
 )
+
+
+@click.group()
+def receipts() -> None:
+    """Check and export the evidence of finished work."""
+
+
+@receipts.command()
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@trusted_network
 @common
 def verify(terminal: Terminal, path: Path, network_file: Path | None) -> None:
     """Check the proof in PATH and the weights next to it.
@@ -243,11 +188,13 @@ def show_proof(terminal: Terminal, report: BundleReport, files: list[str]) -> No
             "operations_checked": report.operations_checked,
             "paid_micro": report.paid_micro,
             "fees_micro": report.fees_micro,
+            "money": asdict(report.money),
             "proved": proved,
             "not_proved": not_proved,
         },
     )
     terminal.say(f"job {short_id(report.job.hex())} ({report.name}) on network {report.network}")
+    terminal.say(f"  money       {report.money.words()}")
     for line in proved:
         terminal.say(f"  proved      {line}")
     for line in not_proved:

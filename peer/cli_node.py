@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from peer.cli_output import Terminal, common, credits_of, short_id
-from peer.cli_pause import paused_line
+from peer.cli_pause import finishing_line, paused_line
+from peer.passphrase import new_passphrase, passphrase_file_option, passphrase_for
 from protocol.params import SANDBOX_LEVELS
 
 __all__ = ["connect", "init", "invite", "roles_of", "status"]
@@ -28,14 +29,17 @@ def roles_of(bits: int) -> str:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The network file of the market to be on; without it a network of your own, named solo.",
 )
+@click.option("--passphrase", is_flag=True, help="Seal the key by a passphrase, which `ichiba up` will ask for.")
+@passphrase_file_option
 @common
-def init(terminal: Terminal, network_file: Path | None) -> None:
+def init(terminal: Terminal, network_file: Path | None, passphrase: bool, passphrase_file: Path | None) -> None:
     """Make the data directory: a key, and the network to be on.
 
     What exists already stays as it is: a key is never overwritten, and running it again changes nothing.
 
     \b
     ichiba init
+    ichiba init --passphrase
     ichiba init --network market.toml
     """
     from peer.home import Home
@@ -43,7 +47,12 @@ def init(terminal: Terminal, network_file: Path | None) -> None:
 
     home = Home(terminal.data_dir)
     fresh = not home.key_file.exists()
-    key = home.create(network_file.read_text() if network_file is not None else None)
+    word = None
+    if not fresh:
+        word = passphrase_for(home, passphrase_file)
+    elif passphrase or passphrase_file is not None:
+        word = new_passphrase(passphrase_file)
+    key = home.create(network_file.read_text() if network_file is not None else None, passphrase=word)
     network = home.network()
     name = peer_name(key.public)
     result = {
@@ -74,6 +83,8 @@ def status(terminal: Terminal) -> None:
         found = client.status()
     terminal.record("ichiba.status/1", found)
     terminal.pairs(_status_pairs(found))
+    if found.get("restored_listens"):
+        terminal.note("restored from a backup: it signs nothing until it has its peers' settlement logs")
     if not found["peers"]:
         terminal.note("nobody is connected; bring another peer here with `ichiba invite`")
 
@@ -90,6 +101,7 @@ def _status_pairs(found: dict[str, Any]) -> dict[str, object]:
         "speed": f"{found['operations_per_second'] / 1e9:.2f} giga-operations per second",
         "market": f"{found['asks_seen']} asks and {found['offers_seen']} offers heard",
         "paused": paused_line(found),
+        **({"finishing": finishing_line(found)} if found.get("finishing_since_ns") else {}),
         "work": f"{found['jobs_open']} jobs open, {found['deals_active']} deals for others",
         "free": f"{credits_of(found['free_micro'])} credits",
         "stake": f"{credits_of(found['stake_micro'])} credits free to lock",

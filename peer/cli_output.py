@@ -38,6 +38,7 @@ __all__ = [
     "short_id",
     "show_error",
     "size_of",
+    "write_whole",
 ]
 
 EXIT_CODES: Final[dict[int, str]] = {
@@ -151,7 +152,8 @@ class Terminal:
         click.echo(harmless(text), err=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """A table for people; without rows, its title and `none`."""
+        """A table for people; without rows, its title and `none`. A column named >x stands to the right; one named ~x
+        holds sentences, which are folded where the terminal is narrow, so that no figure is cut."""
         if self.as_json:
             return
         from rich.console import Console
@@ -164,8 +166,8 @@ class Terminal:
             return
         made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
         for column in columns:
-            made.add_column(column, justify="right" if column.startswith(">") else "left", no_wrap=True)
-            made.columns[-1].header = column.removeprefix(">")
+            right, folded = column.startswith(">"), column.startswith("~")
+            made.add_column(column.lstrip(">~"), justify="right" if right else "left", no_wrap=not folded)
         for row in filled:
             made.add_row(*row)
         width = None if sys.stdout.isatty() else _PIPE_COLUMNS
@@ -208,6 +210,13 @@ class Terminal:
                 live.update(bar, completed=done, total=total, note=f"{size_of(done)} of {size_of(total)}")
 
             yield moved
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that somebody asked for: it is there whole or not at all. Raises OSError."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(data)
+    part.replace(path)
 
 
 def show_error(error: IchibaError, *, as_json: bool) -> None:

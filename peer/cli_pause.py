@@ -11,7 +11,7 @@ import click
 from peer.cli_output import Terminal, ago, common, short_id, size_of
 from protocol import params
 
-__all__ = ["pause", "paused_line", "resume"]
+__all__ = ["finishing_line", "pause", "paused_line", "resume"]
 
 _FATES = {
     "kept": "stands after step {step}, {bytes} kept",
@@ -36,14 +36,24 @@ def _fate(fate: dict[str, Any]) -> str:
 
 
 def paused_line(found: dict[str, Any]) -> str:
-    """Of `ichiba status`: whether the peer is paused, since when, and what waits."""
+    """Of `ichiba status`: whether the peer is paused, since when, why, and what waits."""
     since_ns = found.get("paused_since_ns", 0)
     if not since_ns:
         return "no"
     works = found.get("paused_works", [])
     soonest = min((work["lost_after_ns"] for work in works), default=0)
     waits = f"; {len(works)} works wait, {_until(soonest)}" if works else ""
-    return f"since {datetime.fromtimestamp(since_ns / 1e9):%Y-%m-%d %H:%M:%S} ({ago(since_ns)}){waits}"
+    by = found.get("paused_by", "owner")
+    rule = f" by the rule {by}: {found['paused_why']}" if by not in ("", "owner") else ""
+    return f"since {datetime.fromtimestamp(since_ns / 1e9):%Y-%m-%d %H:%M:%S} ({ago(since_ns)}){rule}{waits}"
+
+
+def finishing_line(found: dict[str, Any]) -> str:
+    """Of `ichiba status`: whether the peer takes new work, and what it still has to finish."""
+    if not found.get("finishing_since_ns", 0):
+        return "no"
+    left = found["unfinished"]
+    return f"{left} deals and checks are left" if left else "all is finished; next: ichiba earn start"
 
 
 @click.command()
@@ -65,6 +75,7 @@ def pause(terminal: Terminal, within: int) -> None:
     \b
     ichiba pause
     ichiba pause --within 60     for a model with very long steps
+    ichiba earn pause
     """
     with terminal.client() as client:
         found = client.pause(within_ms=within * 1000)

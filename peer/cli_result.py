@@ -5,16 +5,20 @@ Imports numpy only when there is something to show. The checkpoint whose root is
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peer.cli_output import Terminal
+from peer.cli_output import Terminal, short_id
+from protocol import params
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["RESULT_PREFIX", "collect_results", "metrics_of", "text_of"]
+    from peer.client import Client
+
+__all__ = ["RESULT_PREFIX", "collect_results", "metrics_of", "show_results", "text_of"]
 
 RESULT_PREFIX = "result."
 """Of the tensors in a last state that are results (worker/capture_forward.py); in result.safetensors it is left out."""
@@ -23,11 +27,11 @@ _TEXT_ROWS_MAX, _TEXT_CHARS_MAX = 8, 2000  # shown of a generation; all of it is
 
 def metrics_of(results: Mapping[str, NDArray[Any]]) -> dict[str, float]:
     """The mean of each metric of an evaluation, by name, the loss first; empty for results of another kind."""
-    if "batches" not in results or not float(results["batches"]):
+    if "rows" not in results or not int(results["rows"]):
         return {}
-    batches = float(results["batches"])
-    names = sorted(results.keys() - {"batches"}, key=lambda name: (name != "loss", name))
-    return {name: float(results[name]) / batches for name in names}
+    rows = int(results["rows"])
+    names = sorted(results.keys() - {"rows"}, key=lambda name: (name != "loss", name))
+    return {name: float(results[name].astype("float64").sum()) / rows for name in names}
 
 
 def text_of(tokens: NDArray[Any]) -> list[str]:
@@ -47,12 +51,32 @@ def collect_results(terminal: Terminal, tensors: Mapping[str, NDArray[Any]], fol
     if not results:
         return
     (folder / "result.safetensors").write_bytes(safetensors.write(results))
+    _say(terminal, results)
+
+
+def show_results(terminal: Terminal, client: Client, job: dict[str, Any]) -> None:
+    """Say what a finished job left that trained nothing, or how to get it from a state too large for a look."""
+    if job["state"] != "done" or job.get("kind") not in ("evaluate", "infer", "generate"):
+        return
+    if job["checkpoint_bytes"] > params.RESULT_SHOWN_BYTES_MAX:
+        terminal.say(f"its result: ichiba job get {short_id(job['job'])}")
+        return
+    from protocol import safetensors
+
+    with tempfile.TemporaryDirectory(prefix="ichiba-show-") as folder:
+        checkpoint = Path(folder) / "checkpoint"
+        client.get_blob(bytes.fromhex(job["checkpoint"]), checkpoint)
+        tensors = safetensors.parse(checkpoint.read_bytes())
+    _say(terminal, {n.removeprefix(RESULT_PREFIX): a for n, a in tensors.items() if n.startswith(RESULT_PREFIX)})
+
+
+def _say(terminal: Terminal, results: Mapping[str, NDArray[Any]]) -> None:
     metrics = metrics_of(results)
     shapes = {name: list(array.shape) for name, array in sorted(results.items())}
     terminal.record("ichiba.outcome/1", {"metrics": metrics, "tensors": shapes})
     for name, value in metrics.items():
         terminal.say(f"{name}: {value:.6g}")
     if not metrics:
-        terminal.say("wrote result.safetensors: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+        terminal.say("result: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
     for row in text_of(results["tokens"]) if "tokens" in results else []:
         terminal.say(row[:_TEXT_CHARS_MAX])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from peer.cli_market import show_ladder
 from peer.cli_output import CREDITS, SIZE, Terminal, common, credits_of, short_id, size_of
 from protocol.errors import IchibaError
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from peer.client import Client
     from worker.prepare import Prepared
 
-__all__ = ["quote", "submit"]
+__all__ = ["prepare_job", "quote", "submit"]
 
 _JOB_PATH = click.Path(exists=True, path_type=Path)
 
@@ -30,11 +31,18 @@ class _NoTerms(IchibaError):
 @click.argument("job", type=_JOB_PATH)
 @click.option("--budget", type=CREDITS, help="The most you pay for all of it, in credits; else what job.toml says.")
 @click.option("--price", type=CREDITS, help="The most you pay per giga-operation, in credits; else what job.toml says.")
+@click.option("--sealed", is_flag=True, help="Show terms only; who wins it gets the keys to the rest.")
 @click.option("--wait/--detach", default=True, help="Follow the job to its end (the default), or return at once.")
 @click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Follow no longer than this.")
 @common
 def submit(
-    terminal: Terminal, job: Path, budget: int | None, price: int | None, wait: bool, timeout: float | None
+    terminal: Terminal,
+    job: Path,
+    budget: int | None,
+    price: int | None,
+    sealed: bool,
+    wait: bool,
+    timeout: float | None,
 ) -> None:
     """Offer the job in JOB to the market and follow it.
 
@@ -45,13 +53,14 @@ def submit(
     ichiba submit examples/mlp
     ichiba submit examples/char_gpt --budget 5 --price 0.002 --timeout 3600
     ichiba submit examples/cnn --detach --json
+    ichiba submit examples/mlp --sealed
     """
     with terminal.client() as client:
         network = bytes.fromhex(client.status()["network_id"])  # before seconds of torch: is the daemon there?
         from peer.cli_script import offer_script
         from worker.script_file import ScriptFile, is_script, read_script_file
 
-        prepared = None if is_script(job) else _prepare(terminal, client, job, network)
+        prepared = None if is_script(job) else prepare_job(terminal, client, job, network)
         terms = read_script_file(job) if prepared is None else prepared.job
         budget_micro = budget if budget is not None else terms.budget_micro
         unit_price_max = price if price is not None else terms.unit_price_max
@@ -61,6 +70,8 @@ def submit(
                 why="there is no unlimited default",
                 next_step="add --budget and --price, or set them in job.toml; `ichiba quote` shows the market",
             )
+        if prepared is None and sealed:
+            raise click.UsageError("A script cannot be sealed: nothing of it is checked by its task.")
         if prepared is None:
             assert isinstance(terms, ScriptFile), "it is a script's"
             jobs = offer_script(
@@ -68,7 +79,8 @@ def submit(
             )
             _follow_all(terminal, client, jobs, wait=wait, timeout=timeout)
             return
-        task = _upload(terminal, client, prepared)
+        sealed = sealed or prepared.job.sealed
+        task = _upload(terminal, client, prepared, sealed=sealed)
         made = client.submit(
             task=task,
             budget_micro=budget_micro,
@@ -77,10 +89,13 @@ def submit(
             checkpoint_bytes=prepared.checkpoint_bytes,
             memory_bytes=prepared.memory_bytes,
             sandbox=prepared.job.sandbox,
+            sealed=sealed,
         )
         name = short_id(made["job"])
         terminal.record("ichiba.job/1", made)
         terminal.say(f"job {name} is offered: {made['steps']} steps in {made['segments']} segments")
+        if sealed:
+            terminal.say("it is sealed: peers see its terms; `ichiba job show` says who holds its keys")
         _follow_all(terminal, client, [made], wait=wait, timeout=timeout)
 
 
@@ -97,9 +112,10 @@ def _follow_all(
     click.get_current_context().exit(max([follow(terminal, client, made, timeout=timeout) for made in jobs]))
 
 
-def _prepare(terminal: Terminal, client: Client, job: Path, network: bytes) -> Prepared:
+def prepare_job(terminal: Terminal, client: Client, job: Path, network: bytes) -> Prepared:
     """Capture the job, with its stages on stderr."""
     from peer.cli_stack import stacking
+    from protocol.task import FIGURES
     from worker.job_file import read_job_file
 
     read_job_file(job)  # a mistake in it is told before seconds of importing torch
@@ -113,7 +129,8 @@ def _prepare(terminal: Terminal, client: Client, job: Path, network: bytes) -> P
         from worker.prepare import prepare
 
         prepared = prepare(job, network, stage, below)
-    loss = f", first loss {prepared.first_loss:.4f}" if prepared.first_loss is not None else ""
+    figure = FIGURES[prepared.job.kind]
+    loss = f", first {figure} {prepared.first_loss:.4f}" if figure and prepared.first_loss is not None else ""
     terminal.note(
         f"{prepared.job.name}: {prepared.parameters:,} parameters, {prepared.nodes} nodes, "
         f"{prepared.operations / 1e9:.1f} giga-operations, {size_of(prepared.memory_bytes)} of memory{loss}"
@@ -127,20 +144,20 @@ def _prepare(terminal: Terminal, client: Client, job: Path, network: bytes) -> P
     return prepared
 
 
-def _upload(terminal: Terminal, client: Client, prepared: Prepared) -> bytes:
+def _upload(terminal: Terminal, client: Client, prepared: Prepared, *, sealed: bool) -> bytes:
     """Put the job's blobs into the daemon's store; the encoded task that names them."""
     from protocol.codec import encode
 
     with terminal.moving("program") as moved:
-        program = client.put_blob(prepared.program, moved)
+        program = client.put_blob(prepared.program, moved, sealed=sealed)
     arrays: dict[str, bytes] = {}
     for array in prepared.arrays:
         with terminal.moving(f"data {array.name}") as moved:
-            arrays[array.name] = client.put_blob(array.data, moved)
+            arrays[array.name] = client.put_blob(array.data, moved, sealed=sealed)
     base = b""
     if prepared.base is not None:
         with terminal.moving("first checkpoint") as moved:
-            base = client.put_blob(prepared.base, moved)
+            base = client.put_blob(prepared.base, moved, sealed=sealed)
     return encode(prepared.make_task(program=program, arrays=arrays, base=base))
 
 
@@ -153,7 +170,9 @@ def _upload(terminal: Terminal, client: Client, prepared: Prepared) -> bytes:
 def quote(terminal: Terminal, job: Path | None, operations: int | None, price: int | None, memory: int) -> None:
     """Show what a job would cost, and how long it would take.
 
-    From the asks this peer has heard; nothing is offered and nothing is spent.
+    From the asks this peer has heard; nothing is offered and nothing is spent. For several price limits: how many
+    solvers each reaches, how many of them are free, how long until one takes the job (an estimate, "?" where nothing
+    tells), how long it runs, and what it costs with all its checks.
 
     \b
     ichiba quote examples/mlp
@@ -161,14 +180,19 @@ def quote(terminal: Terminal, job: Path | None, operations: int | None, price: i
     """
     if (job is None) == (operations is None):
         raise click.UsageError("Give a JOB or --operations, one of them.")
-    sandbox = 2  # FILTERED, what any graph needs
+    sandbox, segments, per_segment = 2, 0, 0  # FILTERED, what any graph needs
     with terminal.client() as client:
         if job is not None:
-            prepared = _prepare(terminal, client, job, bytes.fromhex(client.status()["network_id"]))
+            prepared = prepare_job(terminal, client, job, bytes.fromhex(client.status()["network_id"]))
             operations, memory, sandbox = prepared.operations, prepared.memory_bytes, prepared.job.sandbox
             price = price if price is not None else prepared.job.unit_price_max
+            segments = -(-prepared.job.steps // prepared.job.steps_per_segment)
+            per_segment = prepared.operations_per_step * prepared.job.steps_per_segment
         assert operations is not None
-        found = client.quote(operations=operations, unit_price_max=price, memory_bytes=memory, sandbox=sandbox)
+        found = client.quote(
+            operations=operations, unit_price_max=price, memory_bytes=memory, sandbox=sandbox,
+            segments=segments, operations_per_segment=per_segment,
+        )  # fmt: skip
     terminal.record("ichiba.quote/1", {**found, "unit_price_max": price, "memory_bytes": memory})
     _show_quote(terminal, found, price)
 
@@ -185,7 +209,6 @@ def _show_quote(terminal: Terminal, found: dict[str, Any], price: int | None) ->
             "median": f"{credits_of(found['median_micro'])} credits",
             "highest": f"{credits_of(found['high_micro'])} credits",
             "fastest": f"{found['fastest_seconds']:.0f} s of work" if found["fastest_seconds"] else "unknown",
-            "matching": f"about {found['round_ms'] / 1000:g} s after the first bids",
         }
     )
     if price is not None and found["too_dear"]:
@@ -193,4 +216,4 @@ def _show_quote(terminal: Terminal, found: dict[str, Any], price: int | None) ->
             f"your limit of {credits_of(price)} credits per giga-operation leaves out {found['too_dear']} of them; "
             f"{credits_of(found['limit_for_all'])} would reach all"
         )
-    terminal.say("checking is paid from the budget too: leave about as much again for small jobs")
+    show_ladder(terminal, found)

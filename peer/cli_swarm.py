@@ -18,12 +18,12 @@ from rich.text import Text
 
 from peer.demo import Outcome, Plan, run_demo
 from peer.demo_story import Story, money_rows, sparkline
-from peer.lan import Lan, LanProblem, members
+from peer.lan import LAN_RULES, Lan, LanProblem, members
 from protocol.credits import credits_of
+from worker.cheats import CHEATS
 
 __all__ = ["PlainScreen", "TerminalScreen", "closing_words", "swarm"]
 
-CHEATS = ("skip-step", "wrong-data", "stale-checkpoint", "copied-proof")
 PICTURE_LINES = 9
 SPARK_LETTERS = 40
 INDENT = " " * 11  # under what a line is about
@@ -43,6 +43,15 @@ DIRECTORY = click.option(
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line.")
 
 
+NOTARIES = click.option(
+    "--notaries",
+    type=click.Choice(["0", "1", "4", "7"]),
+    default="4",
+    show_default=True,
+    help="Peers that do nothing but arbitrate, as daemons beside the others; 0: a quorum of checkers judges.",
+)
+
+
 @click.group()
 def swarm() -> None:
     """Run a whole swarm on this machine: five peers, a market between them, and a demonstration."""
@@ -50,9 +59,10 @@ def swarm() -> None:
 
 @swarm.command()
 @click.option("--peers", type=click.IntRange(4, 32), default=5, show_default=True, help="How many daemons to start.")
+@NOTARIES
 @DIRECTORY
 @AS_JSON
-def up(peers: int, path: Path | None, as_json: bool) -> None:
+def up(peers: int, notaries: str, path: Path | None, as_json: bool) -> None:
     """Start a swarm: a submitter with 1,000 credits, solvers, a verifier and a whistleblower.
 
     They go on until `ichiba swarm down`. A swarm that was stopped is started again, with its keys and money.
@@ -62,7 +72,7 @@ def up(peers: int, path: Path | None, as_json: bool) -> None:
     ichiba swarm up --peers 8 --dir ./market-test
     """
     path = path or _default_dir()
-    lan = Lan.load(path) if (path / "swarm.json").exists() else Lan.create(path, members(peers))
+    lan = Lan.load(path) if (path / "swarm.json").exists() else Lan.create(path, members(peers, notaries=int(notaries)))
     if lan.running():
         raise LanProblem(f"a swarm runs in {path} already", next_step=f"ichiba swarm down --dir {path}")
     ready = False
@@ -110,6 +120,7 @@ def down(path: Path | None, as_json: bool) -> None:
 @click.option("--kill", type=click.Choice(["solver"]), default=None, help="Kill the working solver half-way.")
 @click.option("--steps", type=click.IntRange(10, 100_000), default=200, show_default=True, help="Training steps.")
 @click.option("--seed", type=click.IntRange(0, 2**32), default=3, show_default=True, help="Of weights and data order.")
+@NOTARIES
 @click.option("--keep", is_flag=True, help="Leave the swarm running, to look around.")
 @click.option(
     "--dir",
@@ -119,7 +130,14 @@ def down(path: Path | None, as_json: bool) -> None:
 )
 @AS_JSON
 def demo(
-    cheat: str | None, kill: str | None, steps: int, seed: int, keep: bool, path: Path | None, as_json: bool
+    cheat: str | None,
+    kill: str | None,
+    steps: int,
+    seed: int,
+    notaries: str,
+    keep: bool,
+    path: Path | None,
+    as_json: bool,
 ) -> None:
     """Five peers train a small GPT: market, work, payment, checks and settlement, in about two minutes.
 
@@ -131,7 +149,9 @@ def demo(
     ichiba swarm demo --cheat skip-step
     ichiba swarm demo --kill solver --json
     """
-    plan = Plan(cheat=cheat or "", kill=bool(kill), steps=steps, seed=seed, keep=keep, path=path)
+    plan = Plan(
+        cheat=cheat or "", kill=bool(kill), steps=steps, seed=seed, keep=keep, path=path, notaries=int(notaries)
+    )
     console = Console(stderr=as_json, highlight=False)
     with TerminalScreen(console) if console.is_terminal else PlainScreen(console) as screen:
         outcome = run_demo(plan, screen)
@@ -154,6 +174,13 @@ def closing_words(outcome: Outcome) -> str:
         f"{outcome.segments_checked} of {outcome.segments} segments were re-executed by two other peers, drawn after "
         "the proof was committed, and every bit was the same.",
     ]
+    if outcome.dispute:
+        found = outcome.dispute
+        words.append(
+            f"The dispute took {found['seconds']:.0f} s and {found['rounds']} rounds: "
+            f"{found['message_bytes'] / 1000:.1f} kB of signed moves and {found['opening_bytes'] / 1024:.0f} KiB of "
+            f"operands, until {plan.notaries} notaries could repeat the one thing left."
+        )
     if plan.cheat:
         words.append(
             f"{outcome.culprit} cheated ({plan.cheat}), was caught, lost {credits_of(outcome.slashed)} credits of "
@@ -164,9 +191,10 @@ def closing_words(outcome: Outcome) -> str:
             f"{outcome.killed} was killed half-way; the job went on from its last agreed checkpoint, and "
             f"{' and '.join(outcome.solvers_paid)} were both paid for what they did."
         )
+    share = f", of which {LAN_RULES.pool_permille / 10:g} % fill the jackpot pool" if plan.notaries else ""
     words.append(
-        f"Solvers earned {credits_of(outcome.paid_micro)} credits. The ledgers of all live peers are identical and add "
-        "up to the deposits."
+        f"Solvers earned {credits_of(outcome.paid_micro)} credits{share}. "
+        "The ledgers of all live peers are identical and add up to the deposits."
     )
     return "\n".join(words)
 

@@ -11,19 +11,20 @@ import click
 
 from peer.cli_output import CREDITS, SIZE, Terminal, common
 from peer.cli_pause import paused_line
+from peer.passphrase import passphrase_file_option, passphrase_for
 from protocol.errors import IchibaError
 
 if TYPE_CHECKING:
     from peer.daemon import DaemonConfig
 
-__all__ = ["up"]
+__all__ = ["Roles", "up"]
 
 _LISTEN: Final = "/ip4/0.0.0.0/tcp/4747"
 _ROLES: Final = {"solver": 1, "verifier": 2, "whistleblower": 4}
 _FORMAT: Final = "%(asctime)s %(levelname)-7s %(message)s"
 
 
-class _Roles(click.ParamType[int]):
+class Roles(click.ParamType[int]):
     """Names of roles with commas between them, or none."""
 
     name = "roles"
@@ -45,7 +46,7 @@ class _Roles(click.ParamType[int]):
 @click.option("--listen", multiple=True, metavar="ADDRESS", help=f"Where to listen; repeatable. Else {_LISTEN}.")
 @click.option("--peer", "peers", multiple=True, metavar="ADDRESS|INVITE", help="A peer to connect to; repeatable.")
 @click.option(
-    "--roles", type=_Roles(), default="none", show_default=True, help="Of solver,verifier,whistleblower; or none."
+    "--roles", type=Roles(), default="none", show_default=True, help="Of solver,verifier,whistleblower; or none."
 )
 @click.option("--price", type=CREDITS, default="0.001", show_default=True, help="The least you work for, per Gop.")
 @click.option("--memory", type=SIZE, default="2G", show_default=True, help="What one job may use.")
@@ -57,6 +58,7 @@ class _Roles(click.ParamType[int]):
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The network file; else that of the data directory.",
 )
+@passphrase_file_option
 @click.option("--cheat", default="", hidden=True, help="A fraud to demonstrate (worker/cheats.py).")
 @common
 def up(
@@ -69,6 +71,7 @@ def up(
     slots: int,
     no_mdns: bool,
     network_file: Path | None,
+    passphrase_file: Path | None,
     cheat: str,
 ) -> None:
     """Run the daemon until Ctrl-C.
@@ -101,6 +104,7 @@ def up(
         memory_bytes=memory,
         slots=slots,
         cheat=cheat,
+        passphrase=passphrase_for(home, passphrase_file),
     )
     failures: list[IchibaError] = []
     try:

@@ -91,8 +91,10 @@ class Client:
         checkpoint_bytes: int,
         memory_bytes: int,
         sandbox: int = 2,
+        sealed: bool = False,
     ) -> dict[str, Any]:
-        """Open a job; `task` is an encoded TaskSpec whose blobs were put before. Returns the job."""
+        """Open a job; `task` is an encoded TaskSpec whose blobs were put before (if the job is sealed, sealed). Returns
+        the job."""
         return self.command(
             "submit",
             task=task.hex(),
@@ -102,6 +104,7 @@ class Client:
             checkpoint_bytes=checkpoint_bytes,
             memory_bytes=memory_bytes,
             sandbox=sandbox,
+            sealed=sealed,
         )
 
     def cancel(self, job: str) -> dict[str, Any]:
@@ -116,21 +119,40 @@ class Client:
         """One job with its deals, by any unambiguous beginning of its id."""
         return self.command("job", job=job)
 
+    def matches(self, job: str) -> dict[str, Any]:
+        """How each deal of a job was matched, in hex; market.audit makes it again."""
+        return self.command("matches", job=job)
+
     def bundle(self, job: str) -> dict[str, Any]:
         """All signed evidence of a job, bytes in hex; protocol.bundle checks it."""
         return self.command("bundle", job=job)
 
-    def book(self) -> dict[str, Any]:
-        """What this peer has heard of the market."""
-        return self.command("book")
+    def book(self, where: str = "", *, sort: str = "", limit: int = 0) -> dict[str, Any]:
+        """The asks heard, picked by a filter (market/filters.py); without one the offers too."""
+        return self.command("book", where=where, sort=sort, limit=limit)
 
-    def quote(
-        self, *, operations: int, unit_price_max: int | None = None, memory_bytes: int = 0, sandbox: int = 2
-    ) -> dict[str, Any]:
-        """Price and speed of a job of `operations`, from the asks heard."""
-        return self.command(
-            "quote", operations=operations, unit_price_max=unit_price_max, memory_bytes=memory_bytes, sandbox=sandbox
-        )
+    def offers(self, where: str = "", *, sort: str = "", limit: int = 0) -> dict[str, Any]:
+        """The offers heard, each with its bids and why this peer does not bid on it."""
+        return self.command("offers", where=where, sort=sort, limit=limit)
+
+    def trades(self, where: str = "", *, sort: str = "", limit: int = 0) -> dict[str, Any]:
+        """The trades of the settlement log, newest first, and the statistics of those picked."""
+        return self.command("trades", where=where, sort=sort, limit=limit)
+
+    def quote(self, *, operations: int, unit_price_max: int | None = None, **needs: int) -> dict[str, Any]:
+        """Price and speed of a job of `operations`, and price against waiting, from the asks heard.
+
+        needs: memory_bytes, sandbox, and for the cost of its checks segments and operations_per_segment.
+        """
+        return self.command("quote", operations=operations, unit_price_max=unit_price_max, **needs)
+
+    def price(self, *, sell: bool = False, **given: int) -> dict[str, Any]:
+        """A price limit, or with sell an ask. given: memory_bytes, sandbox, watts, kwh_micro (of a kilowatt-hour)."""
+        return self.command("price", sell=sell, **given)
+
+    def why(self, of: str = "") -> dict[str, Any]:
+        """Why a job stands still, why this peer ("me") earns nothing, or all that is wrong here."""
+        return self.command("why", of=of)
 
     def bench(self, *, peer: str = "", memory_bytes: int | None = None) -> dict[str, Any]:
         """Have a connected peer challenge this one, and make the card; `events` tells how it goes."""
@@ -144,6 +166,18 @@ class Client:
         """The bench cards this peer knows, and its own."""
         return self.command("cards")
 
+    def disputes(self) -> list[dict[str, Any]]:
+        """All disputes the peer hears, plays in or looks on at, newest first."""
+        return list(self.command("disputes")["disputes"])
+
+    def dispute(self, dispute: str) -> dict[str, Any]:
+        """One dispute with its descent, by any unambiguous beginning of its id. Raises NotFound's error."""
+        return self.command("dispute", dispute=dispute)
+
+    def dispute_bundle(self, dispute: str) -> dict[str, Any]:
+        """All signed evidence of one dispute, bytes in hex; peer.dispute_bundle checks it. `program` is a blob's id."""
+        return self.command("dispute-bundle", dispute=dispute)
+
     def wallet(self, *, everybody: bool = False) -> dict[str, Any]:
         """This peer's buckets, or everybody's."""
         return self.command("wallet", all=everybody)
@@ -153,6 +187,14 @@ class Client:
         body = json.dumps({"within_ms": within_ms}).encode("ascii")
         # A large state takes its time to the disk after the memory is free.
         return self._answer("POST", "/v1/command/pause", iter((body,)), len(body), patience=_PAUSE_SECONDS)
+
+    def earnings(self, *, since_ns: int = 0) -> list[dict[str, Any]]:
+        """What the peer was paid, oldest first."""
+        return list(self.command("earnings", since_ns=since_ns)["earnings"])
+
+    def finish(self, *, on: bool = True) -> dict[str, Any]:
+        """Take no new work and finish what there is; or, with `on` false, take new work again."""
+        return self.command("finish", on=on)
 
     def resume(self) -> dict[str, Any]:
         """Go on after a pause."""
@@ -176,11 +218,22 @@ class Client:
         self._json("POST", "/v1/stop")
 
     # --- blobs ---------------------------------------------------------------------------------------------
-    def put_blob(self, data: bytes | memoryview | Path, progress: Progress = lambda moved, total: None) -> bytes:
-        """Store bytes or a file; returns the 32-byte blob id. Raises as `command`, and OSError for the file."""
+    def put_blob(
+        self,
+        data: bytes | memoryview | Path,
+        progress: Progress = lambda moved, total: None,
+        *,
+        sealed: bool = False,
+    ) -> bytes:
+        """Store bytes or a file; returns the 32-byte blob id. Raises as `command`, and OSError for the file.
+
+        sealed: it is for a sealed job: no peer gets it before one names it, and then only with its key.
+        """
         total = data.stat().st_size if isinstance(data, Path) else len(data)
         pieces = _pieces(data, total, progress)
-        answer = self._answer("PUT", "/v1/blobs", pieces, total, patience=_UPLOAD_SECONDS)
+        answer = self._answer(
+            "PUT", "/v1/blobs" + ("?sealed=1" if sealed else ""), pieces, total, patience=_UPLOAD_SECONDS
+        )
         assert answer["size"] == total, answer
         return bytes.fromhex(answer["blob"])
 

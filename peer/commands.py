@@ -13,16 +13,22 @@ import msgspec
 
 from market.entries import Account
 from market.ledger import money_table
-from market.matching import SANDBOX_CONTAINED, trust_ppm
-from market.quoting import quote
+from market.matching import SANDBOX_CONTAINED
+from peer.answers import Answers
 from peer.bidding import Bidder
 from peer.challenger import Challenger
 from peer.deals import Deal, Job, JobState, agreement_of, task_of
 from peer.desk import Desk
+from peer.disputes import Disputes
+from peer.earnings import earnings_of
 from peer.events import Command, Reply
 from peer.jobs import JobDesk
+from peer.market_view import MarketView
+from peer.money_lines import line_over
 from peer.pausing import Pausing
+from peer.profiles import Profiles
 from peer.prover import Prover
+from peer.sealing import Sealing
 from peer.settler import Settler
 from peer.solver import Solver
 from peer.submitter import Submitter
@@ -31,6 +37,8 @@ from protocol.codec import blake
 from protocol.errors import IchibaError, LocalProtocolError, NotFound
 from protocol.keys import peer_key, peer_name
 from protocol.lifecycle import TERMINAL, State
+from protocol.profile import EXACT
+from protocol.profile_task import ProfileSpec
 from protocol.records import ROLE_SOLVER, open_record
 from protocol.script import ASSURANCE, ScriptSpec, compare, read_task
 from protocol.task import TaskSpec, task_id
@@ -57,6 +65,7 @@ class SubmitArguments(msgspec.Struct, forbid_unknown_fields=True):
     sandbox: int = 2
     group: str = ""  # of replicas of one script
     replica: int = 0
+    sealed: bool = False  # the offer shows terms only; the winner alone gets the keys to the rest
 
 
 @dataclass
@@ -72,6 +81,16 @@ class Commands:
     pausing: Pausing
     prover: Prover
     challenger: Challenger
+    disputes: Disputes
+    profiles: Profiles
+    sealing: Sealing
+
+    def __post_init__(self) -> None:
+        self.view = MarketView(self.desk, self.settler, self.bidder, self.challenger)
+        self.answers = Answers(
+            self.desk, self.settler, self.jobs, self.submitter, self.bidder, self.solver, self.prover, self.view,
+            self._find,
+        )  # fmt: skip
 
     def handle(self, command: Command) -> None:
         """Answer one command with one Reply, never an exception."""
@@ -81,15 +100,25 @@ class Commands:
             "cancel": self.cancel,
             "jobs": self.list_jobs,
             "job": self.show_job,
-            "book": self.book,
-            "quote": self.quote,
+            "book": self.view.book,
+            "offers": self.view.offers,
+            "trades": self.view.trades,
+            "quote": self.view.quote,
+            "price": self.view.price,
+            "why": self.answers.why,
             "wallet": self.wallet,
             "bundle": self.bundle,
+            "matches": lambda arguments: self.jobs.matches.describe(self._find(arguments).deals),
             "pause": self.pausing.pause,
             "resume": self.pausing.resume,
+            "finish": self.pausing.finish,
+            "earnings": self.earnings,
             "bench": self.bench,
             "challenge": self.challenge,
             "cards": self.cards,
+            "disputes": self.disputes.list_disputes,
+            "dispute": self.disputes.show_dispute,
+            "dispute-bundle": self.disputes.export_dispute,
         }
         try:
             if command.verb not in verbs:
@@ -115,7 +144,7 @@ class Commands:
             "operations_per_second": self.bidder.speed(),
             "offers_seen": len(desk.book.offers),
             "asks_seen": len(desk.book.asks),
-            "jobs_open": sum(1 for job in self.jobs.jobs.values() if job.open),
+            "jobs_open": sum(1 for job in self.jobs.jobs.values() if job.open and not job.parent),
             "deals_active": sum(1 for d in self.solver.deals.values() if d.lifecycle not in TERMINAL),
             "free_micro": self.settler.free_micro(desk.me),
             "stake_micro": self.settler.free_stake(desk.me),
@@ -133,12 +162,8 @@ class Commands:
         except (msgspec.ValidationError, ValueError) as error:
             raise BadArguments(f"submit: {error}") from None
         task = read_task(encoded, network=self.desk.network.id)
-        if task.mode == "native":
-            raise BadArguments(
-                "a native-mode job cannot be verified yet",
-                why="tolerant verification needs a profiled threshold",
-                next_step='set mode = "exact" in job.toml',
-            )
+        if isinstance(task, ProfileSpec):
+            raise BadArguments("a profile is ordered by the job it is for", next_step="submit the tolerant job itself")
         if len(base_root) != 32:
             raise BadArguments("base_root must be 32 bytes in hex")
         script = isinstance(task, ScriptSpec)
@@ -146,6 +171,7 @@ class Commands:
             raise BadArguments("a script starts from its own id", next_step="give base_root the id of the task")
         if given.budget_micro <= 0 or given.unit_price_max <= 0:
             raise BadArguments("budget and price limit must be positive")
+        task, encoded, key = self.sealing.submitted(task, encoded, sealed=given.sealed)
         other = [bytes([given.replica])] if given.replica else []
         job = Job(
             id=blake("ichiba/job", self.desk.me, encoded, self.desk.now_ns.to_bytes(8, "big"), *other),
@@ -162,7 +188,9 @@ class Commands:
             base_root=base_root,
             base_blob=task.initial.blob if isinstance(task, TaskSpec) and task.initial.kind == "state" else b"",
             created_ns=self.desk.now_ns,
+            key=key,
         )
+        self.sealing.protect(job)
         return self._job(self.jobs.submit(job))
 
     def cancel(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -171,14 +199,13 @@ class Commands:
 
     def list_jobs(self, _: dict[str, Any]) -> dict[str, Any]:
         """All jobs, newest first."""
-        newest = sorted(self.jobs.jobs.values(), key=lambda job: -job.created_ns)
+        newest = sorted((job for job in self.jobs.jobs.values() if not job.parent), key=lambda job: -job.created_ns)
         return {"jobs": [self._job(job) for job in newest]}
 
     def show_job(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """One job with its deals."""
         job = self._find(arguments)
-        deals = [self.submitter.deals[d] for d in job.deals if d in self.submitter.deals]
-        return {**self._job(job), "deals": [self._deal(deal) for deal in deals]}
+        return {**self._job(job), "deals": [self._deal(deal) for deal in self._own_deals(job)]}
 
     def _find(self, arguments: dict[str, Any]) -> Job:
         """A job by any unambiguous prefix of its hex id."""
@@ -198,19 +225,23 @@ class Commands:
         return {
             "job": job.id.hex(),
             "name": job.name,
-            "kind": "script" if isinstance(task, ScriptSpec) else "graph",
+            "kind": task.kind if isinstance(task, TaskSpec) else task.mode,
+            "checkpoint_bytes": job.checkpoint_bytes,
+            **self.sealing.describe(job),
             "assurance": ASSURANCE if isinstance(task, ScriptSpec) else "",
             "replicas": self._replicas(job),
             "state": JobState(job.state).name.lower(),
             "stage": deal.lifecycle.name.lower() if deal is not None else "",
+            "profiling": self.profiles.describe(job),
             "reason": job.reason,
             "segments": task.segments,
             "segments_done": done,
             "steps": task.steps,
             "steps_done": min(task.steps, done * task.steps_per_segment),
             "budget_micro": job.budget_micro,
-            "spent_micro": job.spent_micro,
-            "paid_micro": sum(self._paid(self.submitter.deals[d]) for d in job.deals if d in self.submitter.deals),
+            "spent_micro": self.jobs.spent(job),
+            "paid_micro": sum(self._paid(d) for one in (job, *self.jobs.children(job)) for d in self._own_deals(one)),
+            "money": asdict(line_over(self._own_deals(job), self.settler.channels, self.desk.network)),
             "slashed_micro": job.slashed_micro,
             "culprits": [peer_name(p) for p in job.culprits],
             "retried": job.retried,
@@ -220,9 +251,12 @@ class Commands:
             "checkpoint": job.base_blob.hex() if job.state == JobState.DONE else "",
         }
 
+    def _own_deals(self, job: Job) -> list[Deal]:
+        return [self.submitter.deals[deal] for deal in job.deals if deal in self.submitter.deals]
+
     def _replicas(self, job: Job) -> dict[str, Any]:
         """What the replicas of a script say together; `same` is null until two have ended."""
-        if not job.group:
+        if not job.group or job.parent:
             return {}
         others = [other for other in self.jobs.jobs.values() if other.group == job.group]
         found = compare([other.base_root if other.state == JobState.DONE else None for other in others])
@@ -244,6 +278,7 @@ class Commands:
             "channel_micro": agreement.channel_micro,
             "lock_micro": agreement.lock_micro,
             "paid_micro": self._paid(deal),
+            "money": asdict(line_over([deal], self.settler.channels, self.desk.network)),
             "drawn": deal.drawn,
             "checks": [
                 {"checker": peer_name(c.peer), "role": c.role, "segments": c.segments, "state": c.state}
@@ -251,64 +286,6 @@ class Commands:
             ],
             "note": deal.note,
         }
-
-    # --- the market ----------------------------------------------------------------------------------------
-    def book(self, _: dict[str, Any]) -> dict[str, Any]:
-        """What this peer has heard: asks, offers, bids, and why it does not bid on an offer."""
-        book, now = self.desk.book, self.desk.now_ns
-        return {
-            "asks": [
-                {
-                    "peer": peer_name(a.peer),
-                    "roles": a.roles,
-                    "unit_price": a.unit_price,
-                    "memory_bytes": a.memory_bytes,
-                    "sandbox": a.sandbox,
-                    "operations_per_second": a.operations_per_second,
-                    "proven": asdict(self.challenger.speed_of(a.peer)),
-                    "stake_micro": self.settler.free_stake(a.peer),
-                    "trust_ppm": trust_ppm(self.settler.history(a.peer)),
-                    "connected": a.peer in self.desk.peers or a.peer == self.desk.me,
-                }
-                for a in book.live_asks(role=7, now_ns=now)
-            ],
-            "offers": [
-                {
-                    "offer": i.hex(),
-                    "submitter": peer_name(o.submitter),
-                    "operations": o.operations,
-                    "unit_price_max": o.unit_price_max,
-                    "lock_micro": o.lock_micro,
-                    "bids": [
-                        {"solver": peer_name(b.solver), "unit_price": b.unit_price, "eta_ns": b.eta_ns}
-                        for _, b in book.live_bids(i, now_ns=now)
-                    ],
-                    "no_bid": asdict(self.bidder.refusals[i]) if i in self.bidder.refusals else None,
-                }
-                for i, o in sorted(book.offers.items())
-            ],
-        }
-
-    def quote(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Price and speed of a job of `operations`, from the asks heard."""
-        try:
-            operations = msgspec.convert(arguments.get("operations"), int)
-            limit = msgspec.convert(arguments.get("unit_price_max"), int | None)
-            memory_bytes = msgspec.convert(arguments.get("memory_bytes", 0), int)
-            sandbox = msgspec.convert(arguments.get("sandbox", 2), int)
-        except msgspec.ValidationError as error:
-            raise BadArguments(f"quote: {error}") from None
-        asks = [
-            a for a in self.desk.book.live_asks(role=ROLE_SOLVER, now_ns=self.desk.now_ns) if a.peer != self.desk.me
-        ]
-        made = quote(
-            asks,
-            operations=operations,
-            memory_bytes=memory_bytes,
-            sandbox=sandbox,
-            unit_price_max=limit,
-        )
-        return {**asdict(made), "operations": operations, "round_ms": self.desk.network.rules.round_ms}
 
     # --- bench cards ---------------------------------------------------------------------------------------
     def bench(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -381,12 +358,19 @@ class Commands:
                     "state": State(d.state).name.lower(),
                     "vouchers_micro": d.cumulative_micro,
                     "paid_micro": self._paid(d),
+                    "money": asdict(line_over([d], self.settler.channels, self.desk.network)),
                 }
                 for d in deals
             ],
+            "money": asdict(line_over(deals, self.settler.channels, self.desk.network)),
             "total_micro": ledger.total_micro(),
             "table": asdict(table) if arguments.get("all") else {},
         }
+
+    def earnings(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What this peer was paid for work and checks since a time."""
+        since_ns = int(arguments.get("since_ns", 0))
+        return {"earnings": earnings_of(self.settler, self.desk.me, since_ns=since_ns)}
 
     def bundle(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """All signed evidence of a job, for protocol.bundle to check offline."""
@@ -406,6 +390,10 @@ class Commands:
                     "reveals": [r for r in (deal.own_reveal, deal.other_reveal) if r],
                     "verdicts": [c.verdict for c in deal.checks if c.verdict],
                     "closing": closing,
+                    "beacons": deal.draw_beacons,
+                    "forced": deal.forced,
+                    "forced_beacons": deal.beacons if deal.forced else [],
+                    "profiles": deal.profiles if agreement_of(deal, self.desk.network.id).tolerance != EXACT else [],
                 }
             )
         return {**self._job(job), "task": job.task, "deals": deals}

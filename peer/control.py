@@ -25,6 +25,7 @@ from peer.control_http import BadRequest, ClientGone, Exchange, plain, serve_con
 from peer.socket_name import socket_name
 from protocol import params
 from protocol.errors import IchibaError, NotFound
+from protocol.sealing import Keys
 
 __all__ = ["ControlledDaemon", "decode_command", "serve_control"]
 
@@ -39,13 +40,19 @@ _Level = Annotated[int, msgspec.Meta(ge=0, le=4)]
 
 
 class _Nothing(msgspec.Struct, forbid_unknown_fields=True):
-    """Of status, jobs, book and cards."""
+    """Of status, jobs, cards and disputes."""
 
 
 class _OneJob(msgspec.Struct, forbid_unknown_fields=True):
-    """Of job, cancel and bundle: any unambiguous beginning of its id."""
+    """Of job, cancel, bundle and matches: any unambiguous beginning of its id."""
 
     job: _Id
+
+
+class _OneDispute(msgspec.Struct, forbid_unknown_fields=True):
+    """Of dispute: any unambiguous beginning of its id."""
+
+    dispute: _Id
 
 
 class _Submit(msgspec.Struct, forbid_unknown_fields=True):
@@ -60,15 +67,55 @@ class _Submit(msgspec.Struct, forbid_unknown_fields=True):
     sandbox: _Level = 2
     group: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{32})?$")] = ""
     replica: Annotated[int, msgspec.Meta(ge=0, lt=params.SCRIPT_REPLICAS_MAX)] = 0
+    sealed: bool = False
+
+
+class _Since(msgspec.Struct, forbid_unknown_fields=True):
+    """Of earnings: from when on, in ns since the epoch."""
+
+    since_ns: _Count = 0
+
+
+class _Finish(msgspec.Struct, forbid_unknown_fields=True):
+    """Of finish: true to take nothing new, false to take new work again."""
+
+    on: bool = True
 
 
 class _Quote(msgspec.Struct, forbid_unknown_fields=True):
-    """Of quote: how much work, and what its solver must have."""
+    """Of quote: how much work, and what its solver must have. segments: of the job, so that its checks are counted."""
 
     operations: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
     unit_price_max: _Price | None = None
     memory_bytes: _Count = 0
     sandbox: _Level = 2
+    segments: Annotated[int, msgspec.Meta(ge=0, le=params.TASK_SEGMENTS_MAX)] = 0
+    operations_per_segment: _Count = 0
+
+
+class _Pick(msgspec.Struct, forbid_unknown_fields=True):
+    """Of book, offers and trades: a filter, a key to sort by, how many rows at most (0: all)."""
+
+    where: Annotated[str, msgspec.Meta(max_length=params.FILTER_CHARS_MAX)] = ""
+    sort: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    limit: Annotated[int, msgspec.Meta(ge=0, le=params.ROWS_SHOWN_MAX)] = 0
+
+
+class _PriceOf(msgspec.Struct, forbid_unknown_fields=True):
+    """Of price: a limit to pay or, with sell, an ask; what a job needs; watts and the price of a kilowatt-hour."""
+
+    sell: bool = False
+    memory_bytes: _Count = 0
+    sandbox: _Level = 2
+    watts: Annotated[int, msgspec.Meta(ge=0, le=10**7)] = 0
+    kwh_micro: Annotated[int, msgspec.Meta(ge=0, le=params.AMOUNT_MICRO_MAX)] = 0
+    with_own: bool = False
+
+
+class _Why(msgspec.Struct, forbid_unknown_fields=True):
+    """Of why: "me", the beginning of a job's id, or nothing for all that is wrong here."""
+
+    of: Annotated[str, msgspec.Meta(pattern="^(me|[0-9a-f]{0,64})$")] = ""
 
 
 class _Wallet(msgspec.Struct, forbid_unknown_fields=True):
@@ -80,9 +127,7 @@ class _Wallet(msgspec.Struct, forbid_unknown_fields=True):
 class _Pause(msgspec.Struct, forbid_unknown_fields=True):
     """Of pause: how long workers may take to hand over their state; 0 kills them at once."""
 
-    within_ms: Annotated[int, msgspec.Meta(ge=0, le=1000 * params.SUSPEND_SECONDS_MAX)] = (
-        1000 * params.SUSPEND_SECONDS
-    )
+    within_ms: Annotated[int, msgspec.Meta(ge=0, le=1000 * params.SUSPEND_SECONDS_MAX)] = 1000 * params.SUSPEND_SECONDS
 
 
 class _Bench(msgspec.Struct, forbid_unknown_fields=True):
@@ -103,18 +148,28 @@ class _Challenge(msgspec.Struct, forbid_unknown_fields=True):
 VERBS: Final[dict[str, type[msgspec.Struct]]] = {
     "status": _Nothing,
     "jobs": _Nothing,
-    "book": _Nothing,
+    "book": _Pick,
+    "offers": _Pick,
+    "trades": _Pick,
+    "price": _PriceOf,
+    "why": _Why,
     "job": _OneJob,
     "cancel": _OneJob,
     "bundle": _OneJob,
+    "matches": _OneJob,
     "submit": _Submit,
     "quote": _Quote,
     "wallet": _Wallet,
     "pause": _Pause,
     "resume": _Nothing,
+    "finish": _Finish,
+    "earnings": _Since,
     "bench": _Bench,
     "challenge": _Challenge,
     "cards": _Nothing,
+    "disputes": _Nothing,
+    "dispute": _OneDispute,
+    "dispute-bundle": _OneDispute,
 }
 
 
@@ -131,8 +186,8 @@ class Blobs(Protocol):
     def path(self, blob: bytes) -> Path:
         """Where its bytes are. Raises NotFound."""
 
-    async def put_file(self, path: Path) -> bytes:
-        """Store a copy of a file; its id."""
+    async def put_file(self, path: Path, *, keys: Keys | None = None) -> bytes:
+        """Store a copy of a file; its id. keys: of the sealed job that it is for."""
 
 
 class ControlledDaemon(Protocol):
@@ -232,7 +287,10 @@ class _Desk:
 
     # --- blobs ---------------------------------------------------------------------------------------------
     async def put_blob(self, exchange: Exchange) -> None:
-        """Store the body; answers its id and size."""
+        """Store the body; answers its id and size. With sealed=1 no peer gets it before a sealed job names it."""
+        if not set(exchange.query) <= {"sealed"} or exchange.query.get("sealed", "0") not in ("0", "1"):
+            raise BadRequest("a blob takes sealed=1 or nothing", next_step="PUT /v1/blobs?sealed=1")
+        keys = Keys() if exchange.query.get("sealed") == "1" else None
         self.count += 1
         part = self.uploads / f"{self.count}.part"
         size = 0
@@ -246,7 +304,7 @@ class _Desk:
                     left = memoryview(chunk)
                     while left:
                         left = left[await file.write(left) :]
-            blob = await self.daemon.blobs.put_file(part)
+            blob = await self.daemon.blobs.put_file(part, keys=keys)
         finally:
             part.unlink(missing_ok=True)
         await exchange.answer({"blob": blob, "size": size})

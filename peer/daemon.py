@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import random
+import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from peer.control import serve_control
 from peer.desk import MARKET, SETTLEMENT, Means
 from peer.effects import Performer
 from peer.events import Command, Effect, Emit, Input, Post, Reply, Save, Tick
+from peer.guest_watch import RULES_FILE, GuestWatch
 from peer.home import Home
 from peer.host import Host, HostConfig, open_host
 from peer.invite import decode_invite, encode_invite
@@ -33,19 +35,21 @@ from peer.node import Node
 from peer.store import Batch, Store
 from peer.store import Event as LogLine
 from peer.suspension import SuspendedStates
+from peer.verifying import Verifier
 from peer.workshop import Workshop
-from protocol import params
-from protocol.errors import IchibaError, NotFound, RemoteProtocolError
+from protocol import keys, params
+from protocol.errors import CorruptStore, IchibaError, NotFound, RemoteProtocolError
 from protocol.keys import SigningKey, peer_name
 from protocol.network import Network
 from protocol.script import blobs_of, read_task
+from protocol.sealing import check_sealable
 from protocol.task import TaskSpec
 from worker.sandbox import Level, SandboxTooWeak, doctor_lines
 
 __all__ = ["CommandFailed", "Daemon", "DaemonConfig", "run_daemon"]
 
 log = logging.getLogger(__name__)
-PEER_FIELDS = frozenset(("solver", "submitter", "checker", "peer"))
+PEER_FIELDS = frozenset(("solver", "submitter", "checker", "challenger", "notary", "peer"))
 
 
 class CommandFailed(IchibaError):
@@ -70,6 +74,7 @@ class DaemonConfig:
     memory_bytes: int = 2 << 30
     slots: int = 1
     cheat: str = ""
+    passphrase: str | None = field(default=None, repr=False)  # of a sealed key
 
 
 @dataclass
@@ -85,6 +90,7 @@ class Daemon:
     workshop: Workshop | None
     performer: Performer
     inbox: trio.MemorySendChannel[Input]
+    verifier: Verifier
     sandbox_note: str = ""
     stopped: trio.Event = field(default_factory=trio.Event)
     replies: dict[int, tuple[trio.Event, list[Reply]]] = field(default_factory=dict)
@@ -110,7 +116,14 @@ class Daemon:
             raise CommandFailed(box[0].error)
         result: dict[str, Any] = box[0].result
         if verb == "status":
-            result = result | {"addresses": self.host.addresses, "network_stats": self.host.stats()}
+            checks = {"computed": keys.verified.computed, "remembered": keys.verified.remembered}
+            result = result | {
+                "addresses": self.host.addresses,
+                "network_stats": self.host.stats(),
+                "traffic": dict(self.performer.counters),
+                "signature_checks": checks,
+                "restored_listens": self.node.restored.listening,
+            }
         elif verb == "pause":
             result = result | await self.performer.suspended()
         return result
@@ -127,6 +140,8 @@ class Daemon:
         for blob in wanted:
             if not self.blobs.has(blob):
                 raise NotFound(f"blob {blob.hex()[:12]} of the task is not here", next_step="upload it first")
+            if arguments.get("sealed"):
+                check_sealable(self.blobs.size(blob))
             self.blobs.pin(blob)
 
     @asynccontextmanager
@@ -208,6 +223,8 @@ class Daemon:
                     batch.append(inputs.receive_nowait())
                 except trio.WouldBlock:
                     break
+            if len(batch) > 1:
+                await trio.to_thread.run_sync(self.verifier.ahead_of, batch)
             effects: list[Effect] = []
             for one in batch:
                 effects += self.node.handle(one, time.time_ns())
@@ -305,7 +322,7 @@ async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATU
     Raises IchibaError for what a person can mend (a port in use, a locked data directory, a damaged store).
     """
     home = Home(config.data_dir)
-    network, seed = home.network(config.network_file), home.seed()
+    network, seed = home.network(config.network_file), home.seed(config.passphrase)
     key = SigningKey.from_seed(seed)
     async with AsyncExitStack() as stack:
         store = stack.enter_context(await trio.to_thread.run_sync(Store.open, config.data_dir, network.id, key.public))
@@ -338,18 +355,23 @@ async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATU
             rng=random.SystemRandom(),
             means=means,
             ledger=store.ledger(),
-            rows=lambda table: list(store.rows(table)),
+            rows=lambda table, prefix=b"": list(store.rows(table, prefix)),
             now_ns=time.time_ns(),
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
         send, receive = trio.open_memory_channel[Input](params.INBOX_MAX)
         states = SuspendedStates(config.data_dir / "suspended")
         performer = Performer(host, blobs, workshop, nursery, send, states)
-        daemon = Daemon(config, network, store, blobs, host, node, workshop, performer, send, note)
+        verifier = stack.enter_context(closing(Verifier(network.id)))
+        daemon = Daemon(config, network, store, blobs, host, node, workshop, performer, send, verifier, note)
         host.serve(BLOB_PROTOCOL, blobs.serve)
         nursery.start_soon(daemon.run, receive)
         nursery.start_soon(_pump, host, send)
         nursery.start_soon(_tick, send)
+        if not store.checked_whole:
+            nursery.start_soon(_check_store, config.data_dir)
+        if config.roles:
+            nursery.start_soon(GuestWatch(config.data_dir / RULES_FILE, daemon.command).run)
         for address in (*network.bootstrap, *config.peers):
             nursery.start_soon(_dial, daemon, address)
         await nursery.start(serve_control, daemon, home.control_socket)
@@ -367,6 +389,25 @@ async def _tick(send: trio.MemorySendChannel[Input]) -> None:
     while True:
         await trio.sleep(params.TICK_MS / 1000)
         await send.send(Tick())
+
+
+async def _check_store(directory: Path) -> None:
+    """Verify what the start of a large store did not read. Raises CorruptStore: a damaged store ends the daemon."""
+    command = [sys.executable, "-P", "-m", "peer.store_check", str(directory)]
+    done = await trio.run_process(command, capture_stdout=True, check=False)
+    if not done.returncode:
+        log.info("the store is whole: %s", done.stdout.decode().strip())
+        return
+    try:
+        said = json.loads(done.stdout)
+    except ValueError:
+        log.warning("the store was not checked: `%s` ended with %d", " ".join(command), done.returncode)
+        return
+    error = CorruptStore(said["what"], why=said["why"], next_step=said["next"])
+    if said["code"] != CorruptStore.code:
+        log.warning("the store was not checked: %s", error)
+        return
+    raise error
 
 
 async def _dial(daemon: Daemon, address: str) -> None:

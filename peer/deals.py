@@ -5,18 +5,38 @@ Rows of the local store only: nothing here crosses the network, so a field may b
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import Literal
 
 import msgspec
 
 from peer.desk import Desk
+from peer.events import SegmentMade
 from protocol import params
+from protocol.codec import blake
 from protocol.errors import VerificationFailed
+from protocol.keys import SigningKey
 from protocol.lifecycle import Event, State, step
 from protocol.merkle import merkle_root
-from protocol.records import Agreement, Envelope, Proof, Receipt, amount_for, decode_body, open_record
+from protocol.profile import EXACT
+from protocol.profile_task import ProfileSpec
+from protocol.records import (
+    Agreement,
+    Claim,
+    Envelope,
+    Proof,
+    Receipt,
+    Voucher,
+    add_signature,
+    amount_for,
+    decode_body,
+    open_record,
+    seal,
+)
 from protocol.script import AnyTask, ScriptSpec
+from protocol.sealing import masked
 from protocol.task import TaskSpec
 
 __all__ = [
@@ -27,11 +47,16 @@ __all__ = [
     "agreement_of",
     "check_receipt",
     "checkpoint_program",
+    "cosign",
+    "losses_root",
+    "make_claim",
     "make_proof",
+    "make_receipt",
     "move",
     "operations_per_check",
     "proof_root",
     "receipt_key",
+    "salt_of",
     "save",
     "task_of",
 ]
@@ -45,6 +70,7 @@ class JobState(IntEnum):
     DONE = 3
     FAILED = 4
     CANCELLED = 5
+    PROFILING = 6
 
 
 class Job(msgspec.Struct, kw_only=True):
@@ -80,13 +106,27 @@ class Job(msgspec.Struct, kw_only=True):
     reason: str = ""
     outcome: str = ""  # how a script ended, in words; empty where it ended well
     group: bytes = b""  # the same for all replicas of one script
+    profiles: list[bytes] = msgspec.field(default_factory=list)  # sealed Profiles of a tolerant task
+    tolerance: bytes = EXACT  # what they come to (protocol.profile.tolerance_id), once it is known
+    parent: bytes = b""  # of a profile: the tolerant job it is for
     solvers: list[bytes] = msgspec.field(default_factory=list)  # of its deals, in their order
+    key: bytes = b""  # of a sealed job: what its blobs are sealed under
     ended_ns: int = 0
+
+    @property
+    def tolerant(self) -> bool:
+        """Whether its work is judged by distance."""
+        return task_of(self.task).mode == "tolerant"
 
     @property
     def open(self) -> bool:
         """Whether anything is still to happen."""
-        return self.state in (JobState.OFFERED, JobState.RUNNING)
+        return self.state in (JobState.PROFILING, JobState.OFFERED, JobState.RUNNING)
+
+
+Correction = Literal["unknown", "none", "fetching", "checking", "done", "given-up"]
+"""How far a submitter is with an ordered error in a deal: not asked, there is none, its true state is on its way, is
+re-executed, is what the job builds on; or cannot be had, and the work from that segment on is done again."""
 
 
 class Check(msgspec.Struct, kw_only=True):
@@ -96,11 +136,13 @@ class Check(msgspec.Struct, kw_only=True):
     role: Literal["verifier", "whistleblower"]
     segments: list[int]
     asked_ns: int
-    state: Literal["asked", "accepted", "right", "wrong", "gone"] = "asked"
+    state: Literal["asked", "accepted", "right", "wrong", "unsure", "gone", "overruled", "excused"] = "asked"
     verdict: bytes = b""
     operations: int = 0
     wrong_segment: int = 0
     found_root: bytes = b""
+    corrected: bool = False  # it was asked to check against the true end of an ordered error
+    doubt: bytes = b""  # the unsure Verdict on which it decides
 
 
 class Deal(msgspec.Struct, kw_only=True):
@@ -114,6 +156,15 @@ class Deal(msgspec.Struct, kw_only=True):
     base_blob: bytes
     seed: bytes
     created_ns: int
+    secret: bytes = b""  # a solver's, that decides whether an error is ordered
+    beacons: list[bytes] = msgspec.field(default_factory=list)  # shares of the agreement's beacon: what ordered it
+    ordered: int | None = None  # the segment that a solver has to hand in wrong
+    forced: bytes = b""  # the Forced that says so
+    draw_beacons: list[bytes] = msgspec.field(default_factory=list)  # shares of the draw's beacon
+    seeds_closed: bool = False  # a submitter waits for them: no seed counts that comes now
+    correction: Correction = "unknown"
+    corrected_ns: int = 0  # since when the correction is so
+    useful: int = -1  # receipts the job can build on, where that is not all of them
     job: bytes = b""
     receipts: int = 0
     made: int = 0
@@ -137,6 +188,10 @@ class Deal(msgspec.Struct, kw_only=True):
     paid_out: bool = False  # the channel is closed, whatever the checks still find
     failures: int = 0
     note: str = ""
+    key: bytes = b""  # of a sealed job, on the solver's side
+    base_root: bytes = b""  # the state it starts from, once it is known: the agreement on a sealed job masks it
+    # Sealed Profiles of a tolerant task, which its tolerance is from; of a profile's deal, the one that it made.
+    profiles: list[bytes] = msgspec.field(default_factory=list)
 
     @property
     def lifecycle(self) -> State:
@@ -158,17 +213,22 @@ def receipt_key(deal_id: bytes, sequence: int) -> bytes:
 
 def task_of(encoded: bytes) -> AnyTask:
     """A task that was checked when it came in."""
-    return msgspec.msgpack.decode(encoded, type=TaskSpec | ScriptSpec)
+    return msgspec.msgpack.decode(encoded, type=TaskSpec | ScriptSpec | ProfileSpec)
+
+
+def salt_of(task: AnyTask) -> bytes:
+    """Of a sealed job's task; empty for an open one."""
+    return task.salt if isinstance(task, TaskSpec) else b""
 
 
 def checkpoint_program(task: AnyTask) -> bytes:
-    """The program that says what a checkpoint of the task holds; none for a script's result."""
-    return b"" if isinstance(task, ScriptSpec) else task.program
+    """The program that says what a checkpoint of the task holds; none for a script's result or a profile."""
+    return task.program if isinstance(task, TaskSpec) else b""
 
 
 def operations_per_check(task: AnyTask) -> int:
-    """The operations of re-executing one segment; 0 for a script, of which nothing is re-executed."""
-    return 0 if isinstance(task, ScriptSpec) else task.operations_per_step * task.steps_per_segment
+    """The operations of re-executing one segment; 0 for a script or a profile, of which nothing is re-executed."""
+    return task.operations_per_step * task.steps_per_segment if isinstance(task, TaskSpec) else 0
 
 
 def save(desk: Desk, deal: Deal) -> None:
@@ -220,6 +280,7 @@ def check_receipt(deal: Deal, receipt: Receipt, network: bytes, now_ns: int) -> 
 
 def make_proof(desk: Desk, deal: Deal, receipts: list[bytes]) -> tuple[bytes, bytes]:
     """This peer's Proof over the co-signed receipts of a deal: its envelope and its id."""
+    task = task_of(deal.task)
     proof = Proof(
         network=desk.network.id,
         agreement=deal.id,
@@ -227,7 +288,60 @@ def make_proof(desk: Desk, deal: Deal, receipts: list[bytes]) -> tuple[bytes, by
         receipts=deal.receipts,
         root=proof_root(receipts, desk.network.id),
         last_receipt=deal.last_receipt,
-        program=task_of(deal.task).program,
+        program=masked(salt_of(task), task.program),
     )
     envelope = desk.seal(proof)
     return envelope, open_record(envelope, network=desk.network.id)[1]
+
+
+def make_claim(desk: Desk, deal: Deal, fees: tuple[tuple[bytes, int], ...] = ()) -> bytes:
+    """This peer's Claim on a deal, to close its channel alone: what the last voucher promises, in its envelope."""
+    return desk.seal(Claim(network=desk.network.id, agreement=deal.id, author=desk.me, voucher=deal.voucher, fees=fees))
+
+
+def cosign(
+    envelope: bytes, receipt: Receipt, receipt_id: bytes, key: SigningKey, *, cumulative_micro: int, operations: int
+) -> tuple[bytes, bytes]:
+    """The submitter's word for one receipt: its envelope with both signatures, and the voucher that pays for it.
+
+    operations: cumulative, as the micro-credits are. Pure: it may be called in any thread.
+    """
+    voucher = Voucher(
+        network=receipt.network,
+        agreement=receipt.agreement,
+        epoch=0,
+        sequence=receipt.sequence,
+        cumulative_micro=cumulative_micro,
+        cumulative_operations=operations,
+        receipt=receipt_id,
+        submitter=key.public,
+    )
+    return add_signature(envelope, key, network=receipt.network), seal(voucher, key)
+
+
+def losses_root(losses: Iterable[float]) -> bytes:
+    """The hash a receipt binds its losses with: float32, little-endian, in step order."""
+    return blake("ichiba/losses", b"".join(struct.pack("<f", loss) for loss in losses))
+
+
+def make_receipt(
+    desk: Desk, deal: Deal, end: SegmentMade, *, in_root: bytes, operations: int, earlier: list[bytes]
+) -> bytes:
+    """The solver's Receipt of a segment that ended so, in its envelope. earlier: the receipts made before it."""
+    return desk.seal(
+        Receipt(
+            network=desk.network.id,
+            agreement=deal.id,
+            sequence=deal.made,
+            previous=open_record(earlier[-1], network=desk.network.id)[1] if earlier else bytes(32),
+            segment=end.segment,
+            operations=operations,
+            amount_micro=amount_for(operations, agreement_of(deal, desk.network.id).unit_price),
+            in_root=in_root,
+            out_root=end.out_root,
+            losses_root=losses_root(end.losses),
+            checkpoint=end.checkpoint,
+            checkpoint_bytes=end.checkpoint_bytes,
+            done_ns=desk.now_ns,
+        )
+    )

@@ -1,4 +1,4 @@
-"""The demonstration: five peers on this machine make a market, train a small GPT, check it, and settle.
+"""The demonstration: five peers on this machine make a market, train a small GPT, check it, and settle before notaries.
 
 Promises: everything shown is what the daemons said, by the way any user takes (worker.prepare, peer.client, the
 proof bundle); `conserved` is computed from the ledgers of all daemons that are alive; and no daemon outlives it.
@@ -114,7 +114,8 @@ class Screen(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to show. cheat: of worker/cheats.py; kill: the working solver, half-way; path: None for a fresh one."""
+    """What to show. cheat: of worker/cheats.py; kill: the working solver, half-way; notaries: peers that arbitrate, 0
+    for a quorum of checkers; path: None for a fresh one."""
 
     cheat: str = ""
     kill: bool = False
@@ -122,6 +123,7 @@ class Plan:
     seed: int = 3
     keep: bool = False
     path: Path | None = None
+    notaries: int = 4
 
     def __post_init__(self) -> None:
         if self.steps < STEPS_MIN:
@@ -155,6 +157,7 @@ class Outcome:
     seconds: float = 0.0
     final_root: str = ""
     sample: str = ""
+    dispute: dict[str, Any] = field(default_factory=dict)  # how a cheat was convicted by notaries
 
     @property
     def failures(self) -> list[str]:
@@ -164,6 +167,10 @@ class Outcome:
             (self.proof, "the proof bundle does not verify"),
             (self.conserved, "the ledgers differ, or do not add up to the deposits"),
             (not self.plan.cheat or self.culprit == CHEAT, f"{CHEAT} cheated and was not slashed"),
+            (
+                bool(self.dispute) == bool(self.plan.cheat and self.plan.notaries),
+                "no dispute, or one about honest work",
+            ),
             (bool(self.plan.cheat) or not self.slashed, f"{self.culprit} is honest and was slashed"),
             (not self.plan.kill or len(self.solvers_paid) == 2, "the two solvers were not both paid"),
         ]
@@ -191,7 +198,7 @@ class Outcome:
             "retried": self.retried,
         }
         if self.plan.cheat:
-            found |= {"slashed": self.slashed, "culprit": self.culprit}
+            found |= {"slashed": self.slashed, "culprit": self.culprit, "dispute": self.dispute}
         if self.plan.kill:
             found |= {"killed": self.killed, "solvers_paid": self.solvers_paid}
         return found
@@ -206,7 +213,7 @@ def run_demo(plan: Plan, screen: Screen) -> Outcome:
     outcome = Outcome(plan)
     started = time.monotonic()
     path = plan.path or Path(tempfile.mkdtemp(prefix="ichiba-demo-"))
-    lan = Lan.create(path, members(cheat=plan.cheat), seed=None)
+    lan = Lan.create(path, members(cheat=plan.cheat, notaries=plan.notaries), seed=None)
     release = lan.guard(remove=plan.path is None)
     kept = False
     try:
@@ -245,6 +252,8 @@ class _Demo:
                 story = self._follow(client, job)
             with self._timed("settle everywhere"):
                 self._count_money()
+            if story.disputes:
+                self._show_dispute(story.disputes[0])
             if story.ended == "done":
                 with self._timed("fetch, prove and generate"):
                     self._use(job)
@@ -266,13 +275,14 @@ class _Demo:
         (folder / "job.toml").write_text(
             JOB.format(seed=self.plan.seed, steps=self.plan.steps, per_segment=per_segment, warmup=per_segment)
         )
-        self.screen.say("five peers, each a process of its own with its own key, disk and ledger:")
+        judges = f" and {self.plan.notaries} notaries" if self.plan.notaries else ""
+        self.screen.say(f"five peers{judges}, each a process of its own with its own key, disk and ledger:")
         pool = ThreadPoolExecutor(1)
         preparing = pool.submit(_prepare, folder / "job.toml", load(self.lan.network_file.read_text()).id)
         pool.shutdown(wait=False)  # it ends by itself: who interrupts us need not wait for torch to stop the swarm
         self.lan.start(self._tell_started)
         self.lan.meet(seconds=MEET_SECONDS)
-        self.screen.say("           all five see each other, and the submitter has heard what they offer")
+        self.screen.say("           all see each other, and the submitter has heard what they offer")
         prepared = preparing.result()
         self.screen.say(
             f"captured   one training step as {prepared.nodes} operations; {prepared.parameters:,} parameters, "
@@ -370,6 +380,24 @@ class _Demo:
         solvers = [one.member.name for one in self.lan.peers if one.member.name.startswith("solver")]
         self.outcome.solvers_paid = [name for name in solvers if earned.get(name)]
 
+    def _show_dispute(self, dispute: str) -> None:
+        """How far down the notaries followed a quarrel, as one of them has it."""
+        notary = self.lan.of("notary-1")
+        with notary.client() as client:
+            found = client.dispute(dispute)
+        result = found.get("result") or {}
+        self.outcome.dispute = {
+            "finding": found["state"],
+            "rounds": found.get("rounds", 0),
+            "message_bytes": found.get("message_bytes", 0),
+            "opening_bytes": found.get("opening_bytes", 0),
+            "seconds": round((found["ended_ns"] - found["opened_ns"]) / 1e9, 2),
+            "cause": result.get("cause", ""),
+            "level": result.get("level", ""),
+        }
+        drawn = ichiba(["--data", notary.data, "dispute", "show", dispute])
+        self.screen.text("how far down the notaries looked, as `ichiba dispute show` draws it", drawn)
+
     def _use(self, job: str) -> None:
         """Collect the result as any user does, verify its proof without asking anybody, and let the model write."""
         folder = self.lan.path / "result"
@@ -410,13 +438,14 @@ def _prepare(job_toml: Path, network: bytes) -> Prepared:
     return prepare(job_toml, network)
 
 
-def ichiba(words: list[str]) -> None:
-    """Run a command of ours in a process of its own. Raises DemoFailed with what it said."""
+def ichiba(words: list[str]) -> str:
+    """Run a command of ours in a process of its own; what it printed. Raises DemoFailed with what it said."""
     done = subprocess.run(
         [sys.executable, "-P", "-m", "peer.cli", *words], capture_output=True, text=True, timeout=120, check=False
     )
     if done.returncode:
         raise DemoFailed(f"`ichiba {' '.join(words)}` failed", why=done.stderr.strip())
+    return done.stdout
 
 
 def generated(weights: Path, length: int, seed: int) -> str:

@@ -98,6 +98,7 @@ class Story:
     retried: int = 0
     drawn: dict[str, list[int]] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
+    disputes: list[str] = field(default_factory=list)  # that notaries ruled on
     ended: str = ""
     reason: str = ""
 
@@ -199,6 +200,17 @@ class Story:
             return [f"verdict    {who}: WRONG. Segment {event['wrong_segment']} does not give the state it claims"]
         return [f"verdict    {who}: right, bit for bit ({named(event['segments'])})"]
 
+    def _on_challenged(self, event: Event) -> list[str]:
+        self.stage = "in dispute"
+        return [
+            f"challenge  {self._name(event['challenger'])} stakes that segment {event['segment']} is wrong; the "
+            "notaries let both sides name the first operation on which they differ"
+        ]
+
+    def _on_arbitrated(self, event: Event) -> list[str]:
+        self.disputes.append(event["dispute"])
+        return [f"ruling     by a quorum of notaries: the work on segment {event['segment']} is {event['finding']}"]
+
     def _on_waiting(self, event: Event) -> list[str]:
         return [f"waiting    {event['why']}"]
 
@@ -228,7 +240,7 @@ class Story:
     def _closed(self, event: Event, how: str) -> list[str]:
         fees = ", ".join(f"{credits_of(fee['micro'])} to {self._name(fee['peer'])}" for fee in event["fees"])
         paid = f"{credits_of(event['paid_micro'])} to {self._name(event['solver'])}"
-        return [f"{how} {paid}{', ' + fees if fees else ''}; the rest goes back, the stake is free"]
+        return [f"{how} {paid}{', ' + fees if fees else ''}; the rest goes back"]
 
     def _on_done(self, event: Event) -> list[str]:
         self.ended = self.stage = "done"

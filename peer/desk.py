@@ -54,14 +54,29 @@ class Desk:
     peers: dict[bytes, int] = field(default_factory=dict)  # connected peers -> since when, ns
     lefts: dict[bytes, int] = field(default_factory=dict)  # peers gone -> since when, ns
     now_ns: int = 0
-    paused_ns: int = 0  # since when the owner has paused this peer; 0: it is not
+    paused_ns: int = 0  # since when this peer is paused; 0: it is not
+    paused_by: str = ""  # "owner", or the word of the guest rule that paused it (peer/guest.py)
+    paused_why: str = ""
+    finishing_ns: int = 0  # since when it takes no new work; 0: it does
     effects: list[Effect] = field(default_factory=list)
     outbox: dict[str, list[bytes]] = field(default_factory=dict)
+    # What a peer may be sent of a message that speaks of a sealed job, or nothing (peer/sealing.py).
+    sealer: Callable[[bytes, Message], Message | None] = lambda _, message: message
 
     @property
     def me(self) -> bytes:
         """This peer's key."""
         return self.key.public
+
+    def resting(self) -> tuple[str, str] | None:
+        """Why this peer takes no new work at all, as a typed reason; None if it does."""
+        if self.paused_ns and self.paused_by not in ("", "owner"):
+            return "paused", f"{self.paused_by}: {self.paused_why}"
+        if self.paused_ns:
+            return "paused", "its owner paused this peer; `ichiba resume`"
+        if self.finishing_ns:
+            return "finishing", "it finishes what it has and takes nothing new; `ichiba earn start`"
+        return None
 
     def left_ns(self, peer: bytes) -> int:
         """When `peer` was last seen leaving; for one never seen since the start, when this node started."""
@@ -85,8 +100,8 @@ class Desk:
 
     def send(self, peer: bytes, message: Message) -> None:
         """A direct message; dropped by the world if `peer` is not connected."""
-        if peer in self.peers:
-            self.effects.append(Send(peer, pack(message)))
+        if peer in self.peers and (sealed := self.sealer(peer, message)) is not None:
+            self.effects.append(Send(peer, pack(sealed)))
 
     def publish(self, topic: str, envelope: bytes) -> None:
         """Gossip an envelope with the next tick's bundle: a hop costs per message, not per record."""

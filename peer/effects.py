@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,19 @@ import trio
 from peer.bench_process import BenchRunner
 from peer.blobs import BlobStore
 from peer.events import (
+    BlobRead,
     CheckWork,
     Fetch,
     Fetched,
     Input,
+    Inspect,
+    Inspected,
     OpenMemory,
     Penalise,
+    ProfileMade,
+    Protect,
     Publish,
+    ReadBlob,
     Release,
     ScriptSaid,
     SegmentMade,
@@ -39,19 +45,23 @@ from peer.events import (
     WorkEnded,
 )
 from peer.host import Host, PeerUnreachable
+from peer.profile_run import run_profile
 from peer.scripting import ScriptOrder, run_script
 from peer.suspension import SuspendedStates
 from peer.work_order import SegmentDone, WorkDone, WorkFailed, WorkOrder, WorkSuspended
 from peer.workshop import Workshop
 from protocol import params
 from protocol.codec import encode
+from protocol.dispute_player import decode_question
 from protocol.errors import IchibaError, RemoteProtocolError, VerificationFailed
 from protocol.merkle import state_root
 from protocol.operations import TensorType
+from protocol.profile_task import ProfileSpec
 from protocol.program import Program, state_layout
 from protocol.safetensors import parse
 from protocol.script import ScriptSpec, result_from, words_for
-from protocol.task import task_id
+from protocol.sealing import Keys
+from protocol.task import TaskSpec, task_id
 
 __all__ = ["Performer", "check_checkpoint"]
 
@@ -88,6 +98,7 @@ class _Running:
     freed: trio.Event = field(default_factory=trio.Event)
     ended: trio.Event = field(default_factory=trio.Event)
     suspending: bool = False
+    question: bytes = b""  # of a dispute: asked again after a pause
     fate: dict[str, Any] = field(default_factory=dict)
     again: StartWork | None = None  # wanted back before its suspension was over
 
@@ -115,6 +126,8 @@ class Performer:
     working: dict[bytes, _Running] = field(default_factory=dict)
     suspension: _Suspension | None = None
     turn: trio.Lock = field(default_factory=trio.Lock)  # one worker at a time: the slot of this machine
+    # A dispute has a clock and must not wait for a job of hours, so its worker runs beside the slot's, one at a time.
+    inspecting: trio.Lock = field(default_factory=trio.Lock)
     bench: BenchRunner = field(init=False)
 
     def __post_init__(self) -> None:
@@ -129,8 +142,20 @@ class Performer:
                 self.nursery.start_soon(self._publish, topic, data)
             case Fetch():
                 self.nursery.start_soon(self._fetch, effect)
+            case Protect(blobs=blobs, keys=keys):
+                try:
+                    self.blobs.protect(blobs, keys)
+                except (IchibaError, OSError) as error:  # they are hidden all the same, but who has keys asks in vain
+                    self.counters["blobs-unprotected"] += 1
+                    log.error("blobs of a sealed job are not served: %s", error)
+            case ReadBlob():
+                self.nursery.start_soon(self._read, effect)
             case StartWork():
                 self._start_work(effect)
+            case Inspect():
+                if effect.work not in self.working:
+                    self.working[effect.work] = _Running(question=effect.question)
+                    self.nursery.start_soon(self._inspect, effect, self.working[effect.work])
             case StopWork(work=work):
                 if work in self.working:
                     self.working[work].again = None
@@ -167,8 +192,13 @@ class Performer:
             except PeerUnreachable as error:
                 self.counters["messages-unsent"] += 1
                 log.debug("message not sent: %s", error)
+            else:
+                self.counters["messages"] += 1
+                self.counters["message-bytes"] += len(data)
 
     async def _publish(self, topic: str, data: bytes) -> None:
+        self.counters["gossip"] += 1
+        self.counters["gossip-bytes"] += len(data)
         await self.host.publish(topic, data)
 
     # --- blobs ---------------------------------------------------------------------------------------------
@@ -176,14 +206,16 @@ class Performer:
         error, forged, note = "", False, ""
         try:
             if not self.blobs.has(effect.blob):
-                await self.blobs.fetch(self.host, effect.blob, effect.peers, size_max=effect.size_max)
+                await self.blobs.fetch(self.host, effect.blob, effect.peers, size_max=effect.size_max, keys=effect.keys)
             self.blobs.pin(effect.blob, effect.token.hex())
             if effect.state_root and not effect.program:
                 check_result = partial(check_script_result, self.blobs.path(effect.blob), effect.state_root)
                 note = await trio.to_thread.run_sync(check_result)
             elif effect.state_root:
                 # The program says what the checkpoint must hold; it may still be on its way in another fetch.
-                await self.blobs.fetch(self.host, effect.program, effect.peers, size_max=params.PROGRAM_BYTES_MAX)
+                await self.blobs.fetch(
+                    self.host, effect.program, effect.peers, size_max=params.PROGRAM_BYTES_MAX, keys=effect.keys
+                )
                 check = partial(
                     check_checkpoint, self.blobs.path(effect.blob), self.blobs.path(effect.program), effect.state_root
                 )
@@ -193,6 +225,18 @@ class Performer:
         except (IchibaError, OSError) as failure:
             error = str(failure)
         await self.inbox.send(Fetched(effect.blob, effect.token, error, forged, note))
+
+    async def _read(self, effect: ReadBlob) -> None:
+        data, error = b"", ""
+        try:
+            path = self.blobs.path(effect.blob)
+            if path.stat().st_size > effect.size_max:
+                error = f"it is larger than {effect.size_max} bytes"
+            else:
+                data = await trio.to_thread.run_sync(path.read_bytes)
+        except (IchibaError, OSError) as failure:
+            error = str(failure)
+        await self.inbox.send(BlobRead(effect.blob, effect.token, data, error))
 
     # --- work ----------------------------------------------------------------------------------------------
     def _start_work(self, order: StartWork) -> None:
@@ -235,14 +279,53 @@ class Performer:
         async with self.turn:
             if isinstance(order.task, ScriptSpec):
                 return await self._script(order, order.task, self.workshop)
+            if isinstance(order.task, ProfileSpec):
+                return await self._profile(order, order.task, self.workshop)
             kept = self.states.find(order.work, order.task, order.first_segment)
             return await self.workshop.run(
-                self._work_order(order, kept.state if kept else None),
+                self._training_order(order, kept.state if kept else None),
                 on_step=lambda step, loss: self._step(order.work, step, loss),
-                on_segment=partial(self._segment, order.work),
+                on_segment=partial(self._segment, order.work, order.keys),
                 partial=kept.partial if kept else None,
                 losses=kept.losses if kept else (),
             )
+
+    async def _inspect(self, order: Inspect, running: _Running) -> None:
+        """Answer a dispute's question in a worker of its own. One that a pause or StopWork ends is not answered."""
+        answered = Inspected(order.work, order.question, error="it was stopped")
+        with running.scope:
+            try:
+                answered = await self._answer(order)
+            except (IchibaError, OSError) as failure:
+                answered = Inspected(order.work, order.question, error=str(failure) or type(failure).__name__)
+                log.warning("a dispute's question was not answered: %s", answered.error)
+        running.fate = {"fate": "restarts", "why": "a dispute's question is asked again"}
+        running.freed.set()
+        del self.working[order.work]
+        running.ended.set()
+        if not running.scope.cancelled_caught:
+            await self.inbox.send(answered)
+
+    async def _answer(self, order: Inspect) -> Inspected:
+        """Raises WorkFailed, CageFailed, OSError."""
+        if self.workshop is None:
+            raise WorkFailed("sandbox-failed", "this machine has no sandbox", next_step="run `ichiba doctor`")
+        segment = decode_question(order.question).segment
+        asked = replace(
+            self._work_order(order.work, order.task, order.base, range(segment, segment + 1), order.memory_bytes),
+            want="answer",
+            question=order.question,
+            claimed=self.blobs.path(order.claimed) if order.claimed else None,
+        )
+        async with self.inspecting:
+            done = await self.workshop.run(asked, on_step=_no_step, on_segment=_no_segment)
+        assert done.answer is not None, "a conversation ends with what was asked for"
+        state = b""
+        if done.answer.state is not None:
+            state = await self.blobs.put_file(done.answer.state, keys=order.keys)
+            self.blobs.pin(state, order.work.hex())
+            done.answer.state.unlink(missing_ok=True)
+        return Inspected(order.work, order.question, done.answer.body, done.answer.opening, state)
 
     async def _keep(self, order: StartWork, suspended: WorkSuspended) -> dict[str, Any]:
         """Keep a state, and say what became of it."""
@@ -262,7 +345,7 @@ class Performer:
         for work, running in works.items():
             running.suspending = True
             running.fate = {"fate": "restarts", "why": f"its worker did not hand over its state in {within_s:g} s"}
-            if not within_s:
+            if not within_s or running.question:
                 running.scope.cancel()
             elif self.workshop is None or not await self.workshop.suspend(_work_id(work)):
                 running.fate["why"] = "it had no worker that can hand over a state"
@@ -291,24 +374,34 @@ class Performer:
         await self.suspension.done.wait()
         return self.suspension.report
 
-    def _work_order(self, order: StartWork, suspended: Path | None) -> WorkOrder:
-        task = order.task
-        assert not isinstance(task, ScriptSpec), "scripts have orders of their own"
-        base = self.blobs.path(order.base) if order.base else None
-        segments = order.last_segment - order.first_segment
+    def _work_order(self, work: bytes, task: TaskSpec, base: bytes, segments: range, memory_bytes: int) -> WorkOrder:
+        """What a worker of a task's segments is handed, whatever it is to do with them."""
         return WorkOrder(
-            work_id=_work_id(order.work),
+            work_id=_work_id(work),
             task=encode(task),
             program=self.blobs.path(task.program),
             arrays={array.name: self.blobs.path(array.blob) for array in task.arrays},
-            base=suspended or base,
-            first_segment=order.first_segment,
-            last_segment=order.last_segment,
+            base=self.blobs.path(base) if base else None,
+            first_segment=segments.start,
+            last_segment=segments.stop,
             threads=1,
-            memory_bytes=order.memory_bytes,
-            wall_seconds=float(params.SEGMENT_SECONDS_MAX * segments),
-            checkpoint_bytes_max=min(order.checkpoint_bytes, self._checkpoint_size(task.program)),
+            memory_bytes=memory_bytes,
+            wall_seconds=float(params.SEGMENT_SECONDS_MAX * len(segments)),
+            checkpoint_bytes_max=self._checkpoint_size(task.program),
+        )
+
+    def _training_order(self, order: StartWork, suspended: Path | None) -> WorkOrder:
+        assert isinstance(order.task, TaskSpec), "scripts and profiles have orders of their own"
+        segments = range(order.first_segment, order.last_segment)
+        plain = self._work_order(order.work, order.task, order.base, segments, order.memory_bytes)
+        return replace(
+            plain,
+            base=suspended or plain.base,
+            checkpoint_bytes_max=min(order.checkpoint_bytes, plain.checkpoint_bytes_max),
             cheat=order.cheat or None,
+            ordered=order.ordered if order.ordered and order.ordered[0] >= order.first_segment else None,
+            gauges=order.gauges,
+            claimed=self.blobs.path(order.compare) if order.compare else None,
         )
 
     async def _script(self, order: StartWork, script: ScriptSpec, workshop: Workshop) -> WorkDone:
@@ -334,6 +427,13 @@ class Performer:
         await self.inbox.send(SegmentMade(order.work, 0, start, end, (), done.used_ns, blob, done.file_bytes))
         return WorkDone(_work_id(order.work), 1, None, done.used_ns / 1e9, done.memory_peak_bytes, "", None)
 
+    async def _profile(self, order: StartWork, spec: ProfileSpec, workshop: Workshop) -> WorkDone:
+        """Run a profile; what it finds is the answer. A pause ends it, and it starts again after."""
+        whole = self._work_order(order.work, spec.of, order.base, range(1), order.memory_bytes)
+        done = await run_profile(whole, spec.of, workshop, lambda step, loss: self._step(order.work, step, loss))
+        await self.inbox.send(ProfileMade(order.work, done.findings, done.operations_per_second))
+        return WorkDone(_work_id(order.work), 1, None, done.seconds, done.memory_peak_bytes, "", None)
+
     def _checkpoint_size(self, program: bytes) -> int:
         layout = state_layout(Program.from_bytes(self.blobs.path(program).read_bytes()))
         held = sum(TensorType(dtype, shape).size_bytes for dtype, shape in layout.values())
@@ -346,12 +446,18 @@ class Performer:
             except trio.WouldBlock:
                 self.counters["steps-untold"] += 1  # news for people only
 
-    async def _segment(self, work: bytes, done: SegmentDone) -> None:
-        blob = await self.blobs.put_file(done.checkpoint)
+    async def _segment(self, work: bytes, keys: Keys | None, done: SegmentDone) -> None:
+        blob = await self.blobs.put_file(done.checkpoint, keys=keys)
         self.blobs.pin(blob, work.hex())
         done.checkpoint.unlink(missing_ok=True)
         if done.diverged_step is not None:
             raise WorkFailed("diverged", f"diverged at step {done.diverged_step}: the loss or a weight is not finite")
+        false = done.false_end
+        false_blob = b""
+        if false is not None:
+            false_blob = await self.blobs.put_file(false.checkpoint, keys=keys)
+            self.blobs.pin(false_blob, work.hex())
+            false.checkpoint.unlink(missing_ok=True)
         await self.inbox.send(  # awaited: segments reach the node in their order
             SegmentMade(
                 work,
@@ -362,9 +468,21 @@ class Performer:
                 done.operations,
                 blob,
                 done.checkpoint_bytes,
+                false.root if false else b"",
+                false_blob,
+                false.checkpoint_bytes if false else 0,
+                done.distance,
             )
         )
         self.states.drop(work)  # its segment is over
+
+
+def _no_step(step: int, loss: float | None) -> None:
+    """A question has no steps to tell."""
+
+
+async def _no_segment(done: SegmentDone) -> None:
+    """A question has no segments; a worker that says one has broken the protocol before this."""
 
 
 def _work_id(work: bytes) -> str:

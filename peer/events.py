@@ -7,8 +7,11 @@ from typing import Any, TypeAlias
 
 from market.entries import Entry
 from protocol.bench_card import Figures, Opening
+from protocol.profile import Findings, Gauge
 from protocol.records import BenchChallenge
 from protocol.script import AnyTask
+from protocol.sealing import Keys
+from protocol.task import TaskSpec
 
 __all__ = [
     "BenchEffect",
@@ -17,6 +20,7 @@ __all__ = [
     "BenchInput",
     "BenchMade",
     "BenchWarm",
+    "BlobRead",
     "CheckWork",
     "Command",
     "Effect",
@@ -25,6 +29,8 @@ __all__ = [
     "Fetched",
     "GossipIn",
     "Input",
+    "Inspect",
+    "Inspected",
     "MemoryOpened",
     "MessageIn",
     "OpenMemory",
@@ -32,7 +38,9 @@ __all__ = [
     "PeerUp",
     "Penalise",
     "Post",
+    "ProfileMade",
     "Publish",
+    "ReadBlob",
     "Release",
     "Reply",
     "Save",
@@ -105,6 +113,16 @@ class Fetched:
 
 
 @dataclass(frozen=True)
+class BlobRead:
+    """The end of a ReadBlob: the bytes, or an `error`."""
+
+    blob: bytes
+    token: bytes
+    data: bytes = b""
+    error: str = ""
+
+
+@dataclass(frozen=True)
 class ScriptSaid:
     """A running script printed `text`, or nothing; it has used `used_ns` of its time."""
 
@@ -124,7 +142,8 @@ class StepMade:
 
 @dataclass(frozen=True)
 class SegmentMade:
-    """One segment done; its checkpoint lies in the blob store as `checkpoint`."""
+    """One segment done; its checkpoint lies in the blob store as `checkpoint`, and its false end, where one was
+    ordered, as `false_checkpoint`."""
 
     work: bytes
     segment: int
@@ -134,6 +153,19 @@ class SegmentMade:
     operations: int
     checkpoint: bytes
     checkpoint_bytes: int
+    false_root: bytes = b""
+    false_checkpoint: bytes = b""
+    false_bytes: int = 0
+    distance: tuple[int, int] | None = None  # of what was to be compared with this end, in ppb: L1 and L2
+
+
+@dataclass(frozen=True)
+class ProfileMade:
+    """A profile is done. operations_per_second: of the first configuration."""
+
+    work: bytes
+    findings: Findings
+    operations_per_second: int
 
 
 @dataclass(frozen=True)
@@ -141,6 +173,19 @@ class WorkEnded:
     """The worker is gone. `error` is empty after a complete run."""
 
     work: bytes
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """The answer to an Inspect: `body` is what a player signs, `opening` what proves itself, `state` the blob of the
+    state before the inspected step where the question asked for one. With an `error` all three are empty."""
+
+    work: bytes
+    question: bytes
+    body: bytes = b""
+    opening: bytes = b""
+    state: bytes = b""
     error: str = ""
 
 
@@ -209,10 +254,13 @@ Input: TypeAlias = (
     | GossipIn
     | MessageIn
     | Fetched
+    | BlobRead
     | ScriptSaid
     | StepMade
     | SegmentMade
+    | ProfileMade
     | WorkEnded
+    | Inspected
     | BenchInput
     | Command
 )
@@ -262,11 +310,35 @@ class Fetch:
     size_max: int
     state_root: bytes = b""
     program: bytes = b""
+    keys: Keys | None = None  # of a sealed job: it comes sealed, and is served to nobody as it is
+
+
+@dataclass(frozen=True)
+class Protect:
+    """Blobs of a sealed job that are here: from now on serve them only sealed, to who has their keys."""
+
+    blobs: tuple[bytes, ...]
+    keys: Keys
+
+
+@dataclass(frozen=True)
+class ReadBlob:
+    """Give the node the bytes of a blob that is here: a Program, which it must know to follow a dispute."""
+
+    blob: bytes
+    token: bytes
+    size_max: int
 
 
 @dataclass(frozen=True)
 class StartWork:
-    """Run segments [first, last) in the sandbox. Answered by StepMade, SegmentMade and one WorkEnded."""
+    """Run segments [first, last) in the sandbox. Answered by StepMade, SegmentMade (ProfileMade for a profile), and one
+    WorkEnded.
+
+    ordered: a segment to make a false end of beside the true one, and the fraud it is to look like; None for none.
+    gauges: parts of the state that every segment of a tolerant task ends with as it began. compare: the blob of a
+    solver's end of the one segment, whose distance from the end made here is wanted; empty for none.
+    """
 
     work: bytes
     task: AnyTask
@@ -276,6 +348,28 @@ class StartWork:
     checkpoint_bytes: int
     memory_bytes: int
     cheat: str = ""
+    ordered: tuple[int, str] | None = None
+    gauges: tuple[Gauge, ...] = ()
+    compare: bytes = b""
+    keys: Keys | None = None  # of a sealed job: what is made here is protected too
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Answer one question of a dispute (protocol/dispute_player.py) in the sandbox; answered by one Inspected.
+
+    base: the blob of the state that the question counts from: the segment's start, or what an earlier answer gave as
+    `state`; empty for the seeded start. claimed: the blob of an end state to defend against the facts, for tests and
+    demonstrations of fraud; empty for an honest answer.
+    """
+
+    work: bytes
+    task: TaskSpec
+    base: bytes
+    question: bytes
+    memory_bytes: int
+    claimed: bytes = b""
+    keys: Keys | None = None  # as in StartWork
 
 
 @dataclass(frozen=True)
@@ -369,8 +463,11 @@ Effect: TypeAlias = (
     | Send
     | Publish
     | Fetch
+    | Protect
+    | ReadBlob
     | StartWork
     | StopWork
+    | Inspect
     | Suspend
     | BenchEffect
     | Release

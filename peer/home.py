@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from peer.key_file import is_sealed, open_seed, replace_file, seal_seed
 from protocol.errors import IchibaError
 from protocol.keys import SigningKey
 from protocol.network import Network, dump, load
 
 __all__ = ["Home", "HomeProblem"]
+
+KEY_FILE_BYTES_MAX = 4096  # a sealed one has 400
 
 
 class HomeProblem(IchibaError):
@@ -29,7 +31,7 @@ class Home:
 
     @property
     def key_file(self) -> Path:
-        """The peer's 32-byte Ed25519 seed, in hex, mode 0600."""
+        """The peer's 32-byte Ed25519 seed, in hex or sealed (peer/key_file.py), mode 0600."""
         return self.path / "key"
 
     @property
@@ -42,8 +44,10 @@ class Home:
         """Where the daemon listens for its owner."""
         return self.path / "control.sock"
 
-    def create(self, network_text: str | None = None, *, seed: bytes | None = None) -> SigningKey:
-        """Make the directory, the key and the network file; what exists stays as it is.
+    def create(
+        self, network_text: str | None = None, *, seed: bytes | None = None, passphrase: str | None = None
+    ) -> SigningKey:
+        """Make the directory, the key (sealed, if a passphrase is given) and the network file; what exists stays.
 
         Raises HomeProblem if the directory holds another network file than the given one, or cannot be made.
         """
@@ -52,7 +56,8 @@ class Home:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.path.chmod(0o700)
             if not self.key_file.exists():
-                self._write_secret((seed or secrets.token_bytes(32)).hex())
+                fresh = seed or secrets.token_bytes(32)
+                replace_file(self.key_file, fresh.hex() if passphrase is None else seal_seed(fresh, passphrase))
             if not self.network_file.exists():
                 self.network_file.write_text(dump(network) if network is not None else SOLO)
         except OSError as error:
@@ -62,36 +67,43 @@ class Home:
                 f"{self.network_file} is of another network",
                 next_step="use another --data directory for another network",
             )
-        return SigningKey.from_seed(self.seed())
+        return SigningKey.from_seed(self.seed(passphrase))
 
-    def _write_secret(self, text: str) -> None:
-        part = self.key_file.with_suffix(".part")
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        try:
-            os.write(descriptor, text.encode() + b"\n")
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        part.rename(self.key_file)
-
-    def seed(self) -> bytes:
-        """The peer's seed. Raises HomeProblem if it is missing, damaged, or readable by others."""
+    def key_text(self) -> str:
+        """The key file as it stands. Raises HomeProblem if it is missing or readable by others."""
         try:
             mode = self.key_file.stat().st_mode & 0o777
-            text = self.key_file.read_text().strip()
+            text = self.key_file.read_bytes()[: KEY_FILE_BYTES_MAX + 1].decode("ascii", "replace").strip()
         except OSError as error:
             raise HomeProblem(f"no key in {self.path}: {error.strerror}", next_step="run `ichiba init`") from None
         if mode & 0o077:
             raise HomeProblem(
                 f"{self.key_file} can be read by others (mode {mode:o})", next_step=f"chmod 600 {self.key_file}"
             )
+        return text
+
+    @property
+    def protected(self) -> bool:
+        """Whether the key is sealed by a passphrase. Raises HomeProblem as `key_text`."""
+        return is_sealed(self.key_text())
+
+    def seed(self, passphrase: str | None = None) -> bytes:
+        """The peer's seed. Raises HomeProblem if it is missing, damaged, readable by others, or sealed and no
+        passphrase is given; WrongPassphrase."""
+        text = self.key_text()
+        if passphrase is None and is_sealed(text):
+            raise HomeProblem(
+                f"{self.key_file} is sealed by a passphrase",
+                next_step="run it on a terminal, set ICHIBA_PASSPHRASE or give --passphrase-file FILE",
+            )
+        return open_seed(text, passphrase or "")
+
+    def write_key(self, text: str) -> None:
+        """Replace the key file, at once or not at all. Raises HomeProblem."""
         try:
-            seed = bytes.fromhex(text)
-        except ValueError:
-            seed = b""
-        if len(seed) != 32:
-            raise HomeProblem(f"{self.key_file} is damaged", next_step="restore it from your backup of the key")
-        return seed
+            replace_file(self.key_file, text)
+        except OSError as error:
+            raise HomeProblem(f"{self.key_file} cannot be written: {error.strerror}") from None
 
     def network(self, path: Path | None = None) -> Network:
         """The network file. Raises HomeProblem, BadNetworkFile."""

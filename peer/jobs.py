@@ -10,17 +10,22 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from market.matching import Choice, Proven, match_round
+from market.matching import Choice, Proven
 from market.quoting import channel_micro, lock_micro
-from peer.deals import Job, JobState, operations_per_check, task_of
+from market.rounds import Candidate, match_offers
+from peer.deals import Job, JobState, operations_per_check, salt_of, task_of
 from peer.desk import MARKET, Desk
+from peer.matches import Matches
 from peer.settler import Settler
 from protocol import params
 from protocol.codec import blake
 from protocol.errors import InsufficientFunds, LimitExceeded
+from protocol.incentives import rate_of_deal
+from protocol.profile_task import ProfileSpec
 from protocol.records import Agreement, Bid, Offer, amount_for, open_record
 from protocol.script import blobs_of
-from protocol.task import task_id
+from protocol.sealing import masked
+from protocol.task import TaskSpec, task_id
 
 __all__ = ["JobDesk"]
 
@@ -36,21 +41,34 @@ class JobDesk:
     jobs: dict[bytes, Job] = field(default_factory=dict)
     rounds: dict[bytes, int] = field(default_factory=dict)  # job -> next round at
     repeats: dict[bytes, int] = field(default_factory=dict)  # job -> gossip the offer again at
+    sequence: int = 0  # of the last agreement; grows across restarts with the clock
     told: dict[bytes, Choice] = field(default_factory=dict)  # job -> last round, for `why`
+
+    def __post_init__(self) -> None:
+        self.matches = Matches(self.desk, self.settler)
 
     def submit(self, job: Job) -> Job:
         """Open a job. Raises InsufficientFunds or LimitExceeded before anything is journalled."""
         if job.id in self.jobs:
             return self.jobs[job.id]
-        if sum(1 for other in self.jobs.values() if other.open) >= params.JOBS_OPEN_MAX:
+        if sum(1 for other in self.jobs.values() if other.open and not other.parent) >= params.JOBS_OPEN_MAX:
             raise LimitExceeded(f"{params.JOBS_OPEN_MAX} jobs are open", next_step="wait, or `ichiba job cancel JOB`")
-        needed = self._channel_for(job, task_of(job.task).segments)
-        if needed > job.budget_micro:
+        needed = self.channel_for(job, task_of(job.task).segments)
+        profiles = params.PROFILES_MIN * self.profile_micro(job) if job.tolerant else 0
+        if not needed or (job.tolerant and not profiles):
             raise InsufficientFunds(
-                f"the job can cost {needed} micro-credits with its checks, the budget is {job.budget_micro}",
-                next_step=f"raise the budget to {needed / 1e6:.6f} credits or lower the price limit",
+                f"the {'profile of the job' if needed else 'job'} comes to less than a micro-credit",
+                why="no channel is opened for nothing",
+                next_step="raise the price limit, or make the task larger",
             )
-        reserved = sum(o.budget_micro - o.spent_micro for o in self.jobs.values() if o.open and not o.deal)
+        if needed + profiles > job.budget_micro:
+            profiled = f", {profiles} of them for profiles of a tolerant task" if profiles else ""
+            raise InsufficientFunds(
+                f"the job can cost {needed + profiles} micro-credits with its checks{profiled}, the budget is "
+                f"{job.budget_micro}",
+                next_step=f"raise the budget to {(needed + profiles) / 1e6:.6f} credits or lower the price limit",
+            )
+        reserved = sum(self._reserved(other) for other in self.jobs.values())
         free = self.settler.free_micro(self.desk.me)
         if free - reserved < job.budget_micro:
             raise InsufficientFunds(
@@ -59,16 +77,45 @@ class JobDesk:
                 next_step="see `ichiba wallet`",
             )
         self.jobs[job.id] = job
-        self.offer(job)
+        if job.tolerant:
+            job.state = JobState.PROFILING
+            self.save(job)
+            self.desk.emit("profiling", job.id, wanted=params.PROFILES_MIN, budget_micro=profiles)
+        else:
+            self.offer(job)
         return job
 
-    def _channel_for(self, job: Job, segments_end: int) -> int:
+    def children(self, job: Job) -> list[Job]:
+        """The profiles that were ordered for a tolerant job."""
+        return [other for other in self.jobs.values() if other.parent == job.id] if job.tolerant else []
+
+    def spent(self, job: Job) -> int:
+        """What a job cost so far, with its profiles: they are paid out of its budget."""
+        return job.spent_micro + sum(child.spent_micro for child in self.children(job))
+
+    def profile_micro(self, job: Job) -> int:
+        """The most that one profile of a tolerant job costs."""
+        task = task_of(job.task)
+        assert isinstance(task, TaskSpec)
+        spec = ProfileSpec(network=self.desk.network.id, of=task, number=0)
+        return amount_for(spec.operations_per_step, job.unit_price_max)
+
+    def _reserved(self, job: Job) -> int:
+        """What an open job may still take out of the free balance."""
+        if job.parent or not job.open or job.deal:
+            return 0
+        in_channels = sum(child.budget_micro for child in self.children(job) if child.open and child.deal)
+        return job.budget_micro - self.spent(job) - in_channels
+
+    def channel_for(self, job: Job, segments_end: int) -> int:
+        """The most that the rest of a job costs, with its checks."""
         return channel_micro(
             self.desk.network.rules,
             operations=self._operations(job),
             segments=segments_end - job.segment,
             unit_price=job.unit_price_max,
             operations_per_segment=operations_per_check(task_of(job.task)),
+            permille=self.desk.network.rules.newcomer_permille,  # at most so much is checked
         )
 
     def _operations(self, job: Job) -> int:
@@ -82,13 +129,13 @@ class JobDesk:
             self.desk.book.remove_offer(job.offer_id)
         job.nonce += 1
         operations, checked = self._operations(job), bool(operations_per_check(task))
-        needed = self._channel_for(job, task.segments)
-        if needed > job.budget_micro - job.spent_micro:
+        needed, left = self.channel_for(job, task.segments), job.budget_micro - self.spent(job)
+        if needed > left:
             self.end(
                 job,
                 JobState.FAILED,
-                f"the rest of the job can cost {needed} micro-credits, {job.budget_micro - job.spent_micro} of the "
-                "budget are left; submit it again with a larger --budget",
+                f"the rest of the job can cost {needed} micro-credits, {left} of the budget are left; submit it again "
+                "with a larger --budget",
             )
             return
         offer = Offer(
@@ -96,8 +143,8 @@ class JobDesk:
             submitter=self.desk.me,
             nonce=int.from_bytes(job.id[:6], "big") * 2**15 + job.nonce % 2**15,
             task=task_id(task),
-            program=task.program,
-            data=blake("ichiba/data", *(blob for blob in blobs_of(task) if blob != task.program)),
+            program=masked(salt_of(task), task.program),
+            data=blake("ichiba/data", *(masked(salt_of(task), b) for b in blobs_of(task) if b != task.program)),
             mode=task.mode,
             first_segment=job.segment,
             last_segment=task.segments,
@@ -107,11 +154,13 @@ class JobDesk:
             sandbox=job.sandbox,
             unit_price_max=job.unit_price_max,
             budget_micro=needed,
-            # Nothing of a script is re-executed, so no stake could be lost over it: none is asked for.
-            check_permille=rules.check_permille if checked else 0,
+            # Nothing of a script or a profile is re-executed, so no stake could be lost over it: none is asked for.
+            check_permille=rules.newcomer_permille if checked else 0,
             lock_micro=lock_micro(rules, amount_for(operations, job.unit_price_max)) if checked else 0,
             created_ns=now,
             expires_ns=now + rules.offer_lifetime_ms * 10**6,
+            tolerance=job.tolerance,
+            privacy="sealed" if job.key else "open",
         )
         job.offer = self.desk.seal(offer)
         job.offer_id = open_record(job.offer, network=self.desk.network.id)[1]
@@ -131,43 +180,64 @@ class JobDesk:
             budget_micro=job.budget_micro,
         )
 
-    def _round(self, job: Job) -> None:
+    def _candidate(self, job: Job) -> Candidate | None:
+        """The job's offer for the round that is due, or None if it had to be offered anew."""
         rules, now, book = self.desk.network.rules, self.desk.now_ns, self.desk.book
         self.rounds[job.id] = now + rules.round_ms * 10**6
         offer = book.offers.get(job.offer_id)
         if offer is None:
             self.offer(job)
-            return
-        choice = match_round(
-            offer,
-            job.offer_id,
-            book.live_bids(job.offer_id, now_ns=now),
+            return None
+        return Candidate(
+            offer_id=job.offer_id,
+            offer=offer,
+            bids=book.live_bids(job.offer_id, now_ns=now),
             round_number=(now - job.offered_ns) // (rules.round_ms * 10**6),
+            excluded=self.excluded(job),
+            stake_min_micro=rules.checker_stake_min_micro if offer.mode == "profile" else 0,
+        )
+
+    def _match(self, due: list[Job]) -> None:
+        """One round over all offers whose time it is."""
+        candidates = {job.id: found for job in due if (found := self._candidate(job)) is not None}
+        choices = match_offers(
+            list(candidates.values()),
             free_stake_micro=self.settler.free_stake,
             record_of=self.settler.history,
-            excluded={*job.culprits, *self._siblings(job), *(p for p, until in job.resting.items() if now < until)},
             reachable=lambda peer: peer in self.desk.peers,
             proven=self.speed_of,
         )
-        if self.told.get(job.id) != choice:
-            self.told[job.id] = choice
-            self.desk.emit(
-                "round",
-                job.id,
-                ranked=[
-                    {"solver": s.solver, "price": s.price_micro, "risk": s.risk_micro, "wait": s.wait_micro}
-                    for s in choice.ranked
-                ],
-                refused=[{"solver": peer, "code": r.code, "why": r.why} for peer, r in choice.refused],
-                explored=choice.explored,
-            )
-        if choice.winner is not None:
-            self.on_choice(job, offer, dict(book.live_bids(job.offer_id, now_ns=now))[choice.winner.bid_id], choice)
+        for job in due:
+            if job.id in candidates:
+                self._tell(job, choices[job.offer_id])
+        for job in due:
+            if job.id in candidates and (winner := choices[job.offer_id].winner) is not None:
+                one, choice = candidates[job.id], choices[job.offer_id]
+                self.matches.note(one, choice, job.offer, offers=len(candidates), proven=self.speed_of)
+                self.on_choice(job, one.offer, dict(one.bids)[winner.bid_id], choice)
 
-    def _siblings(self, job: Job) -> set[bytes]:
-        """Who runs, or ran, another replica of this job: two runs on one machine say nothing of each other."""
+    def _tell(self, job: Job, choice: Choice) -> None:
+        """Keep the round for `why`, and say what changed."""
+        if self.told.get(job.id) == choice:
+            return
+        self.told[job.id] = choice
+        self.desk.emit(
+            "round",
+            job.id,
+            ranked=[
+                {"solver": s.solver, "price": s.price_micro, "risk": s.risk_micro, "wait": s.wait_micro}
+                for s in choice.ranked
+            ],
+            refused=[{"solver": peer, "code": r.code, "why": r.why} for peer, r in choice.refused],
+            explored=choice.explored,
+        )
+
+    def excluded(self, job: Job) -> set[bytes]:
+        """Who may not have the job now: who failed it, who rests after a refusal, and who runs, or ran, another replica
+        of it, for two runs on one machine say nothing of each other."""
+        resting = {peer for peer, until in job.resting.items() if self.desk.now_ns < until}
         others = [other for other in self.jobs.values() if job.group and other.group == job.group and other is not job]
-        return {solver for other in others for solver in other.solvers}
+        return {*job.culprits, *resting, *(solver for other in others for solver in other.solvers)}
 
     def note(self, job_id: bytes, outcome: str) -> None:
         """How a script ended, for people."""
@@ -179,6 +249,13 @@ class JobDesk:
         """The terms of a deal on `bid`, from the job's next segment to its end."""
         task, rules, now = task_of(job.task), self.desk.network.rules, self.desk.now_ns
         job.solvers.append(bid.solver)
+        self.sequence = max(self.sequence + 1, now)  # two deals of one moment are not one opened twice
+        permille = offer.check_permille and rate_of_deal(
+            rules,
+            price_micro=amount_for(offer.operations, bid.unit_price),
+            lock_micro=bid.lock_micro,
+            streak=self.settler.history(bid.solver).streak,
+        )
         return Agreement(
             network=self.desk.network.id,
             offer=job.offer_id,
@@ -186,10 +263,10 @@ class JobDesk:
             task=task_id(task),
             submitter=self.desk.me,
             solver=bid.solver,
-            sequence=now,
+            sequence=self.sequence,
             first_segment=job.segment,
             last_segment=task.segments,
-            base_root=job.base_root,
+            base_root=masked(salt_of(task), job.base_root),
             operations=offer.operations,
             unit_price=bid.unit_price,
             channel_micro=channel_micro(
@@ -198,20 +275,25 @@ class JobDesk:
                 segments=task.segments - job.segment,
                 unit_price=bid.unit_price,
                 operations_per_segment=operations_per_check(task),
+                permille=permille,
             ),
             lock_micro=bid.lock_micro,
-            check_permille=offer.check_permille,
+            check_permille=permille,
             submitter_commitment=seed_commitment,
             solver_commitment=bid.seed_commitment,
+            forced_commitment=bid.forced_commitment,
             accept_before_ns=now + rules.proposal_ms * 10**6,
             segment_deadline_ns=rules.segment_silence_ms * 10**6,
             created_ns=now,
+            tolerance=job.tolerance,
         )
 
     def reoffer(self, job: Job, why: str) -> None:
         """Back to the market after a deal that did not finish the job."""
         job.deal = b""
         job.fruitless += 1
+        if job.parent:
+            job.solvers.clear()  # who made no profile may make another one
         if job.cancelled:
             self.end(job, JobState.CANCELLED, why)
             return
@@ -236,9 +318,12 @@ class JobDesk:
     def tick(self) -> None:
         """Matching rounds, and offers gossiped again."""
         now = self.desk.now_ns
+        offered = [job for job in self.jobs.values() if job.state == JobState.OFFERED]
+        if any(now >= self.rounds.setdefault(job.id, now) for job in offered):
+            # Those that would be due soon come along: together they are matched better than one after the other.
+            soon = now + self.desk.network.rules.round_ms * 10**6 // 2
+            self._match([job for job in offered if soon >= self.rounds.setdefault(job.id, now)])
         for job in list(self.jobs.values()):
-            if job.state == JobState.OFFERED and now >= self.rounds.setdefault(job.id, now):
-                self._round(job)
             if job.state == JobState.OFFERED and now >= self.repeats.setdefault(job.id, now):
                 self.repeats[job.id] = now + params.OFFER_REPEAT_NS
                 self.desk.publish(MARKET, job.offer)
@@ -254,6 +339,7 @@ class JobDesk:
             offer = open_record(job.offer, network=self.desk.network.id)[0] if job.offer else None
             if job.state == JobState.OFFERED and isinstance(offer, Offer) and offer.expires_ns > self.desk.now_ns:
                 self.desk.book.add_offer(job.offer_id, offer, now_ns=self.desk.now_ns)
+        self.matches.restore(rows)
 
     def save(self, job: Job) -> None:
         """Journal the job."""

@@ -47,7 +47,6 @@ STAKE_MICRO: Final = 100 * MICRO_PER_CREDIT  # the demo's job locks about 7 cred
 
 # One machine, nobody far away: what waits for a lost peer waits seconds, and every deal is audited.
 LAN_RULES: Final = Rules(
-    check_permille=200,
     check_segments_min=2,
     audit_permille=1000,
     wrong_quorum=2,
@@ -58,6 +57,9 @@ LAN_RULES: Final = Rules(
     check_silence_ms=180_000,
     settle_silence_ms=10_000,
     claim_window_ms=5_000,
+    challenge_ms=6_000,
+    dispute_replay_ms=180_000,
+    dispute_move_ms=90_000,  # a question takes a second or two; workers of nine daemons may share two busy cores
 )
 
 
@@ -76,6 +78,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     free_micro: int = 0
     stake_micro: int = STAKE_MICRO
     cheat: str = ""
+    notary: bool = False
 
 
 class Running(msgspec.Struct, kw_only=True):
@@ -98,20 +101,21 @@ class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     peers: list[Running]
 
 
-def members(count: int = 5, *, cheat: str = "") -> tuple[Member, ...]:
+def members(count: int = 5, *, cheat: str = "", notaries: int = 0) -> tuple[Member, ...]:
     """A submitter, two solvers of different prices, a verifier, a whistleblower, then more of the last four kinds.
 
-    cheat: the fraud of worker/cheats.py that the cheaper solver commits. Raises LanProblem for a count that is no
-    market, or too many for one machine.
+    cheat: the fraud of worker/cheats.py that the cheaper solver commits. notaries: peers beside `count` that do nothing
+    but arbitrate: a party cannot judge itself, and the peers of a small market are all parties. Raises LanProblem for
+    a count that is no market, or too many for one machine.
     """
-    if not 4 <= count <= MEMBERS_MAX:
+    if not 4 <= count <= MEMBERS_MAX - notaries:
         raise LanProblem(
-            f"a swarm of {count} peers, 4 to {MEMBERS_MAX} are possible",
+            f"a swarm of {count} peers and {notaries} notaries, 4 to {MEMBERS_MAX} are possible",
             why="a market needs a submitter, a solver, and two checkers to convict a cheat",
         )
     kinds = (
         ("solver", ROLE_SOLVER, 1200),
-        ("verifier", ROLE_VERIFIER, 0),
+        ("verifier", ROLE_VERIFIER, 1200),  # what it asks for a profile; a check pays the price of the deal
         ("whistleblower", ROLE_WHISTLEBLOWER, 0),
         ("solver", ROLE_SOLVER, 1800),
     )
@@ -122,6 +126,7 @@ def members(count: int = 5, *, cheat: str = "") -> tuple[Member, ...]:
         seen[kind] = seen.get(kind, 0) + 1
         name = f"{kind}-{seen[kind]}" if kind == "solver" or seen[kind] > 1 else kind
         found.append(Member(name=name, roles=roles, unit_price=price, cheat=cheat if index == 0 else ""))
+    found += [Member(name=f"notary-{n}", roles=0, stake_micro=0, notary=True) for n in range(1, notaries + 1)]
     return tuple(found)
 
 
@@ -152,7 +157,8 @@ class Lan:
         deposits = tuple(
             Deposit(peer=names[m.name], free_micro=m.free_micro, stake_micro=m.stake_micro) for m in wanted
         )
-        text = dump(Network(name="lan", rules=rules, deposits=deposits))
+        notaries = tuple(names[m.name] for m in wanted if m.notary)
+        text = dump(Network(name="lan", rules=rules, deposits=deposits, notaries=notaries))
         for member in wanted:
             home = Home(path / member.name)
             home.create(text, seed=seeds[member.name])

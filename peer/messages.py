@@ -11,10 +11,15 @@ import msgspec
 
 from protocol import params
 from protocol.bench_card import Figures, Opening
-from protocol.codec import Digest, Uint, decode, encode
+from protocol.codec import Digest, PeerKey, Uint, decode, encode
 
 __all__ = [
     "Accept",
+    "BaseAsk",
+    "BaseGiven",
+    "BeaconAsk",
+    "BeaconGiven",
+    "BeaconMessage",
     "BenchAsk",
     "BenchDecline",
     "BenchDone",
@@ -26,12 +31,26 @@ __all__ = [
     "BenchTimed",
     "BenchWitness",
     "Cancel",
+    "CaseAsk",
+    "CaseGiven",
     "CheckAccept",
     "CheckDecline",
     "CheckRequest",
+    "CorrectionAsk",
+    "CorrectionGiven",
     "Decline",
+    "DisputeAsk",
+    "DisputeDecline",
+    "DisputeMessage",
+    "DisputeOpen",
+    "ForcedTaken",
+    "ForcedTell",
+    "GameAt",
+    "JuryAsk",
     "Message",
+    "MoveOffer",
     "Opened",
+    "OpeningOffer",
     "Paused",
     "Progress",
     "ProofOffer",
@@ -50,15 +69,21 @@ __all__ = [
 ]
 
 Sealed = Annotated[bytes, msgspec.Meta(max_length=params.GOSSIP_RECORD_BYTES_MAX)]
+Shares = Annotated[tuple[Sealed, ...], msgspec.Meta(max_length=params.NOTARIES_MAX)]  # envelopes of Beacons
+Profiles = Annotated[tuple[Sealed, ...], msgspec.Meta(max_length=params.PROFILES_KEPT_MAX)]
+Box = Annotated[bytes, msgspec.Meta(max_length=params.GOSSIP_RECORD_BYTES_MAX + 1024)]
+Quorum = Annotated[tuple[PeerKey, ...], msgspec.Meta(min_length=1, max_length=params.NOTARIES_MAX)]
 Text = Annotated[str, msgspec.Meta(max_length=500)]
 
 
 class Propose(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="propose"):
-    """The submitter's signed agreement and the task it is about."""
+    """The submitter's signed agreement and the task it is about; of a tolerant one the profiles that judge it. Of a
+    sealed job the task is empty: it comes with Opened."""
 
     agreement: Sealed
     task: Sealed
     base_blob: Annotated[bytes, msgspec.Meta(max_length=32)]
+    profiles: Profiles = ()
 
 
 class Accept(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="accept"):
@@ -76,9 +101,11 @@ class Decline(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 
 class Opened(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="opened"):
-    """The submitter committed the co-signed agreement: the channel is funded."""
+    """The submitter committed the co-signed agreement: the channel is funded. box: of a sealed job its Contents
+    (protocol.sealing) in a sealed box for the solver."""
 
     agreement: Sealed
+    box: Box = b""
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="progress"):
@@ -105,9 +132,10 @@ class ScriptNews(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
 
 class ReceiptOffer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="receipt"):
-    """A receipt the solver signed."""
+    """A receipt the solver signed; of a profile also the sealed Profile that it is for."""
 
     receipt: Sealed
+    profile: Sealed = b""
 
 
 class ReceiptBack(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="receipt-back"):
@@ -140,6 +168,19 @@ class CheckRequest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     reveals: Annotated[tuple[Sealed, ...], msgspec.Meta(max_length=2)]
     segments: Annotated[tuple[Uint, ...], msgspec.Meta(min_length=1, max_length=params.TASK_SEGMENTS_MAX)]
     role: Literal["verifier", "whistleblower"]
+    beacons: Shares = ()  # of the draw
+    forced: Annotated[bytes, msgspec.Meta(max_length=2048)] = b""  # an ordered error: check against the true end
+    forced_beacons: Shares = ()
+    profiles: Profiles = ()  # of a tolerant task
+    doubt: Annotated[bytes, msgspec.Meta(max_length=4096)] = b""  # an unsure Verdict, on which a second one decides
+    box: Annotated[bytes, msgspec.Meta(max_length=2048)] = b""  # of a sealed job: Keys, for the receiver alone
+
+
+class JuryAsk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="jury"):
+    """A notary asks a juror to measure the disputed segment of tolerant work."""
+
+    challenge: Sealed
+    case: CheckRequest
 
 
 class CheckAccept(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="check-accept"):
@@ -192,6 +233,52 @@ class SyncIds(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
     ids: Annotated[tuple[Digest, ...], msgspec.Meta(max_length=16_384)]
     answer: bool
+
+
+class BeaconGiven(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="beacon"):
+    """A notary's share, together with just these notaries: those that it was asked for first."""
+
+    share: Sealed
+    notaries: Quorum
+
+
+class BeaconAsk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="beacon-ask"):
+    """Give your share of the beacon of an agreement, to its solver, or of a draw, to its submitter, together with just
+    these notaries. For a draw: the proof and the reveals that it follows from. seen: what was given for any quorum."""
+
+    agreement: Digest
+    notaries: Quorum
+    proof: Annotated[bytes, msgspec.Meta(max_length=2048)]
+    reveals: Annotated[tuple[Sealed, ...], msgspec.Meta(max_length=2)]
+    seen: Annotated[tuple[BeaconGiven, ...], msgspec.Meta(max_length=params.NOTARIES_MAX)] = ()
+
+
+class ForcedTell(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="forced"):
+    """To a notary, from the solver before it hands in the receipt, or from another notary: this error was ordered."""
+
+    forced: Sealed
+    beacons: Shares
+
+
+class ForcedTaken(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="forced-taken"):
+    """The notary keeps the ordered error of this agreement."""
+
+    agreement: Digest
+
+
+class CorrectionAsk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="correction-ask"):
+    """The submitter, when its work is checked, asks a notary whether an error was ordered. verdicts: that it is."""
+
+    agreement: Digest
+    verdicts: Annotated[tuple[Sealed, ...], msgspec.Meta(max_length=8)]
+
+
+class CorrectionGiven(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="correction"):
+    """The ordered error of an agreement and what proves it, or nothing where this notary was told of none."""
+
+    agreement: Digest
+    forced: Annotated[bytes, msgspec.Meta(max_length=2048)]
+    beacons: Shares
 
 
 class BenchAsk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="bench-ask"):
@@ -260,6 +347,97 @@ class BenchDecline(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     why: Text
 
 
+class CaseAsk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="case-ask"):
+    """A whistleblower to a party of an agreement: give me the evidence of your deal, I want to check it again."""
+
+    agreement: Digest
+
+
+class CaseGiven(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="case-given"):
+    """The evidence of a deal, as a checker gets it."""
+
+    case: CheckRequest
+
+
+class DisputeOpen(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="dispute-open"):
+    """A challenge and all the evidence of the deal that it is about, for a notary or a player."""
+
+    challenge: Sealed
+    case: CheckRequest
+
+
+class DisputeAsk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="dispute-ask"):
+    """You speak of a dispute that I do not know: send its DisputeOpen."""
+
+    dispute: Digest
+
+
+class DisputeDecline(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="dispute-decline"):
+    """The notary does not hear this challenge, with a typed reason."""
+
+    dispute: Digest
+    code: Text
+    why: Text
+
+
+class GameAt(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="game-at"):
+    """Where the sender stands in round `number` of a dispute.
+
+    solver, challenger: the id of the Move that it saw first, 32 zeros for a player that its clock found silent, 32
+    bytes of 255 for a challenger to whom the solver does not give the base, empty for nothing yet. closed: a quorum of
+    notaries saw the same. opening: all moves are here, the operands are not. answer: send what I lack.
+    """
+
+    dispute: Digest
+    number: Annotated[int, msgspec.Meta(ge=0, le=params.DISPUTE_ROUNDS_MAX)]
+    solver: Annotated[bytes, msgspec.Meta(max_length=32)]
+    challenger: Annotated[bytes, msgspec.Meta(max_length=32)]
+    closed: bool
+    opening: bool
+    answer: bool
+
+
+class MoveOffer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="move"):
+    """A player's signed move, from the player or passed on by a notary."""
+
+    move: Sealed
+
+
+class OpeningOffer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="opening"):
+    """Part `part` of `parts` of the operands of a dispute's leaf. Unsigned: they prove themselves."""
+
+    dispute: Digest
+    part: Annotated[int, msgspec.Meta(ge=0, lt=params.OPENING_PARTS_MAX)]
+    parts: Annotated[int, msgspec.Meta(ge=1, le=params.OPENING_PARTS_MAX)]
+    data: Annotated[bytes, msgspec.Meta(max_length=params.OPENING_PART_BYTES)]
+
+
+class BaseAsk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="base-ask"):
+    """A player to the notaries: nobody gives me the state that the disputed segment starts from."""
+
+    dispute: Digest
+
+
+class BaseGiven(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="base-given"):
+    """The notary has that state now: fetch it from here."""
+
+    dispute: Digest
+
+
+DisputeMessage: TypeAlias = (
+    JuryAsk
+    | CaseAsk
+    | CaseGiven
+    | DisputeOpen
+    | DisputeAsk
+    | DisputeDecline
+    | GameAt
+    | MoveOffer
+    | OpeningOffer
+    | BaseAsk
+    | BaseGiven
+)
+BeaconMessage: TypeAlias = BeaconAsk | BeaconGiven | ForcedTell | ForcedTaken | CorrectionAsk | CorrectionGiven
 Message: TypeAlias = (
     Propose
     | Accept
@@ -281,6 +459,7 @@ Message: TypeAlias = (
     | Records
     | SyncDigest
     | SyncIds
+    | BeaconMessage
     | BenchAsk
     | BenchInvite
     | BenchStart
@@ -291,6 +470,7 @@ Message: TypeAlias = (
     | BenchProbed
     | BenchWitness
     | BenchDecline
+    | DisputeMessage
 )
 
 

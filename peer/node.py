@@ -8,35 +8,41 @@ any that leaves the machine; and that bad bytes cost their sender a penalty and 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from market import entries as money
 from market.ledger import Ledger
 from peer import messages as m
+from peer.beacon import Beacons
 from peer.bidding import Bidder
 from peer.challenger import Challenger
 from peer.checker import Checker
 from peer.checking import CheckDesk
 from peer.commands import Commands
-from peer.deals import Deal, agreement_of
+from peer.correcting import Corrections
+from peer.deals import Deal, agreement_of, task_of
 from peer.desk import Desk, Means
+from peer.disputes import Disputes
 from peer.events import (
     BenchEnded,
     BenchFilled,
     BenchInput,
     BenchMade,
     BenchWarm,
+    BlobRead,
     Command,
     Effect,
     Fetched,
     GossipIn,
     Input,
+    Inspected,
     MemoryOpened,
     MessageIn,
     PeerDown,
     PeerUp,
     Post,
+    ProfileMade,
     Save,
     ScriptSaid,
     SegmentMade,
@@ -45,23 +51,45 @@ from peer.events import (
     WorkChecked,
     WorkEnded,
 )
+from peer.forcing import Forcing
 from peer.jobs import JobDesk
 from peer.messages import unpack
 from peer.pausing import Pausing
+from peer.profiles import Profiles
 from peer.prover import Prover
+from peer.receipt_rows import Rows
+from peer.restored import Restored
+from peer.sealing import Sealing
 from peer.settler import Settler
 from peer.solver import Solver
 from peer.submitter import Submitter
+from peer.witness import Witness
 from protocol import params
 from protocol.codec import blake, decode
 from protocol.errors import LimitExceeded, LocalProtocolError, MalformedRecord, RemoteProtocolError
 from protocol.keys import SigningKey, peer_key
 from protocol.network import Network
-from protocol.records import Agreement, Ask, BenchCard, Bid, Claim, Offer, Settlement, Slash, Verdict, open_record
+from protocol.profile_task import ProfileSpec
+from protocol.records import (
+    Agreement,
+    Arbitration,
+    Ask,
+    BenchCard,
+    Bid,
+    Challenge,
+    Claim,
+    Equivocation,
+    Fault,
+    Offer,
+    Ruling,
+    Settlement,
+    Slash,
+    Verdict,
+    open_record,
+)
+from protocol.task import FIGURES, TaskSpec
 
 __all__ = ["Node"]
-
-Rows = Callable[[str], Iterable[tuple[bytes, bytes]]]
 
 
 class Node:
@@ -81,36 +109,51 @@ class Node:
         self.desk = Desk(key=key, network=network, rng=rng, ledger=ledger, means=means, now_ns=now_ns)
         self.settler = Settler(self.desk)
         self.bidder = Bidder(self.desk, self.settler)
-        self.solver = Solver(self.desk, self.settler, self.bidder)
+        self.beacons = Beacons(self.desk, self.settler)
+        self.forcing = Forcing(self.desk, self.settler, self.beacons)
+        self.solver = Solver(self.desk, self.settler, self.bidder, self.forcing)
+        self.forcing.go, self.forcing.offer = self.solver.go, self.solver.offer
         self.bidder.slots_free = self.solver.slots_free
-        self.checks = CheckDesk(self.desk, self.settler)
+        self.checks = CheckDesk(self.desk, self.settler, Corrections(self.desk, self.settler))
         self.jobs = JobDesk(self.desk, self.settler)
-        self.submitter = Submitter(self.desk, self.settler, self.checks, self.jobs)
+        self.submitter = Submitter(self.desk, self.settler, self.checks, self.jobs, self.beacons)
         self.jobs.on_choice = self.submitter.propose
+        self.profiles = Profiles(self.desk, self.settler, self.jobs, self.submitter.deals)
         self.checks.on_right = self.submitter.checked_right
         self.checks.on_paid_and_wrong = self.submitter.paid_and_wrong
         self.checker = Checker(self.desk, self.settler)
         self.pausing = Pausing(self.desk, self.bidder, self.solver, self.checker)
         self.prover = Prover(self.desk, free=self._idle)
         self.challenger = Challenger(self.desk)
-        self.jobs.speed_of = self.challenger.speed_of
+        self.disputes = Disputes(self.desk, self.settler, self.checker, self.submitter, self.solver)
+        self.sealing = Sealing(self.desk, self.jobs, self.submitter, self.solver, self.disputes)
+        self.disputes.arbiter.ordered = self.forcing.excuses
+        self.jobs.speed_of = self.checks.speed_of = self.challenger.speed_of
         self.bidder.carded = self.prover.speed
         self.commands = Commands(
             self.desk, self.settler, self.jobs, self.submitter, self.bidder, self.solver, self.pausing, self.prover,
-            self.challenger,
+            self.challenger, self.disputes, self.profiles, self.sealing,
         )  # fmt: skip
+        self.witness = Witness(self.desk)
+        self.restored = Restored(self.desk, self.settler, answer=self.commands.handle, on_heard=self._heard)
         self.next_sync_ns = now_ns
         self._deposit()
-        self.settler.restore(rows("settlement"), rows("frozen"))
+        self.settler.restore(rows)
+        self.beacons.restore(rows)
+        self.forcing.restore(rows)
         self.jobs.restore(rows)
         self.submitter.restore(rows)
         self.pausing.restore(rows)
         self.solver.restore(rows)
         self.checker.restore(rows)
+        self.disputes.restore(rows)
         self.prover.restore(rows)
         self.challenger.restore(rows)
+        self.restored.restore(rows)
+        self.witness.restore(rows)
         self.settler.on_open = self._opened
         self.settler.on_close = self._closed
+        self.settler.on_judged = self.disputes.judged
 
     def _deposit(self) -> None:
         """The network file's deposits: the ledger's first entries, the same on every peer."""
@@ -119,7 +162,18 @@ class Node:
             key = blake("ichiba/genesis", self.desk.network.id, owner)
             self.desk.post(money.deposit(key, owner, deposit.free_micro, deposit.stake_micro, memo="network file"))
 
+    def _heard(self) -> None:
+        """A restored peer knows what became of its channels: its deals follow."""
+        for agreement_id, channel in list(self.settler.channels.items()):
+            if channel.closed:
+                self.desk.attempt(self.submitter.overtaken, agreement_id, channel.closed)
+                self.desk.attempt(self.solver.closed, agreement_id, channel.closed)
+            else:
+                self._opened(agreement_id)
+
     def _opened(self, agreement_id: bytes) -> None:
+        if self.restored.listening:
+            return
         # The offer is taken: nobody need bid on it any more, whatever late gossip says.
         agreement = self.settler.channels[agreement_id].agreement
         offer = self.desk.book.offers.get(agreement.offer)
@@ -129,6 +183,8 @@ class Node:
         self.solver.opened(agreement_id)
 
     def _closed(self, agreement_id: bytes, how: str) -> None:
+        if self.restored.listening:
+            return
         self.submitter.closed(agreement_id, how)
         self.solver.closed(agreement_id, how)
 
@@ -141,6 +197,8 @@ class Node:
         """Take one input; return the effects, those of the store first. `now_ns` never goes backwards."""
         self.desk.now_ns = max(self.desk.now_ns, now_ns)
         match event:
+            case _ if self.restored.listening:
+                self.restored.handle(event)
             case Tick():
                 self._tick()
             case GossipIn(author=author, data=data):
@@ -156,8 +214,15 @@ class Node:
                 deal = self.submitter.deals.get(event.token)
                 if deal is not None and event.note:
                     self.jobs.note(deal.job, event.note)
+                if deal is not None:
+                    self.desk.attempt(self.checks.corrections.on_fetched, deal, event)
                 for role in (self.submitter, self.solver, self.checker):
                     self.desk.attempt(role.on_fetched, event)
+                self.desk.attempt(self.disputes.fetched, event)
+            case BlobRead():
+                self.desk.attempt(self.disputes.read, event)
+            case Inspected():
+                self.desk.attempt(self.disputes.inspected, event)
             case ScriptSaid():
                 self.solver.on_said(event)
             case StepMade():
@@ -165,6 +230,8 @@ class Node:
             case SegmentMade():
                 for worker in (self.solver, self.checker):
                     self.desk.attempt(worker.on_segment, event)
+            case ProfileMade():
+                self.desk.attempt(self.solver.on_profile, event)
             case WorkEnded():
                 for worker in (self.solver, self.checker):
                     self.desk.attempt(worker.on_work_ended, event)
@@ -172,7 +239,7 @@ class Node:
                 self._bench_event(event)
             case Command():
                 self.commands.handle(event)
-        effects, self.desk.effects = self.desk.effects, []
+        effects, self.desk.effects = self.sealing.keyed(self.profiles.retold(self.desk.effects)), []
         return sorted(effects, key=lambda effect: not isinstance(effect, Save | Post))
 
     def _bench_event(self, event: BenchInput) -> None:
@@ -204,12 +271,18 @@ class Node:
     # --- time ----------------------------------------------------------------------------------------------
     def _tick(self) -> None:
         self.jobs.tick()
+        self.profiles.tick()
         self.submitter.tick()
         self.bidder.tick()
+        self.beacons.tick()
+        self.forcing.tick()
         self.solver.tick()
         self.settler.tick()
+        self.pausing.tick()
         self.prover.tick()
         self.challenger.tick()
+        self.disputes.tick()
+        self.witness.tick()
         self.desk.book.expire(now_ns=self.desk.now_ns)
         if self.desk.now_ns >= self.next_sync_ns and self.desk.peers:
             self.next_sync_ns = self.desk.now_ns + params.SYNC_NS
@@ -234,8 +307,11 @@ class Node:
 
     def _record(self, sender: bytes, envelope: bytes) -> None:
         """One record, from gossip, from a peer just met, or from anti-entropy."""
-        record, record_id, _ = open_record(envelope, network=self.desk.network.id)
+        record, record_id, signers = open_record(envelope, network=self.desk.network.id)
         book, now = self.desk.book, self.desk.now_ns
+        self.witness.see(record, record_id, signers, envelope)
+        if isinstance(record, Offer | Ask | Bid):
+            self.commands.answers.clocks.note(record, now)
         match record:
             case Offer():
                 if record.expires_ns > now and book.add_offer(record_id, record, now_ns=now):
@@ -245,23 +321,33 @@ class Node:
                 if record.expires_ns > now:
                     book.add_ask(record, now_ns=now)
             case Bid():
+                offer = book.offers.get(record.offer)
+                mine = offer is not None and offer.submitter == self.desk.me  # nobody audits another's match
                 if record.expires_ns > now:
-                    book.add_bid(record_id, record, now_ns=now)
+                    book.add_bid(record_id, record, now_ns=now, envelope=envelope if mine else b"")
             case BenchCard():
                 self.challenger.on_card(envelope)
+            case Equivocation():
+                self.witness.on_proof(record)
             case Verdict():
                 self.settler.freeze(record)
                 deal = self.submitter.deals.get(record.agreement)
                 if deal is not None:
                     self.checks.on_verdict(deal, record, envelope)
-            case Agreement() | Settlement() | Claim() | Slash():
+                self.disputes.on_verdict(record)
+            case Challenge():
+                self.settler.judgement.challenged(record, record_id)
+                self.disputes.challenged(record, record_id, envelope)
+            case Ruling():
+                self.disputes.ruled(record, envelope)
+            case Agreement() | Settlement() | Claim() | Slash() | Arbitration() | Fault():
                 if record_id not in self.settler.log:
                     self.settler.accept(envelope)
             case _:
                 raise MalformedRecord(f"a {type(record).__name__.lower()} is not gossiped")
 
     def _message(self, peer: bytes, data: bytes) -> None:
-        message = unpack(data)
+        message = self.sealing.incoming(unpack(data))
         match message:
             case m.Propose():
                 self.solver.on_propose(peer, message)
@@ -301,8 +387,27 @@ class Node:
                     self._guard(peer, self._record, peer, envelope)
             case m.SyncDigest() | m.SyncIds():
                 self._sync(peer, message)
+            case m.CorrectionGiven():
+                deal = self.submitter.deals.get(message.agreement)
+                if deal is not None:
+                    self.checks.corrections.on_given(deal, peer, message, self.submitter.receipts[deal.id])
+            case m.BeaconAsk() | m.BeaconGiven() | m.ForcedTell() | m.ForcedTaken() | m.CorrectionAsk():
+                self._notary_message(peer, message)
             case _:
                 self._bench_message(peer, message)
+
+    def _notary_message(self, peer: bytes, message: m.Message) -> None:
+        match message:
+            case m.BeaconAsk():
+                self.beacons.on_ask(peer, message)
+            case m.BeaconGiven():
+                self.beacons.on_given(peer, message)
+            case m.ForcedTell():
+                self.forcing.on_tell(peer, message)
+            case m.ForcedTaken():
+                self.forcing.on_taken(peer, message)
+            case m.CorrectionAsk():
+                self.forcing.on_correction_ask(peer, message)
 
     def _bench_message(self, peer: bytes, message: m.Message) -> None:
         match message:
@@ -328,14 +433,15 @@ class Node:
                 self.prover.on_decline(peer, message)
                 self.challenger.on_decline(peer, message)
             case _:
-                raise AssertionError(message)
+                assert isinstance(message, m.DisputeMessage), message
+                self.disputes.message(peer, message)
 
     def _by_side(self, peer: bytes, message: m.ProofOffer | m.RevealOffer) -> None:
         """Proofs and reveals go both ways: the deal says which side we are on."""
         sealed = message.proof if isinstance(message, m.ProofOffer) else message.reveal
         record, _, _ = open_record(sealed, network=self.desk.network.id)
         agreement_id = getattr(record, "agreement", b"")
-        role = self.submitter if agreement_id in self.submitter.deals else self.solver
+        role = self.submitter.drawing if agreement_id in self.submitter.deals else self.solver
         if isinstance(message, m.ProofOffer):
             role.on_proof(peer, message)
         else:
@@ -361,7 +467,10 @@ class Node:
             if isinstance(message, m.ScriptNews):
                 self.desk.emit("said", deal.job, deal=deal.id, text=message.text, used_ns=message.used_ns)
                 return
-            self.desk.emit("step", deal.job, deal=deal.id, step=message.step, loss=message.loss_millionths / 1e6)
+            task = task_of(deal.task)
+            figure = FIGURES[task.kind] if isinstance(task, TaskSpec) else ""
+            loss, of = message.loss_millionths / 1e6, task.steps_run if isinstance(task, ProfileSpec) else task.steps
+            self.desk.emit("step", deal.job, deal=deal.id, step=message.step, loss=loss, figure=figure, of=of)
 
     def _paused(self, peer: bytes, message: m.Paused) -> None:
         """Told to people, and no news: a solver cannot hold a job longer by saying that it does not work on it."""

@@ -1,4 +1,5 @@
-"""The owner wants the machine back: no work runs and none is sought until told otherwise, and no deal is given up.
+"""The owner wants the machine back: no work runs and none is sought until told otherwise, and no deal is given up; or
+it wants an end: nothing new is taken, and what there is is finished.
 
 Sans-IO, like the roles it stops. That a peer is paused is a row of the store: a restart does not undo it. What the
 workers hand over is kept by peer/suspension.py; this knows only how long the others will wait.
@@ -19,12 +20,12 @@ from peer.desk import Desk
 from peer.events import Suspend
 from peer.messages import Paused
 from peer.solver import Solver
-from protocol.lifecycle import State
+from protocol.lifecycle import TERMINAL, State
 from protocol.records import Agreement
 
 __all__ = ["Pausing"]
 
-_TABLE, _KEY = "pause", b"pause"
+_TABLE, _KEY, _FINISH = "pause", b"pause", b"finish"
 
 
 class _Pause(msgspec.Struct, frozen=True):
@@ -32,6 +33,8 @@ class _Pause(msgspec.Struct, frozen=True):
 
     since_ns: int
     lost_after_ns: dict[bytes, int]
+    by: str = "owner"
+    why: str = ""
 
 
 @dataclass
@@ -43,30 +46,66 @@ class Pausing:
     solver: Solver
     checker: Checker
     lost_after_ns: dict[bytes, int] = field(default_factory=dict)
+    told_done: bool = False  # that a peer which finishes has finished
 
     def pause(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Stop. A worker that has not handed over its state in `within_ms` is killed without."""
-        already = bool(self.desk.paused_ns)
+        """Stop. A worker that has not handed over its state in `within_ms` is killed without.
+
+        by: the owner, who alone ends it then, or the word of a guest rule, with its `why`.
+        """
+        already, by = bool(self.desk.paused_ns), str(arguments.get("by", "owner"))
+        if not already or self.desk.paused_by != "owner":
+            changed = (self.desk.paused_by, self.desk.paused_why) != (by, str(arguments.get("why", "")))
+            self.desk.paused_by, self.desk.paused_why = by, str(arguments.get("why", ""))
+            if already and changed:
+                self._save()
         if not already:
             self.desk.paused_ns = self.desk.now_ns
             self.lost_after_ns = self._hold_deals() | self.checker.pause()
-            self.desk.save(_TABLE, _KEY, msgspec.msgpack.encode(_Pause(self.desk.paused_ns, self.lost_after_ns)))
+            self._save()
             self.bidder.publish_ask()
-            self.desk.emit("paused", works=len(self.lost_after_ns))
+            self.desk.emit("paused", works=len(self.lost_after_ns), by=by, why=self.desk.paused_why)
             self.desk.add(Suspend(arguments.get("within_ms", 0)))
         return {"already": already, **self.status()}
 
-    def resume(self, _: dict[str, Any]) -> dict[str, Any]:
-        """Go on."""
-        since, self.desk.paused_ns = self.desk.paused_ns, 0
-        if not since:
+    def _save(self) -> None:
+        row = _Pause(self.desk.paused_ns, self.lost_after_ns, self.desk.paused_by, self.desk.paused_why)
+        self.desk.save(_TABLE, _KEY, msgspec.msgpack.encode(row))
+
+    def resume(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Go on. by: a guest's rules never undo what the owner paused."""
+        since = self.desk.paused_ns
+        if not since or (self.desk.paused_by == "owner" and arguments.get("by", "owner") != "owner"):
             return {"resumed": False, "paused_for_ns": 0, "works": 0}
+        self.desk.paused_ns, self.desk.paused_by, self.desk.paused_why = 0, "", ""
         works = self._start_deals() + self.checker.resume()
         self.lost_after_ns = {}
         self.desk.save(_TABLE, _KEY, None)
         self.bidder.publish_ask()
         self.desk.emit("resumed", works=works)
         return {"resumed": True, "paused_for_ns": self.desk.now_ns - since, "works": works}
+
+    def finish(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Take no new work, finish and settle what there is; with `on` false, take new work again."""
+        on, was = bool(arguments.get("on", True)), bool(self.desk.finishing_ns)
+        if on != was:
+            self.desk.finishing_ns = self.desk.now_ns if on else 0
+            self.told_done = False
+            self.desk.save(_TABLE, _FINISH, msgspec.msgpack.encode(self.desk.finishing_ns) if on else None)
+            self.bidder.publish_ask()
+            self.desk.emit("finishing" if on else "open-again", works=self._unfinished())
+        return {"already": on == was, **self.status()}
+
+    def _unfinished(self) -> int:
+        """Deals that are not settled, and checks that are not told."""
+        deals = sum(1 for deal in self.solver.deals.values() if deal.lifecycle not in TERMINAL)
+        return deals + len(self.checker.cases)
+
+    def tick(self) -> None:
+        """Say once that all is finished."""
+        if self.desk.finishing_ns and not self.told_done and not self._unfinished():
+            self.told_done = True
+            self.desk.emit("finished", after_ns=self.desk.now_ns - self.desk.finishing_ns)
 
     def _open_deals(self) -> dict[bytes, Agreement]:
         """The deals with work still to be done here."""
@@ -106,10 +145,21 @@ class Pausing:
             for work, lost_after_ns in sorted(self.lost_after_ns.items())
             if work in mine
         ]
-        return {"paused_since_ns": self.desk.paused_ns, "paused_works": works}
+        return {
+            "paused_since_ns": self.desk.paused_ns,
+            "paused_by": self.desk.paused_by,
+            "paused_why": self.desk.paused_why,
+            "paused_works": works,
+            "finishing_since_ns": self.desk.finishing_ns,
+            "unfinished": self._unfinished(),
+        }
 
     def restore(self, rows: Callable[[str], Iterable[tuple[bytes, bytes]]]) -> None:
         """Stay paused over a restart. Call it before the roles restore their work."""
-        for _, value in rows(_TABLE):
+        for key, value in rows(_TABLE):
+            if key == _FINISH:
+                self.desk.finishing_ns = msgspec.msgpack.decode(value, type=int)
+                continue
             pause = msgspec.msgpack.decode(value, type=_Pause)
             self.desk.paused_ns, self.lost_after_ns = pause.since_ns, pause.lost_after_ns
+            self.desk.paused_by, self.desk.paused_why = pause.by, pause.why

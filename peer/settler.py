@@ -2,7 +2,7 @@
 
 Every peer folds the same records into the same ledger: openings (co-signed agreements), settlements, claims and
 slashes. Records that depend on one not here yet wait, bounded; anti-entropy (node.py) brings what gossip lost.
-What the fold cannot decide alone (two conflicting closings of one channel) is stated in docs/decisions/0003.
+What the fold cannot decide alone (two conflicting closings of one channel) is stated in docs/decisions/0001.
 """
 
 from __future__ import annotations
@@ -10,16 +10,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from market import entries as money
-from market.entries import Account
+from market.entries import NULL_KEY, Account, close_key
 from market.matching import Record as History
+from market.penalties import release_key
+from peer.channel import Channel
 from peer.desk import SETTLEMENT, Desk
 from peer.evidence import open_seeds
+from peer.judgement import Judgement, NotYet
 from protocol import params
+from protocol.arbitration import Judged
+from protocol.codec import ids_digest
 from protocol.errors import CorruptStore, InsufficientFunds, LimitExceeded, RemoteProtocolError, VerificationFailed
+from protocol.profile import EXACT
 from protocol.records import (
     Agreement,
+    Arbitration,
     Claim,
+    Envelope,
+    Fault,
     Proof,
     Record,
     Settlement,
@@ -27,30 +38,12 @@ from protocol.records import (
     Verdict,
     Voucher,
     amount_for,
-    ids_digest,
+    decode_body,
     open_record,
 )
 from protocol.sampling import select_segments
 
 __all__ = ["Channel", "Settler"]
-
-
-class NotYet(RemoteProtocolError):
-    """The record depends on one that is not here yet: keep it and try again."""
-
-
-@dataclass
-class Channel:
-    """One agreement's money, as the records seen so far leave it."""
-
-    agreement: Agreement
-    closed: str = ""  # "", "settled", "slashed" or "claimed"
-    paid_micro: int = 0
-    claim_ends_ns: int = 0
-    best_voucher_micro: int = 0
-    fees: tuple[tuple[bytes, int], ...] = ()
-    moot: int = 0
-    frozen: bool = False
 
 
 @dataclass
@@ -60,14 +53,18 @@ class Settler:
     desk: Desk
     on_open: Callable[[bytes], None] = lambda _: None
     on_close: Callable[[bytes, str], None] = lambda _a, _b: None
+    on_judged: Callable[[bytes, Judged], None] = lambda _a, _b: None
     channels: dict[bytes, Channel] = field(default_factory=dict)
     log: dict[bytes, bytes] = field(default_factory=dict)  # record id -> envelope
     pending: dict[bytes, bytes] = field(default_factory=dict)
     sequences: dict[tuple[bytes, int], bytes] = field(default_factory=dict)
     histories: dict[bytes, History] = field(default_factory=dict)
-    judging: bool = True
     _opened: list[bytes] = field(default_factory=list)
     _closed: list[tuple[bytes, str]] = field(default_factory=list)
+    _retrying: bool = False
+
+    def __post_init__(self) -> None:
+        self.judgement = Judgement(self.desk, self.channels, self.histories, self._slashed)
 
     # --- coming in -----------------------------------------------------------------------------------------
     def accept(self, envelope: bytes, *, publish: bool = False) -> bool:
@@ -80,7 +77,7 @@ class Settler:
             raise LimitExceeded("the settlement log is full", next_step="move this network to notaries")
         if isinstance(record, Agreement | Settlement) and len(signers) != 2:
             raise VerificationFailed(f"{type(record).__name__.lower()} without both signatures")
-        was_closed = self._is_closed(record)
+        was = self._stage(record)
         try:
             self._fold(record, record_id, self.desk.now_ns)
         except NotYet:
@@ -91,7 +88,7 @@ class Settler:
         self.log[record_id] = envelope
         self.pending.pop(record_id, None)
         order = self.desk.now_ns.to_bytes(8, "big") + len(self.log).to_bytes(4, "big")
-        self.desk.save("settlement", record_id, order + bytes([was_closed]) + envelope)
+        self.desk.save("settlement", record_id, order + bytes([was]) + envelope)
         if publish:
             self.desk.publish(SETTLEMENT, envelope)
         self._tell()
@@ -103,27 +100,36 @@ class Settler:
         must come after it, or a restart would fold the log in another order."""
         opened, self._opened = self._opened, []
         closed, self._closed = self._closed, []
+        judged, self.judgement.judged = self.judgement.judged, []
         for agreement_id in opened:
             self.on_open(agreement_id)
         for agreement_id, how in closed:
             self.on_close(agreement_id, how)
+        for agreement_id, finding in judged:
+            self.on_judged(agreement_id, finding)
 
-    def _is_closed(self, record: Record) -> bool:
+    def _stage(self, record: Record) -> int:
+        """Journalled with a record: 0 while its channel is open, 1 when it is closed, 2 when its lock is gone too."""
         channel = self.channels.get(getattr(record, "agreement", b""))
-        return channel is not None and bool(channel.closed)
+        return 0 if channel is None or not channel.closed else 1 if channel.locked else 2
 
-    def restore(self, rows: Iterable[tuple[bytes, bytes]], frozen: Iterable[tuple[bytes, bytes]] = ()) -> None:
+    def restore(self, rows: Callable[[str], Iterable[tuple[bytes, bytes]]]) -> None:
         """Fold the journalled log again, in the order it came; the ledger already holds its entries.
 
         What was judged then is not judged again: a checker's stake may be locked by now, and a record that came
         after a channel's end must not count before it.
         """
-        self.judging = False
-        for record_id, value in sorted(rows, key=lambda row: row[1][:12]):
-            moot, envelope = value[12] == 1, value[13:]
-            record, _, _ = open_record(envelope, network=self.desk.network.id)
+        self.judgement.judging = False
+        # By their number: the clock beside it may have been set back between two lives.
+        for record_id, value in sorted(rows("settlement"), key=lambda row: row[1][8:12]):
+            stage, envelope = value[12], value[13:]
+            # Its signatures were checked when it came; since then the store's checksums vouch for it.
+            body = msgspec.msgpack.decode(envelope, type=Envelope).body
+            record = decode_body(body, network=self.desk.network.id)
             self.log[record_id] = envelope
-            if moot:
+            if stage:
+                self._closed_before(record, lock_gone=stage == 2)
+            if stage and not isinstance(record, Arbitration | Fault):
                 continue
             try:
                 self._fold(record, record_id, int.from_bytes(value[:8], "big"))
@@ -132,28 +138,61 @@ class Settler:
                     f"the settlement log has a record before the one it rests on: {error}",
                     next_step="restore the last backup of the store",
                 ) from None
-        for agreement_id, _ in frozen:
+        for agreement_id, _ in rows("frozen"):
             if agreement_id in self.channels:
                 self.channels[agreement_id].frozen = True
-        self.judging = True
-        self._opened, self._closed = [], []  # old news: the roles have it in their own rows
+        for agreement_id, until in rows("held"):
+            if agreement_id in self.channels:
+                self.channels[agreement_id].restore_hold(until)
+        for agreement_id, channel in self.channels.items():
+            # The ends of windows are no records: the ledger's entries tell of them.
+            if not channel.closed and channel.claim_ends_ns and self.desk.ledger.applied(close_key(agreement_id)):
+                self._close_claim(agreement_id, channel)
+            if channel.closed and self.desk.ledger.applied(release_key(agreement_id)):
+                channel.locked = False
+        self.judgement.judging = True
+        # Old news: the roles have it in their own rows.
+        self._opened, self._closed, self.judgement.judged = [], [], []
+
+    def _closed_before(self, record: Record, *, lock_gone: bool) -> None:
+        """A journalled record came after its channel's end. Where that end was a window's, which is no record, it has
+        to come again before what follows it."""
+        agreement_id = self._agreement_id(record)
+        channel = self.channels.get(agreement_id)
+        if channel is None:
+            return
+        if not channel.closed and channel.claim_ends_ns:
+            self._close_claim(agreement_id, channel)
+        if lock_gone:
+            channel.locked = False
 
     def _retry_pending(self) -> None:
-        for _, envelope in sorted(self.pending.items()):
-            record, record_id, _ = open_record(envelope, network=self.desk.network.id)
-            if isinstance(record, Agreement):
-                ready = True
-            else:
-                ready = self._agreement_id(record) in self.channels
-            if ready and record_id in self.pending:
-                try:
-                    self.accept(envelope)
-                except RemoteProtocolError:
-                    self.pending.pop(record_id, None)
+        """Take what waited for the record that just came, and what waited for that: in rounds, for a stranger chooses
+        how many records wait, and each that is taken comes back here."""
+        if self._retrying:
+            return
+        self._retrying = True
+        try:
+            while sum(self._retry(record_id, envelope) for record_id, envelope in sorted(self.pending.items())):
+                pass
+        finally:
+            self._retrying = False
+
+    def _retry(self, record_id: bytes, envelope: bytes) -> bool:
+        """Try a record that waited once more. True if it was applied."""
+        record, _, _ = open_record(envelope, network=self.desk.network.id)
+        ready = isinstance(record, Agreement) or self._agreement_id(record) in self.channels
+        if not ready or record_id not in self.pending:
+            return False
+        try:
+            return self.accept(envelope)
+        except RemoteProtocolError:
+            self.pending.pop(record_id, None)
+            return False
 
     @staticmethod
     def _agreement_id(record: Record) -> bytes:
-        assert isinstance(record, Settlement | Claim | Slash)
+        assert isinstance(record, Settlement | Claim | Slash | Arbitration | Fault)
         return record.agreement
 
     # --- the fold ------------------------------------------------------------------------------------------
@@ -162,11 +201,15 @@ class Settler:
             case Agreement():
                 self._open(record, record_id)
             case Settlement():
-                self._settle(record)
+                self._settle(record, seen_ns)
             case Claim():
                 self._claim(record, seen_ns)
             case Slash():
                 self._slash(record)
+            case Arbitration():
+                self.judgement.arbitrate(record.agreement, self._channel(record.agreement), record)
+            case Fault():
+                self.judgement.fault(self._channel(record.agreement), record)
             case _:
                 raise VerificationFailed(f"{type(record).__name__} is no settlement record")
 
@@ -202,43 +245,44 @@ class Settler:
 
     @staticmethod
     def _moot(channel: Channel) -> bool:
-        """Whether a valid record comes after the end. It changes nothing, but every log keeps it, or two peers
-        that saw the ending from two sides would compare their logs for ever."""
+        """Whether a valid record comes after the end. Raises LimitExceeded."""
         if channel.closed:
-            channel.moot += 1
-            if channel.moot > params.MOOT_RECORDS_MAX:
-                raise LimitExceeded(
-                    f"more than {params.MOOT_RECORDS_MAX} records on a channel that is {channel.closed}"
-                )
+            channel.count_moot()
         return bool(channel.closed)
 
-    def _settle(self, record: Settlement) -> None:
+    def _settle(self, record: Settlement, seen_ns: int) -> None:
         channel = self._channel(record.agreement)
         agreement = channel.agreement
         if (record.submitter, record.solver) != (agreement.submitter, agreement.solver):
             raise VerificationFailed("settlement of other parties than the agreement's")
+        if not set(record.after) <= set(channel.findings):
+            # A jackpot is what the pool holds: it must not come after the slice of this deal here and before it there.
+            raise NotYet("a dispute that was judged before this settlement is not here yet")
         if self._moot(channel):
             return
         self._pay(record.agreement, channel, record.paid_micro, record.fees, "settled")
+        channel.closed_ns = seen_ns
 
     def _pay(
         self, agreement_id: bytes, channel: Channel, paid: int, fees: tuple[tuple[bytes, int], ...], how: str
     ) -> None:
-        agreement = channel.agreement
+        agreement, judged = channel.agreement, channel.judged(self.desk.network)
+        slice_micro = channel.pool_micro(paid, self.desk.network)
         entry = money.settle(
             agreement_id,
             submitter=agreement.submitter,
             solver=agreement.solver,
             channel_micro=agreement.channel_micro,
-            lock_micro=agreement.lock_micro,
-            paid_micro=paid,
-            fees=fees,
+            lock_micro=0 if judged else agreement.lock_micro,  # a whistleblower has its time still
+            paid_micro=paid - slice_micro,
+            fees=(*fees, (NULL_KEY, slice_micro)),
         )
         self.desk.post(entry)
         channel.closed, channel.paid_micro, channel.fees = how, paid, fees
+        channel.closed_ns, channel.locked = self.desk.now_ns, judged and bool(agreement.lock_micro)
         old = self.histories.get(agreement.solver, History())
         if paid and agreement.check_permille:  # a script that was paid says nothing of who ran it
-            self.histories[agreement.solver] = History(old.right + 1, old.wrong)
+            self.histories[agreement.solver] = old.after_right()
         self._closed.append((agreement_id, how))
 
     def _claim(self, record: Claim, seen_ns: int) -> None:
@@ -275,6 +319,8 @@ class Settler:
         channel = self._channel(record.agreement)
         if not channel.agreement.check_permille:
             raise VerificationFailed("a slash over a script", why="nothing of it is re-executed, so none can be wrong")
+        if self.desk.network.notaries:
+            raise VerificationFailed("a slash in a network with notaries", why="there a dispute decides who is wrong")
         verdicts = self._wrong_verdicts(record, channel.agreement)
         if self._moot(channel):
             return
@@ -291,16 +337,20 @@ class Settler:
             checker_costs=costs,
         )
         self.desk.post(entry)
-        channel.closed = "slashed"
-        old = self.histories.get(agreement.solver, History())
-        self.histories[agreement.solver] = History(old.right, old.wrong + 1)
-        self._closed.append((record.agreement, "slashed"))
+        self._slashed(record.agreement, channel)
+
+    def _slashed(self, agreement_id: bytes, channel: Channel) -> None:
+        channel.closed, channel.closed_ns, channel.locked = "slashed", self.desk.now_ns, False
+        old = self.histories.get(channel.agreement.solver, History())
+        self.histories[channel.agreement.solver] = old.after_wrong()
+        self._closed.append((agreement_id, "slashed"))
 
     def _wrong_verdicts(self, record: Slash, agreement: Agreement) -> list[Verdict]:
         """The quorum inside a Slash: distinct staked checkers, no parties, one proof.
 
-        They may name different segments (each was drawn its own), but not different roots for one segment: a
-        cheat that is wrong everywhere must not escape because its judges looked in different places.
+        They may name different segments (each was drawn its own), but not different roots for one segment, unless
+        they are of float work, which has other roots on each machine: a cheat that is wrong everywhere must not escape
+        because its judges looked in different places.
         """
         rules = self.desk.network.rules
         proof_id, drawn = self._drawn(record, agreement)
@@ -316,7 +366,7 @@ class Settler:
             if verdict.proof != proof_id or verdict.wrong_segment not in drawn:
                 raise VerificationFailed("a verdict on another proof, or on a segment that was not drawn")
             stake = self.desk.ledger.balance_micro(Account(verdict.checker, "stake"))
-            if self.judging and stake < rules.checker_stake_min_micro:
+            if self.judgement.judging and stake < rules.checker_stake_min_micro:
                 raise VerificationFailed(f"a checker with a stake of {stake} micro-credits cannot slash")
             verdicts.append(verdict)
         if len({v.checker for v in verdicts}) != len(verdicts) or len(verdicts) < rules.wrong_quorum:
@@ -324,7 +374,7 @@ class Settler:
                 f"{len(verdicts)} verdicts, a slash takes {rules.wrong_quorum} of distinct checkers"
             )
         found = {(v.wrong_segment, v.claimed_root, v.found_root) for v in verdicts}
-        if len({segment for segment, _, _ in found}) != len(found):
+        if agreement.tolerance == EXACT and len({segment for segment, _, _ in found}) != len(found):
             raise VerificationFailed("the wrong verdicts do not agree on the roots")
         return sorted(verdicts, key=lambda v: v.checker)
 
@@ -348,15 +398,24 @@ class Settler:
 
     # --- time ----------------------------------------------------------------------------------------------
     def tick(self) -> None:
-        """Close claims whose window has passed."""
+        """Close claims, and free the locks, whose windows have passed."""
         for agreement_id, channel in list(self.channels.items()):
-            window_ns = self.desk.network.rules.claim_window_ms * 10**6
-            ends_ns = channel.claim_ends_ns + (params.FREEZE_WINDOWS * window_ns if channel.frozen else 0)
-            if not channel.closed and channel.claim_ends_ns and self.desk.now_ns >= ends_ns:
-                left = channel.agreement.channel_micro - channel.best_voucher_micro
-                fees = channel.fees if sum(micro for _, micro in channel.fees) <= left else ()
-                self.desk.attempt(self._pay, agreement_id, channel, channel.best_voucher_micro, fees, "claimed")
+            over_ns = max(self._claim_over_ns(channel), channel.held_until_ns)  # and while a challenge is open
+            if not channel.closed and channel.claim_ends_ns and self.desk.now_ns >= over_ns:
+                self.desk.attempt(self._close_claim, agreement_id, channel)
+            self.judgement.tick(agreement_id, channel)
         self._tell()
+
+    def _claim_over_ns(self, channel: Channel) -> int:
+        """When a claim's window ends: later after a wrong verdict."""
+        window_ns = self.desk.network.rules.claim_window_ms * 10**6
+        return channel.claim_ends_ns + (params.FREEZE_WINDOWS * window_ns if channel.frozen else 0)
+
+    def _close_claim(self, agreement_id: bytes, channel: Channel) -> None:
+        left = channel.agreement.channel_micro - channel.best_voucher_micro
+        fees = channel.fees if sum(micro for _, micro in channel.fees) <= left else ()
+        self._pay(agreement_id, channel, channel.best_voucher_micro, fees, "claimed")
+        channel.closed_ns = self._claim_over_ns(channel)  # not when somebody looked: a restart may look later
 
     def freeze(self, verdict: Verdict) -> None:
         """A staked checker found work wrong: a one-sided claim on it waits longer, for a quorum to gather."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from market.entries import Entry
@@ -20,6 +20,7 @@ from peer.events import (
     BenchFilled,
     BenchMade,
     BenchWarm,
+    BlobRead,
     CheckWork,
     Command,
     Effect,
@@ -28,6 +29,8 @@ from peer.events import (
     Fetched,
     GossipIn,
     Input,
+    Inspect,
+    Inspected,
     MemoryOpened,
     MessageIn,
     OpenMemory,
@@ -35,7 +38,10 @@ from peer.events import (
     PeerUp,
     Penalise,
     Post,
+    ProfileMade,
+    Protect,
     Publish,
+    ReadBlob,
     Reply,
     Save,
     ScriptSaid,
@@ -53,17 +59,24 @@ from peer.events import (
     WorkEnded,
 )
 from peer.node import Node
+from peer.simulated_faults import SECOND, Faults
+from peer.simulated_frauds import WRONG_PRODUCT, answer_of, work_of
+from peer.simulated_work import CONTENTS, distance_of, findings_of, initial_root
 from protocol.bench_card import Figures, chain_operations
 from protocol.codec import blake, encode
+from protocol.dispute_player import decode_question
+from protocol.errors import IchibaError
 from protocol.keys import SigningKey
 from protocol.network import Network
+from protocol.profile import Gauge
+from protocol.profile_task import ProfileSpec
 from protocol.script import ScriptSpec
+from protocol.sealing import Keys
 from protocol.task import task_id
 from worker.bench import Memory
 
 __all__ = ["Faults", "InvariantBroken", "SimulatedPeer", "Simulation"]
 
-SECOND = 10**9
 START_NS = 1_700_000_000 * SECOND  # any date: records carry wall-clock times
 TICK_NS = SECOND // 4
 SEGMENT_NS = 2 * SECOND
@@ -72,28 +85,6 @@ DOWN_NS = 8 * SECOND
 
 class InvariantBroken(AssertionError):
     """A promise did not hold; the message says which, when, and the seed that replays it."""
-
-
-@dataclass(frozen=True)
-class Faults:
-    """What goes wrong, until `until_ns` after the start. Shares of messages, or of handled events."""
-
-    loss: float = 0.0
-    duplication: float = 0.0
-    delay_ns_max: int = 50_000_000
-    crash: float = 0.0
-    until_ns: int = 60 * SECOND
-
-    @classmethod
-    def drawn_from(cls, seed: int) -> Faults:
-        """Faults of a strength the seed decides, from a calm network to a very bad one."""
-        rng = random.Random(seed)
-        return cls(
-            loss=rng.choice((0.0, 0.02, 0.1, 0.3)),
-            duplication=rng.choice((0.0, 0.05, 0.3)),
-            delay_ns_max=rng.choice((10_000_000, 200_000_000, 3 * SECOND)),
-            crash=rng.choice((0.0, 0.0, 0.002, 0.01)),
-        )
 
 
 @dataclass
@@ -106,6 +97,8 @@ class SimulatedPeer:
     rows: dict[str, dict[bytes, bytes]] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
     blobs: set[bytes] = field(default_factory=set)
+    hidden: dict[bytes, set[bytes]] = field(default_factory=dict)  # blobs of sealed jobs -> the keys they are given to
+    keys: dict[bytes, Keys] = field(default_factory=dict)  # of the sealed work under way
     node: Node | None = None
     life: int = 0  # grows with every start: events meant for an earlier process are dropped
     working: set[bytes] = field(default_factory=set)
@@ -114,6 +107,24 @@ class SimulatedPeer:
     bench_lie: str = ""  # "result": another chain's; "memory": another challenge's; "claim": says to be 10 times faster
     device: str = ""  # what it says it is; else its name
     memory: Memory | None = None
+    liar: bool = False  # its sandbox gets every segment wrong as a cheat's does, and defends that
+    lie: str = WRONG_PRODUCT  # how, if it does: a lie of peer/simulated_frauds.py
+    withholds: set[str] = field(default_factory=set)  # names of peers that it serves no blob to
+    silent: bool = False  # it answers no question of a dispute
+    noise_ppb: int = 1000  # of the distances that its profiles find: as much to three times as much
+    gauges: tuple[Gauge, ...] = ()  # that its profiles name
+
+    def keep(self, work: bytes, blobs: Iterable[bytes]) -> None:
+        """What a piece of work made: of a sealed job it is hidden."""
+        for blob in blobs:
+            if work in self.keys:
+                self.hidden.setdefault(blob, set()).add(self.keys[work].access(blob))
+            self.blobs.add(blob)
+
+    def gives(self, blob: bytes, keys: Keys | None) -> bool:
+        """Whether it serves a blob to who holds these keys: as peer/blobs.py does."""
+        wanted = keys.access(blob) if keys is not None else b""
+        return blob in self.blobs and (wanted in self.hidden.get(blob, ()) if wanted else blob not in self.hidden)
 
 
 class Simulation:
@@ -152,7 +163,7 @@ class Simulation:
             rng=rng,
             means=peer.means,
             ledger=ledger,
-            rows=lambda table: list(peer.rows.get(table, {}).items()),
+            rows=lambda table, prefix=b"": [r for r in peer.rows.get(table, {}).items() if r[0].startswith(prefix)],
             now_ns=self.now_ns,
         )
 
@@ -169,8 +180,11 @@ class Simulation:
                 self._at(self.rng.randrange(SECOND), other, PeerUp(peer.key.public))
 
     def crash(self, name: str, *, for_ns: int = DOWN_NS) -> None:
-        """Kill a process now; `for_ns` later it starts again (0: never)."""
+        """Kill a process now; `for_ns` later it starts again (0: never). One that is down stays down as long as it was
+        to: another goodbye could reach the others after the next greeting."""
         peer = self.peers[name]
+        if peer.node is None:
+            return
         peer.node = None
         peer.life += 1
         peer.crashes += 1
@@ -214,12 +228,15 @@ class Simulation:
         assert peer.node is not None
         if isinstance(event, Tick):
             self._at(TICK_NS, peer, event)
-        if isinstance(event, ScriptSaid | StepMade | SegmentMade | WorkEnded) and event.work not in peer.working:
+        if (
+            isinstance(event, ScriptSaid | StepMade | SegmentMade | ProfileMade | WorkEnded)
+            and event.work not in peer.working
+        ):
             return
         if isinstance(event, WorkEnded):
             peer.working.discard(event.work)
         if isinstance(event, SegmentMade):
-            peer.blobs.add(event.checkpoint)
+            peer.keep(event.work, {event.checkpoint, event.false_checkpoint} - {b""})
         faulty = self.now_ns < START_NS + self.faults.until_ns
         fate = self.rng.random() if faulty and self.faults.crash else 1.0
         effects = peer.node.handle(event, self.now_ns)
@@ -259,6 +276,15 @@ class Simulation:
                             self._deliver(other, GossipIn(topic, peer.key.public, data))
                 case Fetch():
                     self._fetch(peer, effect)
+                case Protect(blobs=blobs, keys=keys):
+                    for blob in blobs:
+                        peer.hidden.setdefault(blob, set()).add(keys.access(blob))
+                case ReadBlob(blob=blob, token=token):
+                    here = blob in peer.blobs and blob in CONTENTS
+                    read = BlobRead(blob, token, CONTENTS[blob]) if here else BlobRead(blob, token, error="not here")
+                    self._at(1 + self.rng.randrange(SECOND // 20), peer, read)
+                case Inspect():
+                    self._inspect(peer, effect)
                 case StartWork():
                     self._work(peer, effect)
                 case StopWork(work=work):
@@ -290,38 +316,76 @@ class Simulation:
 
     def _fetch(self, peer: SimulatedPeer, effect: Fetch) -> None:
         holders = [self.by_key[p] for p in effect.peers if p in self.by_key]
-        here = effect.blob in peer.blobs or any(h.node is not None and effect.blob in h.blobs for h in holders)
+        here = effect.blob in peer.blobs or any(
+            h.node is not None and h.gives(effect.blob, effect.keys) and peer.name not in h.withholds for h in holders
+        )
         error, forged = "", False
         if not here:
             error = "no peer has it"
         elif effect.state_root and self.roots.get(effect.blob) != effect.state_root:
             error, forged = "its state root is another one", True
-        else:
-            peer.blobs.add(effect.blob)
+        elif effect.blob not in peer.blobs or effect.keys is not None:
+            peer.keys.update({effect.token: effect.keys} if effect.keys is not None else {})
+            peer.keep(effect.token, [effect.blob])
         self._at(1 + self.rng.randrange(SECOND // 5), peer, Fetched(effect.blob, effect.token, error, forged))
 
     def _work(self, peer: SimulatedPeer, order: StartWork) -> None:
-        """A worker whose states are hashes: the same inputs give the same roots, a cheat gives others."""
+        """A worker: the same inputs give the same states, a cheat gives others."""
         peer.working.add(order.work)
+        peer.keys.update({order.work: order.keys} if order.keys is not None else {})
         if isinstance(order.task, ScriptSpec):
             self._script(peer, order, order.task)
+            return
+        if isinstance(order.task, ProfileSpec):
+            self._profile(peer, order, order.task)
             return
         if order.base:
             root = self.roots[order.base]
         else:
             root = initial_root(order.task.seed)
-        for index, segment in enumerate(range(order.first_segment, order.last_segment)):
-            cheated = order.cheat and segment > 0
-            out = blake("sim/cheat" if cheated else "sim/state", root, order.task.program, segment.to_bytes(4, "big"))
+        segments = range(order.first_segment, order.last_segment)
+        ends = work_of(order.task, segments, root, peer.lie if peer.liar else order.cheat, order.gauges)
+        for index, (segment, (root, out)) in enumerate(zip(segments, ends, strict=True)):
             blob = blake("sim/blob", out)
             self.roots[blob] = out
             at = (index + 1) * SEGMENT_NS
             steps = order.task.steps_of(segment)
             self._at(at - SEGMENT_NS // 2, peer, StepMade(order.work, steps.start, 1.0 / (1 + steps.start)))
             made = SegmentMade(order.work, segment, root, out, (1.0 / (1 + segment),), 1, blob, 1000)
+            if order.ordered is not None and order.ordered[0] == segment:
+                ((_, false),) = work_of(order.task, range(segment, segment + 1), root, WRONG_PRODUCT)
+                false_blob = blake("sim/blob", false)
+                self.roots[false_blob] = false
+                made = replace(made, false_root=false, false_checkpoint=false_blob, false_bytes=1000)
+            if order.compare:
+                made = replace(made, distance=distance_of(root, out, self.roots[order.compare], order.gauges))
             self._at(at, peer, made)
-            root = out
         self._at((order.last_segment - order.first_segment) * SEGMENT_NS + 1, peer, WorkEnded(order.work))
+
+    def _inspect(self, peer: SimulatedPeer, order: Inspect) -> None:
+        """A sandbox that answers a question of a dispute; a replay takes as long as the segment took."""
+        if peer.silent:
+            return
+        asked = decode_question(order.question)
+        took, body, opening, state, error = SECOND // 4, b"", b"", b"", ""
+        if order.base and order.base not in peer.blobs:
+            error = "the base is not here"
+        else:
+            cheat = peer.lie if peer.liar else peer.means.cheat
+            claimed = self.roots[order.claimed] if order.claimed else b""
+            about = order.question, order.task, asked.segment, asked.in_root
+            try:
+                found = answer_of(*about, cheat=cheat, claimed=claimed)
+            except IchibaError as failure:
+                error = str(failure)
+            else:
+                body, opening = found.body, found.opening
+                took = took if order.base.startswith(b"state") else SEGMENT_NS
+                if found.wants_state:
+                    state = b"state" + blake("sim/before", order.question)[5:]
+                    peer.blobs.add(state)
+        event = Inspected(order.work, order.question, body, opening, state, error)
+        self._at(took, peer, event)
 
     def _bench(self, peer: SimulatedPeer, effect: BenchEffect) -> None:
         """A bench process: its chain takes its time, its result is a hash; its memory is real, so keep it small."""
@@ -361,6 +425,15 @@ class Simulation:
         made = SegmentMade(order.work, 0, task_id(script), out, (), used_ns, blob, 1000)
         self._at(used_ns, peer, made)
         self._at(used_ns + 1, peer, WorkEnded(order.work))
+
+    def _profile(self, peer: SimulatedPeer, order: StartWork, spec: ProfileSpec) -> None:
+        """A profile whose distances are drawn: simulated arithmetic is exact and has no noise of its own."""
+        found = findings_of(self.rng, peer.noise_ppb, peer.gauges)
+        took = SEGMENT_NS * spec.steps_run // spec.of.steps_per_segment
+        for done in range(1, spec.steps_run, max(1, spec.steps_run // 4)):
+            self._at(took * done // spec.steps_run, peer, StepMade(order.work, done, 1.0))
+        self._at(took, peer, ProfileMade(order.work, found, operations_per_second=10**9))
+        self._at(took + 1, peer, WorkEnded(order.work))
 
     # --- promises ------------------------------------------------------------------------------------------
     def check(self, peer: SimulatedPeer) -> None:
@@ -419,11 +492,6 @@ class Simulation:
     def _broken(self, what: str) -> None:
         at = (self.now_ns - START_NS) / SECOND
         raise InvariantBroken(f"seed {self.seed}, at {at:.2f} s: {what}")
-
-
-def initial_root(seed: int) -> bytes:
-    """The state root of a simulated task's start."""
-    return blake("sim/initial", seed.to_bytes(8, "big"))
 
 
 def bench_result(challenge: bytes) -> bytes:

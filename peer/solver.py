@@ -6,60 +6,52 @@ voucher of the last one, so a round trip costs no training time.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
 
+from peer import messages as m
 from peer.bidding import Bidder
-from peer.deals import Deal, agreement_of, make_proof, move, proof_root, receipt_key, save, task_of
+from peer.deals import (
+    Deal,
+    agreement_of,
+    make_claim,
+    make_proof,
+    make_receipt,
+    move,
+    proof_root,
+    save,
+    task_of,
+)  # fmt: skip
 from peer.desk import Desk
-from peer.events import Fetch, Fetched, Release, ScriptSaid, SegmentMade, StartWork, StepMade, StopWork, WorkEnded
-from peer.messages import (
-    Accept,
-    Cancel,
-    Decline,
-    Opened,
-    Progress,
-    ProofOffer,
-    Propose,
-    ReceiptBack,
-    ReceiptOffer,
-    RevealOffer,
-    ScriptNews,
-    SettleBack,
-    SettleOffer,
+from peer.events import (
+    Fetch,
+    Fetched,
+    ProfileMade,
+    Release,
+    ScriptSaid,
+    SegmentMade,
+    StartWork,
+    StepMade,
+    StopWork,
+    WorkEnded,
 )
+from peer.forcing import Forcing
+from peer.profiles import gauges_of, handed_in, profile_end
+from peer.receipt_rows import ReceiptRows, Rows
 from peer.settler import Settler
 from protocol import params
-from protocol.codec import blake
 from protocol.errors import VerificationFailed
 from protocol.lifecycle import TERMINAL, Event, State
-from protocol.records import (
-    Agreement,
-    Claim,
-    Proof,
-    Receipt,
-    Reveal,
-    Settlement,
-    Voucher,
-    add_signature,
-    amount_for,
-    open_record,
-)
+from protocol.records import Agreement, Proof, Receipt, Reveal, Settlement, Voucher, add_signature, open_record
 from protocol.sampling import check_reveal
 from protocol.script import ScriptSpec, blobs_of, read_task
 
-__all__ = ["Solver", "losses_root"]
+__all__ = ["Solver"]
 
 LOSS_SHOWN_MAX = 1e9  # a screen needs no more, and an integer field holds no more
 ACTIVE = frozenset((State.PROPOSED, State.AGREED, State.RUNNING))
-
-
-def losses_root(losses: Iterable[float]) -> bytes:
-    """The hash a receipt binds its losses with: float32, little-endian, in step order."""
-    return blake("ichiba/losses", b"".join(struct.pack("<f", loss) for loss in losses))
 
 
 @dataclass
@@ -69,22 +61,28 @@ class Solver:
     desk: Desk
     settler: Settler
     bidder: Bidder
+    forcing: Forcing
     deals: dict[bytes, Deal] = field(default_factory=dict)
-    receipts: dict[bytes, list[bytes]] = field(default_factory=dict)  # co-signed
-    made: dict[bytes, list[bytes]] = field(default_factory=dict)  # every receipt signed here, co-signed or not
+    receipts: ReceiptRows = field(init=False)  # co-signed
+    made: ReceiptRows = field(init=False)  # every receipt signed here, co-signed or not
     missing: dict[bytes, set[bytes]] = field(default_factory=dict)  # deal -> blobs still fetched
     working: set[bytes] = field(default_factory=set)
     waiting: set[bytes] = field(default_factory=set)  # for the end of a pause
     told_ns: dict[bytes, int] = field(default_factory=dict)  # deal -> when its submitter last had news from here
     resend: dict[bytes, int] = field(default_factory=dict)
     step_times: dict[bytes, int] = field(default_factory=dict)
+    unlock: Callable[[Deal, m.Opened], None] = lambda _a, _b: None  # take the contents of a sealed job
+
+    def __post_init__(self) -> None:
+        self.receipts = ReceiptRows("receipts", lambda deal: self.deals[deal].receipts)
+        self.made = ReceiptRows("made", lambda deal: self.deals[deal].made)
 
     def slots_free(self) -> int:
         """Slots without an active deal."""
         return self.desk.means.slots - sum(1 for d in self.deals.values() if d.lifecycle in ACTIVE)
 
     # --- agreeing ------------------------------------------------------------------------------------------
-    def on_propose(self, peer: bytes, message: Propose) -> None:
+    def on_propose(self, peer: bytes, message: m.Propose) -> None:
         """A signed proposal on one of our bids: sign it too, or say why not."""
         record, agreement_id, signers = open_record(message.agreement, network=self.desk.network.id)
         if not isinstance(record, Agreement) or record.submitter != peer or signers != {peer}:
@@ -94,14 +92,14 @@ class Solver:
         known = self.deals.get(agreement_id)
         if known is not None:
             if known.lifecycle == State.PROPOSED:
-                self.desk.send(peer, Accept(known.agreement))
+                self.desk.send(peer, m.Accept(known.agreement))
             return
-        task = read_task(message.task, network=self.desk.network.id)
-        refusal = self.bidder.refuse_proposal(record, task)
+        task = read_task(message.task, network=self.desk.network.id) if message.task else None
+        refusal = self.bidder.refuse_proposal(record, task, message.profiles)
         if refusal is not None:
-            self.desk.send(peer, Decline(agreement_id, refusal.code, refusal.why))
+            self.desk.send(peer, m.Decline(agreement_id, refusal.code, refusal.why))
             return
-        seed, _ = self.bidder.seeds.pop(record.bid)
+        seed, secret, _ = self.bidder.seeds.pop(record.bid)
         deal = Deal(
             id=agreement_id,
             side="solver",
@@ -109,8 +107,11 @@ class Solver:
             agreement=add_signature(message.agreement, self.desk.key, network=self.desk.network.id),
             task=message.task,
             base_blob=message.base_blob,
+            profiles=list(message.profiles),
             seed=seed,
+            secret=secret,
             created_ns=self.desk.now_ns,
+            base_root=record.base_root,
             last_root=record.base_root,
             last_blob=message.base_blob,
             news_ns=self.desk.now_ns,
@@ -119,19 +120,20 @@ class Solver:
         self.deals[deal.id], self.receipts[deal.id], self.made[deal.id] = deal, [], []
         save(self.desk, deal)
         self.resend[deal.id] = self.desk.now_ns + params.RESEND_NS
-        self.desk.send(peer, Accept(deal.agreement))
+        self.desk.send(peer, m.Accept(deal.agreement))
 
-    def on_decline(self, peer: bytes, message: Decline) -> None:
+    def on_decline(self, peer: bytes, message: m.Decline) -> None:
         """The submitter withdrew: the slot is free again."""
         deal = self.deals.get(message.agreement)
         if deal is not None and peer == self._submitter(deal) and deal.lifecycle == State.PROPOSED:
             move(self.desk, deal, Event.REFUSED)
 
-    def on_opened(self, peer: bytes, message: Opened) -> None:
+    def on_opened(self, peer: bytes, message: m.Opened) -> None:
         """The channel is funded: the log takes the agreement, and `opened` starts the work."""
         record, agreement_id, signers = open_record(message.agreement, network=self.desk.network.id)
         if agreement_id not in self.deals or not isinstance(record, Agreement) or len(signers) != 2:
             raise VerificationFailed("an opening this peer did not agree to")
+        self.unlock(self.deals[agreement_id], message)
         if agreement_id not in self.settler.channels:
             self.settler.accept(message.agreement)
         else:
@@ -142,11 +144,12 @@ class Solver:
         deal = self.deals.get(agreement_id)
         if deal is not None and deal.lifecycle == State.DECLINED:
             self._publish_claim(deal)  # opened after we had given it up: get the stake back
-        if deal is None or deal.lifecycle != State.PROPOSED:
-            return
+        if deal is None or deal.lifecycle != State.PROPOSED or not deal.task:
+            return  # of a sealed job the task comes with Opened
         move(self.desk, deal, Event.ACCEPTED)
         move(self.desk, deal, Event.STARTED)
         self.desk.emit("started", deal=deal.id, submitter=self._submitter(deal))
+        self.forcing.begin(deal)
         self._gather(deal)
 
     # --- working -------------------------------------------------------------------------------------------
@@ -181,7 +184,7 @@ class Solver:
         """Start the worker of a deal whose blobs are here, or note that it waits for the end of a pause."""
         agreement, task = agreement_of(deal, self.desk.network.id), task_of(deal.task)
         first = agreement.first_segment + deal.made
-        if first >= agreement.last_segment:
+        if first >= agreement.last_segment or self.forcing.waits(deal) or deal.id in self.working:
             return
         if self.desk.paused_ns:
             self.waiting.add(deal.id)
@@ -198,6 +201,8 @@ class Solver:
                 checkpoint_bytes=params.BLOB_BYTES_MAX,
                 memory_bytes=self.desk.means.memory_bytes,
                 cheat=self.desk.means.cheat,
+                ordered=self.forcing.order_of(deal),
+                gauges=gauges_of(deal, agreement),
             )
         )
 
@@ -207,13 +212,19 @@ class Solver:
         if deal is not None and deal.lifecycle == State.RUNNING:
             self.told_ns[deal.id] = self.desk.now_ns
             shown = max(-LOSS_SHOWN_MAX, min(LOSS_SHOWN_MAX, event.loss))
-            self.desk.send(self._submitter(deal), Progress(deal.id, event.step, round(shown * 1_000_000)))
+            self.desk.send(self._submitter(deal), m.Progress(deal.id, event.step, round(shown * 1_000_000)))
 
     def on_said(self, event: ScriptSaid) -> None:
         """What a script printed, and that it still runs, for the submitter's screen."""
         deal = self.deals.get(event.work)
         if deal is not None and deal.lifecycle == State.RUNNING:
-            self.desk.send(self._submitter(deal), ScriptNews(deal.id, event.text, event.used_ns))
+            self.desk.send(self._submitter(deal), m.ScriptNews(deal.id, event.text, event.used_ns))
+
+    def on_profile(self, event: ProfileMade) -> None:
+        """A profile is done: sign it, and hand it in as the one segment of its deal."""
+        deal = self.deals.get(event.work)
+        if deal is not None and deal.lifecycle == State.RUNNING and not deal.ended_early and not deal.made:
+            self.on_segment(profile_end(self.desk, deal, event))
 
     def on_segment(self, event: SegmentMade) -> None:
         """A segment is done: sign its receipt and offer it."""
@@ -224,34 +235,22 @@ class Solver:
         if event.segment != agreement.first_segment + deal.made:
             return
         previous_root = self._made_root(deal)
-        if not deal.made and event.in_root != agreement.base_root:
+        if not deal.made and event.in_root != previous_root:
             self._give_up(deal, "base", "the task's initial state has another root than the agreement says")
             return
         operations = task.operations_per_step * len(task.steps_of(event.segment))
         if isinstance(task, ScriptSpec):
             operations = event.operations
-        elif deal.id in self.step_times:  # not the segment that a pause cut: its time says nothing
-            seconds = max(1, self.desk.now_ns - self.step_times[deal.id]) / 1e9
-            self.bidder.operations_per_second = int(operations / seconds)
+        elif deal.id in self.step_times and task.mode != "profile":  # not of what a pause cut: its time says nothing
+            self.bidder.measured(operations, self.desk.now_ns - self.step_times[deal.id])
         self.step_times[deal.id] = self.desk.now_ns
-        receipt = Receipt(
-            network=self.desk.network.id,
-            agreement=deal.id,
-            sequence=deal.made,
-            previous=open_record(self.made[deal.id][-1], network=self.desk.network.id)[1] if deal.made else bytes(32),
-            segment=event.segment,
-            operations=operations,
-            amount_micro=amount_for(operations, agreement.unit_price),
-            in_root=previous_root,
-            out_root=event.out_root,
-            losses_root=losses_root(event.losses),
-            checkpoint=event.checkpoint,
-            checkpoint_bytes=event.checkpoint_bytes,
-            done_ns=self.desk.now_ns,
+        end = self.forcing.end_of(deal, event)  # the work itself goes on from its true end
+        envelope = make_receipt(
+            self.desk, deal, end, in_root=previous_root, operations=operations, earlier=self.made[deal.id]
         )
-        envelope = self.desk.seal(receipt)
-        self.made[deal.id].append(envelope)
-        self.desk.save("made", receipt_key(deal.id, deal.made), envelope)
+        self.made.add(self.desk, deal.id, envelope)
+        if deal.receipts == deal.made:
+            deal.news_ns = self.desk.now_ns  # an answer is due from now on, however long the segment took
         deal.made += 1
         deal.last_blob = event.checkpoint
         save(self.desk, deal)
@@ -259,7 +258,7 @@ class Solver:
 
     def _made_root(self, deal: Deal) -> bytes:
         if not deal.made:
-            return agreement_of(deal, self.desk.network.id).base_root
+            return deal.base_root or agreement_of(deal, self.desk.network.id).base_root
         record, _, _ = open_record(self.made[deal.id][-1], network=self.desk.network.id)
         assert isinstance(record, Receipt)
         return record.out_root
@@ -267,9 +266,9 @@ class Solver:
     def _offer_receipt(self, deal: Deal) -> None:
         """(Again) offer the oldest receipt that is not co-signed."""
         self.resend[deal.id] = self.desk.now_ns + params.RESEND_NS
-        if deal.receipts < deal.made:
+        if deal.receipts < deal.made and not self.forcing.holds(deal, deal.receipts):
             self.told_ns[deal.id] = self.desk.now_ns
-            self.desk.send(self._submitter(deal), ReceiptOffer(self.made[deal.id][deal.receipts]))
+            self.desk.send(self._submitter(deal), m.ReceiptOffer(self.made[deal.id][deal.receipts], handed_in(deal)))
 
     def on_work_ended(self, event: WorkEnded) -> None:
         """The worker is gone: all done, or start it again from the last checkpoint a bounded number of times."""
@@ -292,10 +291,10 @@ class Solver:
         save(self.desk, deal)
         self.desk.add(StopWork(deal.id))
         self.desk.emit("gave-up", deal=deal.id, code=code, why=why)
-        self.desk.send(self._submitter(deal), Decline(deal.id, code, why))
+        self.desk.send(self._submitter(deal), m.Decline(deal.id, code, why))
 
     # --- payment and proof ---------------------------------------------------------------------------------
-    def on_receipt_back(self, peer: bytes, message: ReceiptBack) -> None:
+    def on_receipt_back(self, peer: bytes, message: m.ReceiptBack) -> None:
         """A receipt with both signatures and the voucher that pays for everything so far."""
         record, _, signers = open_record(message.receipt, network=self.desk.network.id)
         voucher, _, _ = open_record(message.voucher, network=self.desk.network.id)
@@ -312,14 +311,13 @@ class Solver:
             raise VerificationFailed(f"voucher of {voucher.cumulative_micro} micro-credits, {due} are due")
         deal.cumulative_micro, deal.voucher = due, message.voucher
         deal.cumulative_operations += record.operations
+        self.receipts.add(self.desk, deal.id, message.receipt)
         deal.receipts += 1
         deal.last_receipt, deal.last_root = (
             open_record(message.receipt, network=self.desk.network.id)[1],
             record.out_root,
         )
         deal.news_ns = self.desk.now_ns
-        self.receipts[deal.id].append(message.receipt)
-        self.desk.save("receipts", receipt_key(deal.id, record.sequence), message.receipt)
         save(self.desk, deal)
         self.desk.emit("earned", deal=deal.id, segment=record.segment, cumulative_micro=due)
         self._offer_receipt(deal)
@@ -334,9 +332,9 @@ class Solver:
 
     def _send_proof(self, deal: Deal) -> None:
         self.resend[deal.id] = self.desk.now_ns + params.RESEND_NS
-        self.desk.send(self._submitter(deal), ProofOffer(deal.proof))
+        self.desk.send(self._submitter(deal), m.ProofOffer(deal.proof))
 
-    def on_proof(self, peer: bytes, message: ProofOffer) -> None:
+    def on_proof(self, peer: bytes, message: m.ProofOffer) -> None:
         """The submitter ended the deal early and proved it over the receipts both signed."""
         record, proof_id, _ = open_record(message.proof, network=self.desk.network.id)
         if not isinstance(record, Proof) or record.author != peer:
@@ -355,7 +353,7 @@ class Solver:
         deal.proof, deal.proof_id = message.proof, proof_id
         move(self.desk, deal, Event.SOLVER_LOST)
 
-    def on_reveal(self, peer: bytes, message: RevealOffer) -> None:
+    def on_reveal(self, peer: bytes, message: m.RevealOffer) -> None:
         """The submitter's seed, after the proof: reveal ours."""
         record, _, _ = open_record(message.reveal, network=self.desk.network.id)
         if not isinstance(record, Reveal) or record.author != peer:
@@ -377,9 +375,9 @@ class Solver:
             deal.own_reveal, deal.other_reveal = self.desk.seal(own), message.reveal
             deal.other_seed = record.seed
             move(self.desk, deal, Event.SEEDS_KNOWN)
-        self.desk.send(peer, RevealOffer(deal.own_reveal))
+        self.desk.send(peer, m.RevealOffer(deal.own_reveal))
 
-    def on_settle(self, peer: bytes, message: SettleOffer) -> None:
+    def on_settle(self, peer: bytes, message: m.SettleOffer) -> None:
         """The submitter's settlement: sign it if it pays what the vouchers promise."""
         record, _, signers = open_record(message.settlement, network=self.desk.network.id)
         if not isinstance(record, Settlement) or signers != {peer}:
@@ -388,7 +386,7 @@ class Solver:
         if deal is None or peer != self._submitter(deal):
             raise VerificationFailed("settlement of a deal this peer does not have")
         if deal.settlement and deal.lifecycle in TERMINAL:
-            self.desk.send(peer, SettleBack(deal.settlement))
+            self.desk.send(peer, m.SettleBack(deal.settlement))
             return
         if record.paid_micro < deal.cumulative_micro:
             raise VerificationFailed(
@@ -400,7 +398,7 @@ class Solver:
         deal.settlement = both
         self.settler.accept(both, publish=True)
         save(self.desk, deal)
-        self.desk.send(peer, SettleBack(both))
+        self.desk.send(peer, m.SettleBack(both))
 
     def closed(self, agreement_id: bytes, how: str) -> None:
         """Settler: a channel closed. If it is ours, finish the deal and free the slot."""
@@ -416,7 +414,7 @@ class Solver:
         save(self.desk, deal)
         self.desk.emit(how, deal=deal.id, paid_micro=channel.paid_micro)
 
-    def on_cancel(self, peer: bytes, message: Cancel) -> None:
+    def on_cancel(self, peer: bytes, message: m.Cancel) -> None:
         """The submitter stops the deal: stop working; what is receipted is proved, checked and paid."""
         deal = self.deals.get(message.agreement)
         if deal is not None and peer == self._submitter(deal) and deal.lifecycle == State.RUNNING:
@@ -439,9 +437,11 @@ class Solver:
                 agreement = agreement_of(deal, self.desk.network.id)
                 if now >= agreement.accept_before_ns + 2 * rules.proposal_ms * 10**6:
                     move(self.desk, deal, Event.REFUSED)
+                    if deal.id in self.settler.channels:
+                        self.opened(deal.id)
                 elif again:
                     self.resend[deal.id] = now + params.RESEND_NS
-                    self.desk.send(self._submitter(deal), Accept(deal.agreement))
+                    self.desk.send(self._submitter(deal), m.Accept(deal.agreement))
             case State.RUNNING if deal.receipts < deal.made or deal.ended_early:
                 if now - deal.news_ns > rules.check_silence_ms * 10**6:
                     self._claim(deal)
@@ -464,31 +464,37 @@ class Solver:
         self._publish_claim(deal)
 
     def _publish_claim(self, deal: Deal) -> None:
-        claim = Claim(
-            network=self.desk.network.id,
-            agreement=deal.id,
-            author=self.desk.me,
-            voucher=deal.voucher,
-            fees=(),
-        )
-        self.settler.accept(self.desk.seal(claim), publish=True)
+        self.settler.accept(make_claim(self.desk, deal), publish=True)
         self.desk.emit("claim", deal=deal.id, why="the submitter does not answer")
 
     # --- rows ----------------------------------------------------------------------------------------------
-    def restore(self, rows: Callable[[str], Iterable[tuple[bytes, bytes]]]) -> None:
+    def restore(self, rows: Rows) -> None:
         """Rebuild the deals and go on with the work that was running."""
+        self.receipts.restore(rows)
+        self.made.restore(rows)
         for key, value in rows("deals"):
             deal = msgspec.msgpack.decode(value, type=Deal)
             if deal.side == "solver":
                 deal.news_ns = max(deal.news_ns, self.desk.now_ns)
-                self.deals[key], self.receipts[key], self.made[key] = deal, [], []
-        for table, into in (("receipts", self.receipts), ("made", self.made)):
-            for key, value in sorted(rows(table)):
-                if key[:32] in into:
-                    into[key[:32]].append(value)
+                self.deals[key] = deal
+                if deal.lifecycle not in TERMINAL:
+                    self.receipts.load(key)
+                    self.made.load(key)
         for deal in self.deals.values():
+            if deal.lifecycle not in TERMINAL:
+                self.forcing.begin(deal)
             if deal.lifecycle == State.RUNNING and not deal.ended_early:
                 self._gather(deal)
+
+    def go(self, deal: Deal) -> None:
+        """Forcing: the deal need not wait for randomness any more."""
+        if deal.lifecycle == State.RUNNING and not deal.ended_early and deal.id not in self.missing:
+            self.start(deal)
+
+    def offer(self, deal: Deal) -> None:
+        """Forcing: the notaries know what is wrong with the next receipt."""
+        if deal.lifecycle == State.RUNNING:
+            self._offer_receipt(deal)
 
     def _submitter(self, deal: Deal) -> bytes:
         return agreement_of(deal, self.desk.network.id).submitter

@@ -10,25 +10,36 @@ One daemon owns a data directory (a lock file); one thread at a time uses a Stor
 
 from __future__ import annotations
 
-import re
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, TypeVar
 
-from market.ledger import Account, Entry, Ledger, apply_entry, refuse_conflict
+from market.ledger import Entry, Ledger
+from peer.store_batch import Batch, Event, Staged, checked_name
 from peer.store_lock import DirectoryLock
-from peer.store_read_sqlite import PAGE_ROWS, check_rows, checked_row, entries_page, rebuild
+from peer.store_read_sqlite import (
+    check_rows,
+    checked_row,
+    entries_page,
+    rebuild,
+    rows_page,
+    stored_sums,
+    take_snapshot,
+)
 from peer.store_schema import (
     DATABASE_NAME,
     EMPTY_TAIL,
     MIGRATIONS,
+    TABLES_VERSION,
+    Snapshot,
     StoreFailed,
+    Tables,
     Tail,
+    added,
     corrupt,
     event_digest,
     kv_digest,
@@ -45,76 +56,20 @@ from peer.store_sqlite import (
     read_meta,
     refuse_damage,
     refuse_strange_file,
+    refuse_strange_schema,
     translated,
 )
 from protocol import params
 from protocol.codec import decode, encode
-from protocol.errors import IchibaError, LimitExceeded, LocalProtocolError, RemoteProtocolError
+from protocol.errors import IchibaError, LocalProtocolError, RemoteProtocolError
 
 __all__ = ["Batch", "Event", "Store"]
 
-TABLE_NAME: Final = re.compile(r"[a-z][a-z0-9_-]*")
-
-Put = tuple[str, bytes, bytes | None]
+T = TypeVar("T")
 
 
 def no_probe(point: str) -> None:
     """The probe of a store in use: nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One line of a job's log. at_ns: wall clock in nanoseconds. seq: its cursor, given by the store."""
-
-    job: str
-    at_ns: int
-    line: str
-    seq: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What one input of the node changes. puts: (table, key, value or None to delete), the later wins."""
-
-    puts: tuple[Put, ...] = ()
-    entries: tuple[Entry, ...] = ()
-    events: tuple[Event, ...] = ()
-
-
-class Staged:
-    """A group of batches, checked against the rules and folded into one set of rows to write."""
-
-    def __init__(self) -> None:
-        self.puts: dict[tuple[str, bytes], bytes | None] = {}
-        self.entries: list[tuple[Entry, bytes]] = []
-        self.digests: dict[bytes, bytes] = {}
-        self.balances: dict[Account, int] = {}
-        self.events: list[Event] = []
-
-    def put(self, table: str, key: bytes, value: bytes | None) -> None:
-        """Note one put. Raises LimitExceeded, LocalProtocolError."""
-        checked_name(table)
-        if not 1 <= len(key) <= params.STORE_KEY_BYTES_MAX:
-            raise LimitExceeded(f"key of {len(key)} bytes in {table}, from 1 to {params.STORE_KEY_BYTES_MAX}")
-        if value is not None and len(value) > params.STORE_VALUE_BYTES_MAX:
-            raise LimitExceeded(f"value of {len(value)} bytes, at most {params.STORE_VALUE_BYTES_MAX}")
-        self.puts[table, key] = value
-
-    def event(self, event: Event) -> None:
-        """Note one log line; a long one is cut and says so. Raises LimitExceeded for a bad job name."""
-        if not 1 <= len(event.job) <= params.EVENT_JOB_CHARS_MAX or not event.job.isprintable():
-            raise LimitExceeded(f"job name of {len(event.job)} characters or with ones that do not print")
-        if not 0 <= event.at_ns < 2**63:
-            raise LimitExceeded(f"a log line of {event.at_ns} ns, times are from 0 below 2**63")
-        line = event.line.encode("utf-8", "backslashreplace").decode()
-        if (over := len(line) - params.EVENT_LINE_CHARS_MAX) > 0:
-            line = line[: params.EVENT_LINE_CHARS_MAX] + f" [{over} characters cut]"
-        self.events.append(Event(event.job, event.at_ns, line))
-
-    @property
-    def size(self) -> int:
-        """Rows noted so far."""
-        return len(self.puts) + len(self.entries) + len(self.events)
 
 
 class Store:
@@ -124,15 +79,16 @@ class Store:
         self._directory, self._directory_lock = directory, lock
         self._connection, self._probe = connection, probe
         self._lock = threading.RLock()
-        self._tail = EMPTY_TAIL
-        self._verified: Ledger | None = None
+        self._tail, self._tables, self._ledger = EMPTY_TAIL, Tables(), Ledger()
+        self._snapshot_entries = 0
+        self.checked_whole = False  # by `open`; else it is for `peer.store_check` to do, while the store is in use
         self._closed = False
         self._failure: StoreFailed | None = None
 
     @classmethod
     def open(cls, directory: Path, network: bytes, peer: bytes, *, probe: Probe = no_probe) -> Store:
-        """Open, or create, the store of `peer` (key, 32 bytes) on `network` (id, 32 bytes), and verify all
-        of it.
+        """Open, or create, the store of `peer` (key, 32 bytes) on `network` (id, 32 bytes), and verify it: a small
+        one whole, a large one as far as docs/decisions/0015-restart.md says.
 
         probe: called with a name before and after each statement that writes; tests crash the process
         there. Raises AlreadyRunning, WrongStore, StoreTooNew, CorruptStore, DiskFull, StoreFailed.
@@ -187,15 +143,27 @@ class Store:
         with self._use():
             self._write("begin", "BEGIN IMMEDIATE")
             try:
-                staged = self._stage(batches)
-                tail = self._write_entries(staged, self._write_puts(staged, self._tail))
+                staged = Staged(self._ledger)
+                for batch in batches:
+                    staged.add(batch)
+                tables = dict(self._tables)
+                tail = self._write_entries(staged, self._write_puts(staged, self._tail, tables))
                 self._write_events(staged.events)
+                if tables != self._tables:
+                    self._write_meta("tables", encode(tables))
+                snapshot_due = self._tail.entries - self._snapshot_entries >= params.STORE_SNAPSHOT_ENTRIES
+                if snapshot_due:
+                    self._write_meta("snapshot", encode(take_snapshot(self._ledger, self._tail)))
                 self._write_meta("tail", encode(tail))
                 self._write("commit", "COMMIT")
             finally:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
-            self._tail, self._verified = tail, None
+            if snapshot_due:
+                self._snapshot_entries = self._tail.entries
+            self._tail, self._tables = tail, tables
+            for entry, _ in staged.entries:
+                self._ledger.post(entry)
 
     def get(self, table: str, key: bytes) -> bytes | None:
         """The value under `key`, or None. Raises CorruptStore."""
@@ -204,18 +172,27 @@ class Store:
             row = self._connection.execute(sql, (checked_name(table), key)).fetchone()
             return None if row is None else checked_row(self._directory, table, row)[1]
 
-    def rows(self, table: str) -> Iterator[tuple[bytes, bytes]]:
-        """Every (key, value) of `table` in order of keys; commits may happen between two. Raises
-        CorruptStore."""
-        sql, last = "SELECT key, value, sum FROM kv WHERE tbl = ? AND key > ? ORDER BY key LIMIT ?", b""
+    def rows(self, table: str, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """Every (key, value) of `table` whose key begins with `prefix`, in order of keys; commits may happen between
+        two. Raises CorruptStore, also at the end if rows of the whole table were lost.
+        """
+        last, found = prefix[:-1], Tables()
+        with self._use():
+            committed = self._tables.get(checked_name(table))
         while True:
             with self._use():
-                page = self._connection.execute(sql, (checked_name(table), last, PAGE_ROWS)).fetchall()
-                checked = [checked_row(self._directory, table, row) for row in page]
-            if not checked:
-                return
-            yield from checked
-            last = checked[-1][0]
+                page = rows_page(self._connection, self._directory, table, prefix, last)
+            if not page:
+                break
+            for key, value, checksum in page:
+                if not prefix:
+                    added(found, table, rows=1, delta=int.from_bytes(checksum, "little"))
+                yield key, value
+            last = page[-1][0]
+        with self._use():
+            whole = not prefix and self._tables.get(table) == committed
+        if whole and found.get(table) != committed:
+            raise corrupt(self._directory, f"rows of table {table} are missing, or older ones are in their place")
 
     def entries(self, since: int = 0) -> Iterator[tuple[int, Entry]]:
         """The journal after entry number `since`: (number from 1, entry), in the order applied.
@@ -249,14 +226,9 @@ class Store:
         return found
 
     def ledger(self) -> Ledger:
-        """The ledger rebuilt from the journal and checked against the chain and the stored balances.
-
-        Raises CorruptStore. O(entries): the daemon calls it once at start (that first call reuses the one
-        that `open` verified) and keeps its own from then on.
-        """
+        """The ledger as of the last commit, the caller's own. O(accounts + entries): the daemon calls it once."""
         with self._use():
-            ledger, self._verified = self._verified, None
-            return ledger or rebuild(self._connection, self._directory, self._tail)
+            return self._ledger.copy()
 
     def backup(self, path: Path) -> None:
         """Copy the store, as of now, to the file `path`, replacing it at once or not at all. Blocks
@@ -287,52 +259,26 @@ class Store:
             self._connection.executemany(sql, rows)
             self._probe(f"after {point}")
 
-    def _stage(self, batches: Sequence[Batch]) -> Staged:
-        staged = Staged()
-        for batch in batches:
-            for put in batch.puts:
-                staged.put(*put)
-            for entry in batch.entries:
-                self._stage_entry(staged, entry)
-            for event in batch.events:
-                staged.event(event)
-            if staged.size > params.STORE_GROUP_ROWS_MAX:
-                raise LimitExceeded(f"more than {params.STORE_GROUP_ROWS_MAX} rows in one commit")
-        return staged
-
-    def _stage_entry(self, staged: Staged, entry: Entry) -> None:
-        digest, known = entry.digest(), staged.digests.get(entry.key)
-        if known is None:
-            row = self._connection.execute("SELECT digest FROM entries WHERE key = ?", (entry.key,)).fetchone()
-            known = row and row[0]
-        if known is not None:
-            refuse_conflict(entry, digest, known)
-            return
-
-        def held(account: Account) -> int:
-            if account not in staged.balances:
-                sql = "SELECT micro FROM balances WHERE owner = ? AND bucket = ?"
-                row = self._connection.execute(sql, (account.owner, account.bucket)).fetchone()
-                staged.balances[account] = row[0] if row else 0
-            return staged.balances[account]
-
-        staged.balances.update(apply_entry(entry, held))
-        staged.entries.append((entry, digest))
-        staged.digests[entry.key] = digest
-
-    def _write_puts(self, staged: Staged, tail: Tail) -> Tail:
-        added, delta, stored, deleted = 0, 0, [], []
-        for (table, key), value in staged.puts.items():
-            sql = "SELECT sum FROM kv WHERE tbl = ? AND key = ?"
-            row = self._connection.execute(sql, (table, key)).fetchone()
-            if row:
-                added, delta = added - 1, delta - int.from_bytes(row[0], "little")
+    def _write_puts(self, staged: Staged, tail: Tail, tables: Tables) -> Tail:
+        stored, deleted = [], []
+        rows, deltas = dict[str, int](), dict[str, int]()
+        names = sorted(staged.puts)  # neighbours share a page
+        old = stored_sums(self._connection, names)
+        for name in names:
+            table, key = name
+            value, known = staged.puts[name], old.get(name)
+            if known is not None:
+                rows[table] = rows.get(table, 0) - 1
+                deltas[table] = deltas.get(table, 0) - int.from_bytes(known, "little")
             if value is not None:
                 digest = kv_digest(table, key, value)
-                added, delta = added + 1, delta + int.from_bytes(digest, "little")
+                rows[table] = rows.get(table, 0) + 1
+                deltas[table] = deltas.get(table, 0) + int.from_bytes(digest, "little")
                 stored.append((table, key, value, digest))
-            elif row:
+            elif known is not None:
                 deleted.append((table, key))
+        for table, delta in deltas.items():
+            added(tables, table, rows=rows[table], delta=delta)
         self._write_all(
             "put",
             "INSERT INTO kv (tbl, key, value, sum) VALUES (?, ?, ?, ?)"
@@ -340,7 +286,7 @@ class Store:
             stored,
         )
         self._write_all("delete", "DELETE FROM kv WHERE tbl = ? AND key = ?", deleted)
-        return tail.with_rows(added=added, delta=delta)
+        return tail.with_rows(added=sum(rows.values()), delta=sum(deltas.values()))
 
     def _write_entries(self, staged: Staged, tail: Tail) -> Tail:
         seq, chain = tail.entries, tail.chain
@@ -413,21 +359,34 @@ class Store:
                 raise
 
     def _load(self, network: bytes, peer: bytes) -> None:
+        path = self._directory / DATABASE_NAME
         with self._use():
             meta = read_meta(self._connection, self._directory)
             version = check_meta(meta, self._directory, newest=len(MIGRATIONS), network=network, peer=peer)
-            refuse_damage(self._connection, self._directory, MIGRATIONS[:version])
-            try:
-                self._tail = decode(Tail, meta["tail"], bytes_max=params.STORE_KEY_BYTES_MAX)
-            except RemoteProtocolError as error:
-                raise corrupt(self._directory, f"the tail does not decode: {error}") from error
-            migrate(self._connection, self._directory / DATABASE_NAME, version, MIGRATIONS)
-            check_rows(self._connection, self._directory, self._tail)
-            self._verified = rebuild(self._connection, self._directory, self._tail)
+            refuse_strange_schema(self._connection, self._directory, MIGRATIONS[:version])
+            log = path.with_name(f"{path.name}-wal")
+            size_bytes = path.stat().st_size + (log.stat().st_size if log.exists() else 0)
+            self.checked_whole = version < TABLES_VERSION or size_bytes <= params.STORE_WHOLE_CHECK_BYTES_MAX
+            if self.checked_whole:
+                refuse_damage(self._connection, self._directory)
+            self._tail = self._meta(Tail, meta, "tail")
+            snapshot = None
+            if self.checked_whole:
+                self._tables = check_rows(self._connection, self._directory, self._tail)
+                if version >= TABLES_VERSION and self._meta(Tables, meta, "tables") != self._tables:
+                    raise corrupt(self._directory, "key-value rows stand in other tables than they were committed to")
+            else:
+                self._tables = self._meta(Tables, meta, "tables")
+                snapshot = self._meta(Snapshot, meta, "snapshot") if "snapshot" in meta else None
+            news = {} if version >= TABLES_VERSION else {"tables": encode(self._tables)}
+            migrate(self._connection, path, version, MIGRATIONS, news)
+            self._ledger = rebuild(self._connection, self._directory, self._tail, snapshot)
+            self._snapshot_entries = self._meta(Snapshot, meta, "snapshot").entries if "snapshot" in meta else 0
 
-
-def checked_name(table: str) -> str:
-    """`table` if it is the name of a key-value table. Raises LocalProtocolError."""
-    if len(table) > params.STORE_TABLE_CHARS_MAX or TABLE_NAME.fullmatch(table) is None:
-        raise LocalProtocolError(f"no table {table[:40]!r}: a small letter, then small letters, digits, - and _")
-    return table
+    def _meta(self, kind: type[T], meta: dict[str, bytes], name: str) -> T:
+        if name not in meta:
+            raise corrupt(self._directory, f"meta lacks {name}")
+        try:
+            return decode(kind, meta[name], bytes_max=params.STORE_VALUE_BYTES_MAX)
+        except RemoteProtocolError as error:
+            raise corrupt(self._directory, f"the {name} does not decode: {error}") from error

@@ -4,11 +4,11 @@ Promises that a store written by any earlier version can be brought to the newes
 data and hashing; the code that runs it is peer/store.py.
 
 Every row that money depends on is checked. A key-value row carries the hash of its table, key and value,
-and the `tail` in `meta` their count and their sum mod 2**256, so a lost row is noticed as well as a changed
-one. Journal entries carry the digest of their whole content, and the tail their count and hash chain. The
-tail changes in the transaction that changes the rows, so any mixture of two states of the file fails its
-check. This guards against torn writes and rotten disks; a sum of hashes is no defence against someone who
-edits the file on purpose.
+and the `tail` in `meta` their count and their sum mod 2**256 (`tables` the same for each table), so a lost row is
+noticed as well as a changed one. Journal entries carry the digest of their whole content, and the tail their
+count and hash chain. All of them change in the transaction that changes the rows, so any mixture of two states of the
+file fails its check. This guards against torn writes and rotten disks; a sum of hashes is no defence against someone
+who edits the file on purpose.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Final
 
 import msgspec
 
-from protocol.codec import Digest, Uint, blake, encode
+from protocol.codec import Digest, PeerKey, Uint, blake, encode
 from protocol.errors import CorruptStore, IchibaError
 
 __all__ = [
@@ -26,13 +26,17 @@ __all__ = [
     "EMPTY_TAIL",
     "LOCK_NAME",
     "MIGRATIONS",
+    "TABLES_VERSION",
     "AlreadyRunning",
     "DiskFull",
+    "Snapshot",
     "StoreBusy",
     "StoreFailed",
     "StoreTooNew",
+    "Tables",
     "Tail",
     "WrongStore",
+    "added",
     "corrupt",
     "event_digest",
     "kv_digest",
@@ -42,6 +46,7 @@ __all__ = [
 
 DATABASE_NAME: Final = "ichiba.db"
 LOCK_NAME: Final = "ichiba.lock"
+TABLES_VERSION: Final = 2  # the first whose `meta` has the row `tables`
 
 # One tuple of statements for each schema version, never edited once released: append the next version.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -89,6 +94,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         ) STRICT""",
         "CREATE INDEX events_by_job ON events (job, seq)",
     ),
+    (),  # version 2: `meta` has the rows `tables` and, in time, `snapshot`
 )
 
 
@@ -149,6 +155,10 @@ def corrupt(directory: Path, what: str) -> CorruptStore:
     )
 
 
+Tables = dict[str, tuple[int, bytes]]
+"""Of each key-value table that has rows: their number, and the sum of their hashes mod 2**256, 32 bytes."""
+
+
 class Tail(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """The state of all checked rows: journal length and chain, number of key-value rows and sum of their
     hashes."""
@@ -166,6 +176,28 @@ class Tail(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
 
 
 EMPTY_TAIL: Final = Tail(0, bytes(32), 0, bytes(32))
+
+
+class Snapshot(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The ledger after the first `entries` entries of the journal, so that a start need not fold them again.
+
+    balances: (owner, bucket, micro-credits). flows: (owner, the figures of market.ledger.Flow in their order).
+    """
+
+    entries: Uint
+    chain: Digest
+    balances: tuple[tuple[PeerKey, str, int], ...]
+    flows: tuple[tuple[PeerKey, tuple[int, ...]], ...]
+
+
+def added(tables: Tables, table: str, *, rows: int, delta: int) -> None:
+    """Count `rows` more rows of `table`, whose hashes change the sum by `delta` (an integer, may be negative)."""
+    held, total = tables.get(table, (0, bytes(32)))
+    total_after = (int.from_bytes(total, "little") + delta) % 2**256
+    if held + rows:
+        tables[table] = (held + rows, total_after.to_bytes(32, "little"))
+    else:
+        tables.pop(table, None)
 
 
 def next_chain(chain: bytes, digest: bytes) -> bytes:

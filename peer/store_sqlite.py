@@ -38,8 +38,10 @@ __all__ = [
     "meta_row",
     "migrate",
     "read_meta",
+    "read_only",
     "refuse_damage",
     "refuse_strange_file",
+    "refuse_strange_schema",
     "synchronise",
     "translated",
 ]
@@ -124,12 +126,25 @@ def connect(path: Path) -> sqlite3.Connection:
             "trusted_schema = OFF",  # the file may have been brought by somebody
             "cell_size_check = ON",
             f"journal_size_limit = {params.STORE_WAL_BYTES_MAX}",
+            f"wal_autocheckpoint = {params.STORE_CHECKPOINT_PAGES}",
+            f"cache_size = -{params.STORE_CACHE_KIB}",
         ):
             connection.execute(f"PRAGMA {pragma}")
     except sqlite3.Error:
         connection.close()
         raise
     return connection
+
+
+@contextmanager
+def read_only(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection to the existing database `path` that sees one state of it and can write nothing. Raises
+    sqlite3.Error."""
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None)) as connection:
+        for pragma in ("trusted_schema = OFF", "cell_size_check = ON", f"busy_timeout = {params.STORE_BUSY_MS}"):
+            connection.execute(f"PRAGMA {pragma}")
+        connection.execute("BEGIN")
+        yield connection
 
 
 def synchronise(path: Path) -> None:
@@ -163,6 +178,7 @@ def create(path: Path, migrations: Migrations, network: bytes, peer: bytes, prob
             "network": network,
             "peer": peer,
             "tail": encode(EMPTY_TAIL),
+            "tables": encode({}),
         }.items():
             connection.execute(*meta_row(name, value))
         connection.execute("COMMIT")
@@ -223,9 +239,11 @@ def check_meta(meta: dict[str, bytes], directory: Path, *, newest: int, network:
     return version
 
 
-def migrate(connection: sqlite3.Connection, path: Path, version: int, migrations: Migrations) -> None:
+def migrate(
+    connection: sqlite3.Connection, path: Path, version: int, migrations: Migrations, news: dict[str, bytes]
+) -> None:
     """Bring the store from `version` to the newest, each version in a transaction, after a backup beside
-    it."""
+    it. news: rows of `meta` that an older version lacks."""
     if version < len(migrations):
         copy_database(connection, path.with_name(f"{path.name}.v{version}"))
     for index in range(version, len(migrations)):
@@ -233,7 +251,8 @@ def migrate(connection: sqlite3.Connection, path: Path, version: int, migrations
         try:
             for statement in migrations[index]:
                 connection.execute(statement)
-            connection.execute(*meta_row("schema_version", b"%d" % (index + 1)))
+            for name, value in {**news, "schema_version": b"%d" % (index + 1)}.items():
+                connection.execute(*meta_row(name, value))
             connection.execute("COMMIT")
         finally:
             if connection.in_transaction:
@@ -246,14 +265,17 @@ def schema_of(connection: sqlite3.Connection) -> set[tuple[str, ...]]:
     return set(connection.execute(sql))
 
 
-def refuse_damage(connection: sqlite3.Connection, directory: Path, migrations: Migrations) -> None:
-    """Raise CorruptStore for a broken page, index, type, constraint, foreign key, or another schema than
-    ours."""
+def refuse_strange_schema(connection: sqlite3.Connection, directory: Path, migrations: Migrations) -> None:
+    """Raise CorruptStore for another schema than ours."""
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as fresh:
         for statement in (statement for version in migrations for statement in version):
             fresh.execute(statement)
         if (differing := schema_of(connection) ^ schema_of(fresh)) != set():
             raise corrupt(directory, f"its tables differ from ours in {sorted({row[1] for row in differing})}")
+
+
+def refuse_damage(connection: sqlite3.Connection, directory: Path) -> None:
+    """Raise CorruptStore for a broken page, index, type, constraint or foreign key. Reads the whole file."""
     found = [str(row[0]) for row in connection.execute("PRAGMA integrity_check(3)")]
     if found != ["ok"]:
         raise corrupt(directory, "; ".join(found)[:300])

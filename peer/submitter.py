@@ -6,12 +6,12 @@ matters is repeated by `tick` until the deal moves on, and every handler does no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
 
 from market.matching import Choice
+from peer.beacon import Beacons
 from peer.checking import CheckDesk
 from peer.deals import (
     Deal,
@@ -20,14 +20,15 @@ from peer.deals import (
     agreement_of,
     check_receipt,
     checkpoint_program,
+    cosign,
     make_proof,
     move,
-    proof_root,
     receipt_key,
     save,
     task_of,
 )
 from peer.desk import Desk
+from peer.drawing import Drawing
 from peer.events import Fetch, Fetched, Release
 from peer.jobs import JobDesk
 from peer.messages import (
@@ -35,28 +36,25 @@ from peer.messages import (
     Cancel,
     Decline,
     Opened,
-    ProofOffer,
     Propose,
     ReceiptBack,
     ReceiptOffer,
-    RevealOffer,
 )
+from peer.profiles import open_answer
+from peer.receipt_rows import ReceiptRows, Rows
 from peer.settler import Settler
 from protocol import params
 from protocol.errors import NotFound, VerificationFailed
 from protocol.lifecycle import TERMINAL, Event, State
+from protocol.profile_task import ProfileSpec
 from protocol.records import (
     Agreement,
     Bid,
     Offer,
-    Proof,
     Receipt,
-    Reveal,
-    Voucher,
-    add_signature,
     open_record,
 )
-from protocol.sampling import check_reveal, commitment
+from protocol.sampling import commitment
 
 __all__ = ["Submitter"]
 
@@ -69,10 +67,15 @@ class Submitter:
     settler: Settler
     checks: CheckDesk
     jobs: JobDesk
+    beacons: Beacons
     deals: dict[bytes, Deal] = field(default_factory=dict)
-    receipts: dict[bytes, list[bytes]] = field(default_factory=dict)  # deal -> co-signed envelopes
+    receipts: ReceiptRows = field(init=False)  # deal -> co-signed envelopes
     proposals: dict[bytes, int] = field(default_factory=dict)  # deal -> resend at
     waiting: dict[bytes, tuple[bytes, ReceiptOffer, bytes]] = field(default_factory=dict)  # deal -> awaited blob
+
+    def __post_init__(self) -> None:
+        self.receipts = ReceiptRows("receipts", lambda deal: self.deals[deal].receipts)
+        self.drawing = Drawing(self.desk, self.checks, self.beacons, self.deals, self.receipts)
 
     # --- a person's wishes ---------------------------------------------------------------------------------
     def cancel(self, job_id: bytes) -> Job:
@@ -83,6 +86,8 @@ class Submitter:
         if not job.open:
             return job
         job.cancelled = True
+        for child in self.jobs.children(job):
+            self.cancel(child.id)
         deal = self.deals.get(job.deal)
         if deal is None or deal.lifecycle == State.PROPOSED:
             if deal is not None:
@@ -111,7 +116,9 @@ class Submitter:
             base_blob=job.base_blob,
             seed=seed,
             created_ns=now,
+            profiles=list(job.profiles),
             job=job.id,
+            base_root=job.base_root,
             last_root=job.base_root,
             last_blob=job.base_blob,
             news_ns=now,
@@ -122,12 +129,13 @@ class Submitter:
         job.deals.append(deal.id)
         save(self.desk, deal)
         self.jobs.save(job)
+        self.jobs.matches.proposed(deal.id, agreement.offer, envelope)
         self._send_proposal(deal)
         self.desk.emit("matched", job.id, deal=deal.id, solver=bid.solver, unit_price=bid.unit_price)
 
     def _send_proposal(self, deal: Deal) -> None:
         self.proposals[deal.id] = self.desk.now_ns + params.RESEND_NS
-        self.desk.send(self.solver_of(deal), Propose(deal.agreement, deal.task, deal.base_blob))
+        self.desk.send(self.solver_of(deal), Propose(deal.agreement, deal.task, deal.base_blob, tuple(deal.profiles)))
 
     def _decline(self, deal: Deal, code: str, why: str) -> None:
         move(self.desk, deal, Event.REFUSED)
@@ -172,6 +180,7 @@ class Submitter:
         self.desk.emit("refused", deal.job, solver=peer, code=message.code, why=message.why)
         job = self.jobs.jobs[deal.job]
         if deal.lifecycle == State.PROPOSED:
+            deal.note = message.why[:300]
             move(self.desk, deal, Event.REFUSED)
             self.proposals.pop(deal.id, None)
             self._rest(job, peer)
@@ -192,14 +201,19 @@ class Submitter:
             self._send_back(deal, record.sequence)
             return
         if deal.lifecycle != State.RUNNING or deal.ended_early:
-            self._send_proof(deal)
+            self.drawing.send_proof(deal)
             return
         if record.sequence > deal.receipts:
             return
         if deal.id in self.waiting and self.waiting[deal.id][2] == receipt_id:
             return
         check_receipt(deal, record, self.desk.network.id, self.desk.now_ns)
-        deal.news_ns = self.desk.now_ns
+        deal.news_ns, task = self.desk.now_ns, task_of(deal.task)
+        if isinstance(task, ProfileSpec):
+            open_answer(message.profile, record, task, verifier=peer, network=self.desk.network.id)
+            deal.profiles = [message.profile]
+            self._pay_receipt(deal, message.receipt)
+            return
         self.waiting[deal.id] = (record.checkpoint, message, receipt_id)
         job = self.jobs.jobs[deal.job]
         self.desk.add(
@@ -209,7 +223,7 @@ class Submitter:
                 (peer,),
                 job.checkpoint_bytes,
                 state_root=record.out_root,
-                program=checkpoint_program(task_of(deal.task)),
+                program=checkpoint_program(task),
             )
         )
 
@@ -233,26 +247,17 @@ class Submitter:
         record, receipt_id, _ = open_record(envelope, network=self.desk.network.id)
         assert isinstance(record, Receipt)
         agreement = agreement_of(deal, self.desk.network.id)
-        both = add_signature(envelope, self.desk.key, network=self.desk.network.id)
         deal.cumulative_micro += record.amount_micro
         deal.cumulative_operations += record.operations
         assert deal.cumulative_micro <= agreement.channel_micro
-        voucher = Voucher(
-            network=self.desk.network.id,
-            agreement=deal.id,
-            epoch=0,
-            sequence=record.sequence,
-            cumulative_micro=deal.cumulative_micro,
-            cumulative_operations=deal.cumulative_operations,
-            receipt=receipt_id,
-            submitter=self.desk.me,
-        )
-        deal.voucher = self.desk.seal(voucher)
+        both, deal.voucher = cosign(
+            envelope, record, receipt_id, self.desk.key,
+            cumulative_micro=deal.cumulative_micro, operations=deal.cumulative_operations,
+        )  # fmt: skip
+        self.receipts.add(self.desk, deal.id, both)
         deal.receipts += 1
         deal.last_receipt, deal.last_root, deal.last_blob = receipt_id, record.out_root, record.checkpoint
         deal.news_ns = self.desk.now_ns
-        self.receipts[deal.id].append(both)
-        self.desk.save("receipts", receipt_key(deal.id, record.sequence), both)
         self.desk.save("vouchers", receipt_key(deal.id, record.sequence), deal.voucher)
         save(self.desk, deal)
         self._send_back(deal, record.sequence, voucher=deal.voucher)
@@ -270,71 +275,6 @@ class Submitter:
         # The newest voucher pays for every earlier receipt too: cumulative.
         receipt = self.receipts[deal.id][sequence]
         self.desk.send(self.solver_of(deal), ReceiptBack(receipt, voucher or deal.voucher))
-
-    def on_proof(self, peer: bytes, message: ProofOffer) -> None:
-        """The solver's commitment to all checkpoints: check it against the receipts and reveal our seed."""
-        record, proof_id, _ = open_record(message.proof, network=self.desk.network.id)
-        if not isinstance(record, Proof) or record.author != peer:
-            raise VerificationFailed("a proof comes from its solver")
-        deal = self.deals.get(record.agreement)
-        if deal is None or peer != self.solver_of(deal):
-            raise VerificationFailed("proof of an agreement this peer does not have")
-        if deal.proof:
-            if deal.proof_id != proof_id and not deal.ended_early:
-                self.desk.penalise(peer, "a second proof for one agreement")
-            elif deal.own_reveal:
-                self.desk.send(peer, RevealOffer(deal.own_reveal))
-            return
-        agreement = agreement_of(deal, self.desk.network.id)
-        if deal.lifecycle != State.RUNNING or deal.receipts != agreement.last_segment - agreement.first_segment:
-            return
-        if (record.root, record.receipts, record.last_receipt) != (
-            proof_root(self.receipts[deal.id], self.desk.network.id),
-            deal.receipts,
-            deal.last_receipt,
-        ):
-            raise VerificationFailed("the proof is not over the roots of its receipts")
-        self._prove(deal, message.proof, proof_id, Event.PROOF_COMMITTED)
-
-    def _prove(self, deal: Deal, proof: bytes, proof_id: bytes, event: Event) -> None:
-        deal.proof, deal.proof_id, deal.news_ns = proof, proof_id, self.desk.now_ns
-        reveal = Reveal(
-            network=self.desk.network.id,
-            agreement=deal.id,
-            proof=proof_id,
-            author=self.desk.me,
-            seed=deal.seed,
-        )
-        deal.own_reveal = self.desk.seal(reveal)
-        move(self.desk, deal, event)
-        self._send_proof(deal)
-        self.desk.emit("proof", deal.job, deal=deal.id, proof=proof_id, receipts=deal.receipts)
-
-    def _send_proof(self, deal: Deal) -> None:
-        """What the solver needs to reveal its seed: our proof where it gave none, and our own seed."""
-        if deal.own_reveal and deal.ended_early:
-            self.desk.send(self.solver_of(deal), ProofOffer(deal.proof))
-        if deal.own_reveal:
-            self.desk.send(self.solver_of(deal), RevealOffer(deal.own_reveal))
-
-    def on_reveal(self, peer: bytes, message: RevealOffer) -> None:
-        """The solver's seed: now the segments and the checkers are drawn."""
-        record, _, _ = open_record(message.reveal, network=self.desk.network.id)
-        if not isinstance(record, Reveal) or record.author != peer:
-            raise VerificationFailed("a reveal comes from its author")
-        deal = self.deals.get(record.agreement)
-        if deal is None or peer != self.solver_of(deal) or record.proof != deal.proof_id:
-            return
-        agreement = agreement_of(deal, self.desk.network.id)
-        check_reveal(record.seed, agreement.solver_commitment, agreement_salt=peer)
-        if deal.lifecycle == State.PROVED:
-            deal.other_reveal, deal.other_seed = message.reveal, record.seed
-            self._draw(deal)
-
-    def _draw(self, deal: Deal) -> None:
-        move(self.desk, deal, Event.SEEDS_KNOWN)
-        self.checks.begin(deal, agreement_of(deal, self.desk.network.id), self.receipts[deal.id])
-        save(self.desk, deal)
 
     def _rest(self, job: Job, solver: bytes) -> None:
         """Try others first: this solver may have the job again later, when it may be well again."""
@@ -356,7 +296,7 @@ class Submitter:
             self._continue_job(deal)  # nothing was done, so nothing has to be checked before going on
             return
         envelope, proof_id = make_proof(self.desk, deal, self.receipts[deal.id])
-        self._prove(deal, envelope, proof_id, Event.SOLVER_LOST)
+        self.drawing.prove(deal, envelope, proof_id, Event.SOLVER_LOST)
 
     def checked_right(self, deal: Deal) -> None:
         """CheckDesk: the work of an ended deal is verified, so the job can go on from its last checkpoint."""
@@ -380,7 +320,7 @@ class Submitter:
         job = self.jobs.jobs[deal.job]
         channel = self.settler.channels[agreement_id]
         if how == "slashed":
-            move(self.desk, deal, Event.FOUND_WRONG)
+            move(self.desk, deal, Event.RULED_WRONG if self.desk.network.notaries else Event.FOUND_WRONG)
             job.slashed_micro += channel.agreement.lock_micro
             job.culprits.append(channel.agreement.solver)
             job.retried += 1
@@ -403,13 +343,32 @@ class Submitter:
                 paid_micro=channel.paid_micro,
                 fees=[{"peer": peer, "micro": micro} for peer, micro in channel.fees],
             )
-        if how == "claimed" and deal.lifecycle in (State.RUNNING, State.PROVED, State.CHECKING):
+        if how == "claimed" and deal.lifecycle in (State.RUNNING, State.PROVED, State.CHECKING, State.DISPUTED):
             self._claimed_unchecked(deal, job)
             return
         move(self.desk, deal, Event.COSIGNED if how == "settled" else Event.WINDOW_CLOSED)
         self.desk.add(Release(deal.id, keep=deal.last_blob))  # the last checkpoint is the job's result, or its base
         if job.deal == deal.id:
             self._continue_job(deal)
+
+    def overtaken(self, agreement_id: bytes, how: str) -> None:
+        """The store is an old one, restored: a channel was closed after it was saved. The log is the truth: whatever is
+        known here of the deal, it ended as the channel did. What this peer settled it had found right, so the job goes
+        on from the receipts that are left of it; the later ones, and their checkpoints, are lost."""
+        deal = self.deals.get(agreement_id)
+        if deal is None or deal.lifecycle in TERMINAL:
+            return
+        job, channel = self.jobs.jobs[deal.job], self.settler.channels[agreement_id]
+        deal.state = {"settled": State.SETTLED, "slashed": State.SLASHED, "claimed": State.CLAIMED}[how]
+        deal.paid_out, deal.entered_ns, deal.note = True, self.desk.now_ns, "the rest was lost with a newer store"
+        save(self.desk, deal)
+        job.spent_micro += channel.paid_micro + sum(micro for _, micro in channel.fees)
+        self.desk.emit(how, job.id, deal=deal.id, solver=channel.agreement.solver, paid_micro=channel.paid_micro)
+        if how == "settled":
+            self._continue_job(deal)
+        elif job.deal == deal.id and job.open:
+            self.jobs.reoffer(job, deal.note)
+        self.jobs.save(job)
 
     def _claimed_unchecked(self, deal: Deal, job: Job) -> None:
         """The solver closed the channel alone before its work was checked: it is paid, and the checks go on, so
@@ -438,8 +397,11 @@ class Submitter:
         job, task = self.jobs.jobs[deal.job], task_of(deal.task)
         if job.deal != deal.id or not job.open:
             return
-        job.segment = agreement_of(deal, self.desk.network.id).first_segment + deal.receipts
-        if deal.receipts:
+        useful = deal.receipts if deal.useful < 0 else deal.useful
+        job.segment = agreement_of(deal, self.desk.network.id).first_segment + useful
+        if deal.correction == "given-up":
+            self._rest(job, self.solver_of(deal))
+        if useful:
             job.fruitless = -1  # the re-offer below counts itself
         job.base_root, job.base_blob = deal.last_root, deal.last_blob
         if job.segment >= task.segments:
@@ -472,28 +434,23 @@ class Submitter:
                 elif gone and now - max(deal.news_ns, self.desk.left_ns(agreement.solver)) > grace_ns:
                     self._solver_lost(deal, "the connection to the solver is gone")
             case State.PROVED:
-                if now - deal.entered_ns > rules.reveal_ms * 10**6 or (gone and deal.ended_early):
-                    self.desk.emit("forfeit", deal.job, deal=deal.id, why="the solver did not reveal its seed")
-                    self._draw(deal)
-                elif now >= self.proposals.get(deal.id, 0):
-                    self.proposals[deal.id] = now + params.RESEND_NS
-                    self._send_proof(deal)
+                self.drawing.tick(deal)
             case State.CHECKING | State.SETTLING:
                 self.checks.tick(deal, agreement, self.receipts[deal.id])
             case _:
                 pass
 
     # --- rows ----------------------------------------------------------------------------------------------
-    def restore(self, rows: Callable[[str], Iterable[tuple[bytes, bytes]]]) -> None:
+    def restore(self, rows: Rows) -> None:
         """Rebuild the deals from the store."""
+        self.receipts.restore(rows)
         for key, value in rows("deals"):
             deal = msgspec.msgpack.decode(value, type=Deal)
             if deal.side == "submitter":
                 deal.news_ns = max(deal.news_ns, self.desk.now_ns)  # we were away, not the solver
-                self.deals[key], self.receipts[key] = deal, []
-        for key, value in sorted(rows("receipts")):
-            if key[:32] in self.deals:
-                self.receipts[key[:32]].append(value)
+                self.deals[key] = deal
+                if deal.lifecycle not in TERMINAL:
+                    self.receipts.load(key)
 
     def solver_of(self, deal: Deal) -> bytes:
         """The solver's key."""

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from protocol.errors import IchibaError
+from protocol.profile import Gauge, Kernels
 
-__all__ = ["SegmentDone", "WorkDone", "WorkFailed", "WorkOrder", "WorkSuspended"]
+__all__ = ["Answer", "FalseEnd", "SegmentDone", "WorkDone", "WorkFailed", "WorkOrder", "WorkSuspended"]
 
 
 class WorkFailed(IchibaError):
@@ -33,7 +34,13 @@ class WorkOrder:
 
     task: canonical TaskSpec. program, arrays (by the names of the task), base: regular files, read-only inside.
     Segments first_segment to last_segment (exclusive) when want is "train". memory_bytes caps what the worker
-    allocates beside its inputs. wall_seconds counts from the hand-over to a warm worker.
+    allocates beside its inputs. wall_seconds counts from the hand-over to a warm worker. question: of a dispute about
+    first_segment, when want is "answer"; claimed: the checkpoint of an end that is to be defended then, and of one that
+    is to be compared with the segment's when want is "train". ordered: a segment to make a false end of beside the true
+    one, and the fraud it is to look like. gauges: parts of the state that a tolerant task's segments end with as they
+    began. kernels: how a fresh worker computes, for a profile; None for one of the pool, which computes as this machine
+    does best. followed, dissent: to answer as one who follows a solver's own run (worker/tracing.py): its files about a
+    step, and where to differ from it.
     """
 
     work_id: str
@@ -48,7 +55,23 @@ class WorkOrder:
     wall_seconds: float
     checkpoint_bytes_max: int
     cheat: str | None = None
-    want: Literal["train", "initial-root"] = "train"
+    want: Literal["train", "initial-root", "initial-state", "answer"] = "train"
+    question: bytes = b""
+    claimed: Path | None = None
+    ordered: tuple[int, str] | None = None
+    gauges: tuple[Gauge, ...] = ()
+    kernels: Kernels | None = None
+    followed: tuple[Path, ...] = ()
+    dissent: bytes = b""
+
+
+@dataclass(frozen=True)
+class FalseEnd:
+    """A wrong end of a segment, ordered beside the true one: a file in the scratch folder, now the caller's."""
+
+    root: bytes
+    checkpoint: Path
+    checkpoint_bytes: int
 
 
 @dataclass(frozen=True)
@@ -57,7 +80,8 @@ class SegmentDone:
 
     losses: of each step (the last SANDBOX_LOSSES_KEPT_MAX), None where it is no finite number. checkpoint: a file in
     the scratch folder, now the caller's; its bytes are unchecked. diverged_step: where the state stopped being
-    finite, which ends the task.
+    finite, which ends the task. false_end: the wrong end that was ordered. distance:
+    of the claimed end from this one, in ppb of the update: L1 and L2.
     """
 
     segment: int
@@ -70,6 +94,8 @@ class SegmentDone:
     checkpoint: Path
     checkpoint_bytes: int
     diverged_step: int | None
+    false_end: FalseEnd | None = None
+    distance: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +115,19 @@ class WorkSuspended:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What a worker answered in a dispute, or the initial state alone; its bytes are unchecked. state: a file in the
+    scratch folder, now the caller's."""
+
+    body: bytes
+    opening: bytes
+    state: Path | None
+
+
+@dataclass(frozen=True)
 class WorkDone:
-    """A job that ended as it should, or was suspended. root is set for want="initial-root" only."""
+    """A job that ended as it should, or was suspended. root is set for want="initial-root", answer for "answer", both
+    for "initial-state"."""
 
     work_id: str
     segments: int
@@ -99,3 +136,4 @@ class WorkDone:
     memory_peak_bytes: int
     log_tail: str
     suspended: WorkSuspended | None
+    answer: Answer | None = None

@@ -11,7 +11,7 @@ import re
 import signal
 import stat
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -20,19 +20,25 @@ from typing import Final, TypeVar
 
 import trio
 
-from peer.work_order import SegmentDone, WorkDone, WorkFailed, WorkOrder, WorkSuspended
+from peer import work_order
+from peer.work_order import Answer, SegmentDone, WorkDone, WorkFailed, WorkOrder, WorkSuspended
 from protocol import params
 from protocol.codec import decode
 from protocol.errors import LocalProtocolError, RemoteProtocolError, harmless
+from protocol.profile import Kernels
 from protocol.task import TaskSpec
 from worker.cage import Cage, CageFailed
 from worker.cgroups import sweep
 from worker.frames import (
+    Answered,
     BadReply,
     CheckpointBytes,
     Conversation,
     Failed,
+    FalseEnd,
     Frames,
+    Handed,
+    Ordered,
     Partial,
     Ready,
     Reply,
@@ -78,7 +84,10 @@ class _Progress:
     segments: int = 0
     root: bytes | None = None
     suspended: WorkSuspended | None = None
-    _header: Segment | Suspended | None = None
+    answer: Answer | None = None
+    _opening: bytearray = field(default_factory=bytearray)
+    _header: Segment | FalseEnd | Suspended | Answered | Handed | None = None
+    _false: work_order.FalseEnd | None = None
     _losses: tuple[float | None, ...] = ()
     _file: FileIO | None = None
 
@@ -86,9 +95,16 @@ class _Progress:
         """Act on one checked event. Raises WorkFailed for what the worker itself gave up on, or a full disk."""
         if isinstance(event, Step):
             self.on_step(event.step, event.loss)
-        elif isinstance(event, Segment | Suspended):
+        elif isinstance(event, Segment | FalseEnd | Suspended):
             self._header, self._losses = event, tuple(conversation.losses)
             self._file = FileIO(self._part, "xb")
+        elif isinstance(event, Answered):
+            self._header, self.answer = event, Answer(event.body, b"", None)
+        elif isinstance(event, Handed):
+            self._header, self._file = event, FileIO(self._part, "xb")
+        elif isinstance(event, CheckpointBytes) and isinstance(self._header, Answered):
+            self._opening += event.part  # at most params.OPENING_BYTES_MAX, by its frame
+            self.answer = Answer(self._header.body, bytes(self._opening), None)
         elif isinstance(event, CheckpointBytes):
             await self._write(event)
         elif isinstance(event, Root):
@@ -103,7 +119,7 @@ class _Progress:
     async def _write(self, event: CheckpointBytes) -> None:
         file, header = self._file, self._header
         assert file is not None, "checkpoint bytes come after their header"
-        assert header is not None, "checkpoint bytes come after their header"
+        assert header is not None and not isinstance(header, Answered), "an opening goes to memory"
         left = memoryview(event.part)
         while left:
             left = left[await trio.to_thread.run_sync(file.write, left) :]
@@ -111,13 +127,23 @@ class _Progress:
             return
         file.close()
         self._file = None
-        path = self.folder / f"{self.order.work_id}-{header.segment}.safetensors"
+        segment = self.order.first_segment if isinstance(header, Handed) else header.segment
+        false = "-false" if isinstance(header, FalseEnd) else ""
+        path = self.folder / f"{self.order.work_id}-{segment}{false}.safetensors"
         os.replace(self._part, path)
+        if isinstance(header, FalseEnd):
+            self._false = work_order.FalseEnd(header.out_root, path, header.checkpoint_bytes)
+            return
+        if isinstance(header, Handed):
+            answer = self.answer or Answer(b"", b"", None)  # the initial state comes without one
+            self.answer = Answer(answer.body, answer.opening, path)
+            return
         if isinstance(header, Suspended):
             where = (header.segment, header.step, header.in_root, self._losses)
             self.suspended = WorkSuspended(*where, path, header.checkpoint_bytes)
             return
         self.segments += 1
+        false_end, self._false = self._false, None
         await self.on_segment(
             SegmentDone(
                 segment=header.segment,
@@ -130,6 +156,8 @@ class _Progress:
                 checkpoint=path,
                 checkpoint_bytes=header.checkpoint_bytes,
                 diverged_step=header.diverged_step,
+                false_end=false_end,
+                distance=header.distance,
             )
         )
 
@@ -138,8 +166,8 @@ class _Progress:
         if self._file is not None:
             self._file.close()
             self._file = None
-        with suppress(FileNotFoundError):
-            self._part.unlink()
+        for path in (self._part, *([self._false.checkpoint] if self._false else [])):
+            path.unlink(missing_ok=True)
 
 
 class Workshop:
@@ -229,9 +257,12 @@ class Workshop:
                 await cage.kill()
             slot.gone.set()
 
-    async def _start(self) -> Cage:
+    async def _start(self, kernels: Kernels | None = None) -> Cage:
         """A worker that is confined and warm. Raises CageFailed."""
-        cage = await Cage.start(self.report.level)
+        if kernels is None:
+            cage = await Cage.start(self.report.level)
+        else:
+            cage = await Cage.start(self.report.level, threads=kernels.threads, kernels=kernels.environment)
         said: Reply | CheckpointBytes | None = None
         try:
             with trio.move_on_after(params.SANDBOX_START_SECONDS_MAX) as patience:
@@ -292,13 +323,17 @@ class Workshop:
         only once it is dead. Calls `on_step(step, loss)` (None: no finite number) and awaits `on_segment`.
         """
         steps = _check(order)
-        conversation = Conversation(order.want, order.first_segment, steps, order.checkpoint_bytes_max)
+        conversation = Conversation(
+            order.want, order.first_segment, steps, order.checkpoint_bytes_max,
+            ordered=order.ordered[0] if order.ordered else None,
+            compared=order.want == "train" and order.claimed is not None,
+        )  # fmt: skip
         if partial is not None:
             conversation.resume(partial.step, losses)
         with ExitStack() as opened:
             descriptors, input_bytes = _open_inputs(order, opened)
             try:
-                cage = await self._take()
+                cage = await (self._start(order.kernels) if order.kernels is not None else self._take())
             except CageFailed as error:
                 raise WorkFailed("sandbox-failed", error.what, error.why, next_step="run `ichiba doctor`") from None
             progress = _Progress(order, self.scratch_dir, on_step, on_segment)
@@ -336,7 +371,8 @@ class Workshop:
             raise failure
         seconds = trio.current_time() - started
         peak, suspended = cage.memory_peak_bytes, progress.suspended
-        return WorkDone(order.work_id, progress.segments, progress.root, seconds, peak, tail, suspended)
+        root, answer = progress.root, progress.answer
+        return WorkDone(order.work_id, progress.segments, root, seconds, peak, tail, suspended, answer)
 
 
 async def _first_reply(cage: Cage) -> Reply | CheckpointBytes | None:
@@ -377,7 +413,8 @@ def _check(order: WorkOrder) -> list[range]:
     """The steps of each segment asked for. Raises LocalProtocolError for what our own daemon got wrong."""
     if not _WORK_ID.fullmatch(order.work_id):
         raise LocalProtocolError(f"work id {order.work_id[:140]!r} is no plain name")
-    if not 1 <= order.threads <= (os.cpu_count() or 1):
+    most = max(os.cpu_count() or 1, order.kernels.threads if order.kernels else 1)  # a profile's have two anywhere
+    if not 1 <= order.threads <= most:
         raise LocalProtocolError(f"{order.threads} threads, this machine has {os.cpu_count()} cores")
     if order.memory_bytes < params.SANDBOX_MEMORY_BYTES_MIN:
         raise LocalProtocolError(
@@ -385,7 +422,10 @@ def _check(order: WorkOrder) -> list[range]:
         )
     try:
         task = decode(TaskSpec, order.task, bytes_max=params.MESSAGE_BYTES_MAX)
-        if order.want == "initial-root":
+        if order.want in ("initial-root", "initial-state"):
+            return []
+        if order.want == "answer":
+            task.steps_of(order.first_segment)
             return []
         if not order.first_segment < order.last_segment:
             raise LocalProtocolError(f"segments {order.first_segment} to {order.last_segment} are none")
@@ -397,7 +437,8 @@ def _check(order: WorkOrder) -> list[range]:
 def _open_inputs(order: WorkOrder, opened: ExitStack) -> tuple[list[int], int]:
     """Read-only descriptors of the program, the arrays and the base, in this order, and their size in bytes."""
     descriptors, size = [], 0
-    for path in (order.program, *order.arrays.values(), *([order.base] if order.base else [])):
+    states = [path for path in (order.base, order.claimed, *order.followed) if path is not None]
+    for path in (order.program, *order.arrays.values(), *states):
         try:
             number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
@@ -426,6 +467,12 @@ def _request(order: WorkOrder, input_bytes: int, partial: Partial | None) -> Wor
         checkpoint_bytes_max=order.checkpoint_bytes_max,
         cheat=order.cheat,
         partial=partial,
+        question=order.question,
+        has_claimed=order.claimed is not None,
+        ordered=Ordered(*order.ordered) if order.ordered else None,
+        gauges=order.gauges,
+        follows=len(order.followed),
+        dissent=order.dissent,
     )
 
 

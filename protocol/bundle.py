@@ -19,8 +19,11 @@ from protocol import merkle, params, safetensors
 from protocol.bundle_deal import Deal, DealReport, Refused, check_deal, unhex
 from protocol.credits import credits_of
 from protocol.errors import IchibaError
+from protocol.keys import short
+from protocol.money_line import MoneyLine
 from protocol.network import Network, load
 from protocol.script import ASSURANCE, AnyTask, ScriptSpec, read_task, result_from
+from protocol.sealing import masked
 from protocol.task import TaskSpec, task_id
 
 __all__ = [
@@ -92,6 +95,17 @@ class BundleReport:
         """Paid to checkers, over all deals, but for what a slashed stake paid them."""
         return sum(deal.fees_micro for deal in self.deals)
 
+    @property
+    def money(self) -> MoneyLine:
+        """Where the money stands, as the running peer's line says it."""
+        closed = [deal for deal in self.deals if deal.closed in ("settled", "claimed")]
+        return MoneyLine(
+            sum(deal.earned_micro for deal in self.deals),
+            sum(deal.earned_micro for deal in self.deals if deal.verified),
+            sum(deal.paid_micro for deal in closed),
+            sum(deal.paid_micro - deal.pool_micro for deal in closed),
+        )
+
     def proved(self) -> list[str]:
         """What follows from the evidence, in sentences."""
         counted = [deal for deal in self.deals if deal.counted]
@@ -113,17 +127,31 @@ class BundleReport:
                 f"{len(self.segments_checked)} of them, {percent} % of the operations, were drawn after the proof "
                 f"and re-executed by {len(checkers)} staked checker(s), who found them right"
             )
+        lines += [
+            f"deal {deal.number}: that segment {deal.ordered} ended wrong was ordered, by notaries and a secret its "
+            f"solver was bound to, and is no fraud; {_corrected(deal)}"
+            for deal in counted
+            if deal.ordered is not None
+        ]
         closed = [deal for deal in self.deals if deal.closed in ("settled", "claimed")]
+        pool_micro = sum(deal.pool_micro for deal in closed)
+        pool = f", {credits_of(pool_micro)} to the pool" if pool_micro else ""
         if closed:
             lines.append(
-                f"{len(closed)} channel(s) closed: {credits_of(self.paid_micro)} credits to solvers and "
-                f"{credits_of(self.fees_micro)} to checkers, as operations and prices say"
+                f"{len(closed)} channel(s) closed: {credits_of(self.paid_micro - pool_micro)} credits to solvers{pool} "
+                f"and {credits_of(self.fees_micro)} to checkers, as operations and prices say"
             )
+        lines += [f"deal {deal.number}: {said}" for deal in self.deals for said in (*deal.tolerance, *deal.disputes)]
+        lines += [
+            f"deal {deal.number}: checker {short(checker)} signed that it was right, and loses a stake for it"
+            for deal in self.deals
+            for checker in deal.faults
+        ]
         lines += [
             f"deal {deal.number}: its solver's work was found wrong by a quorum and its stake of "
             f"{credits_of(deal.lock_micro)} credits slashed; nothing was built on it"
             for deal in self.deals
-            if deal.closed == "slashed"
+            if deal.closed == "slashed" and not deal.disputes
         ]
         return lines
 
@@ -135,6 +163,13 @@ class BundleReport:
         unchecked = self.segments_done - len(self.segments_checked)
         if unchecked:
             lines.append(f"{unchecked} segment(s) that nobody re-executed: a solver's stake vouches for them")
+        if any(deal.tolerance for deal in self.deals):
+            lines += [
+                "that the profiles and distances are what those who signed them measured: floats leave nothing to "
+                "recompute but by running a segment again",
+                f"that no solver steered {self.segments} segments within the threshold, the most that verdicts by "
+                "distance leave unseen",
+            ]
         undone = sum(len(set(deal.drawn) - set(deal.checked)) for deal in self.deals if deal.counted)
         if undone:
             lines.append(f"{undone} drawn segment(s) that a refuted verdict left unfinished")
@@ -153,11 +188,20 @@ class BundleReport:
                 f"that {credits_of(unchecked_micro)} credits bought right work: it was paid without a check, "
                 "on a solver's own claim, and nothing was built on it"
             )
+        unjudged = sum(deal.unjudged for deal in self.deals if deal.counted)
+        if unjudged:
+            lines.append(f"{unjudged} checker(s) found a segment wrong, and no finding of notaries on that lies here")
         still_open = sum(deal.closed == "open" for deal in self.deals)
         if still_open:
             lines.append(f"{still_open} channel(s) without a closing record: who was paid is not shown")
         lines.append("that the checkers were the first of those drawn: who else was connected leaves no trace")
         return lines
+
+
+def _corrected(deal: DealReport) -> str:
+    if deal.ordered is not None and deal.end_segment > deal.ordered:
+        return "a checker ran the work as it is without that, and the job was built on it"
+    return "the work from there on was done again"
 
 
 def make_bundle(evidence: Mapping[str, Any], *, network: str, state: Mapping[str, bytes]) -> dict[str, Any]:
@@ -225,23 +269,28 @@ def _chain(deals: list[Deal], task: AnyTask, network: Network) -> tuple[list[Dea
     A deal begins where the one before it ended, if that one's work was found right, or else where it began.
     """
     reports: list[DealReport] = []
-    first_root = root = b""
+    salt = task.salt if isinstance(task, TaskSpec) else b""
+    first_root = root = at = b""  # at: the root as an agreement says it, which that of a sealed job masks
     segment = 0
     for number, deal in enumerate(deals):
         report = check_deal(deal, number=number, task=task, task_id=task_id(task), network=network)
+        done_nothing = report.end_segment == report.first_segment
+        started = report.base_root if salt and done_nothing else masked(salt, report.base_root)
         if not reports:
-            first_root = root = report.base_root
+            first_root, at = report.base_root, started
+        elif first_root == at == started:
+            first_root = report.base_root  # the deals before it did nothing
         _check_pairs(reports, report)
-        ends = [(segment, root)]
+        ends = [(segment, at)]
         if reports and reports[-1].verified:
-            ends.append((reports[-1].end_segment, reports[-1].end_root))
-        if (report.first_segment, report.base_root) not in ends:
+            ends.append((reports[-1].end_segment, masked(salt, reports[-1].end_root)))
+        if (report.first_segment, started) not in ends:
             raise Refused(
                 "deal-chain",
                 f"deal {number} starts at segment {report.first_segment} from root {report.base_root.hex()[:12]}, "
                 f"the work before it ends at segment {ends[-1][0]} with root {ends[-1][1].hex()[:12]}",
             )
-        segment, root = report.first_segment, report.base_root
+        segment, root, at = report.first_segment, report.base_root, started
         reports.append(report)
     for earlier, later in pairwise(reports):
         earlier.counted = earlier.verified and later.first_segment == earlier.end_segment
@@ -250,7 +299,12 @@ def _chain(deals: list[Deal], task: AnyTask, network: Network) -> tuple[list[Dea
         segment, root = reports[-1].end_segment, reports[-1].end_root
     if reports and isinstance(task, ScriptSpec) and first_root != task_id(task):
         raise Refused("base-root", "a script's deal does not start from the script")
-    if reports and isinstance(task, TaskSpec) and task.initial.kind == "state" and first_root != task.initial.root:
+    if (
+        reports
+        and isinstance(task, TaskSpec)
+        and task.initial.kind == "state"
+        and (first_root not in (task.initial.root, masked(salt, task.initial.root)))
+    ):
         raise Refused("base-root", "the first deal does not start from the state the task names")
     return reports, (first_root, root, segment)
 

@@ -7,13 +7,14 @@ is the network id. `decode` refuses bytes that do not re-encode to themselves, s
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from protocol.errors import LimitExceeded, MalformedRecord
 
-__all__ = ["Digest", "PeerKey", "Signature", "Uint", "blake", "decode", "encode"]
+__all__ = ["Digest", "PeerKey", "Signature", "Uint", "blake", "decode", "encode", "ids_digest"]
 
 Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 PeerKey = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
@@ -62,3 +63,11 @@ def decode(kind: type[T], data: bytes, *, bytes_max: int) -> T:
     if _encoder.encode(value) != data:
         raise MalformedRecord("record is not in canonical form", why="its bytes do not re-encode to themselves")
     return value  # type: ignore[no-any-return]
+
+
+def ids_digest(ids: Iterable[bytes]) -> bytes:
+    """An order-free digest of a set of record ids (their XOR), for anti-entropy: equal sets, equal digests."""
+    total = 0
+    for one in ids:
+        total ^= int.from_bytes(one, "little")
+    return total.to_bytes(32, "little")

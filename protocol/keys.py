@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from typing import Final
 
+import nacl.bindings
 import nacl.exceptions
+import nacl.public
 import nacl.signing
 
+from protocol import params
 from protocol.codec import blake
 from protocol.errors import MalformedRecord, VerificationFailed
 
-__all__ = ["SigningKey", "peer_key", "peer_name", "short", "verify"]
+__all__ = ["SigningKey", "peer_key", "peer_name", "short", "verified", "verify"]
 
 KEY_BYTES: Final = 32
 SIGNATURE_BYTES: Final = 64
@@ -33,6 +36,7 @@ class SigningKey:
     def __init__(self, key: nacl.signing.SigningKey) -> None:
         self._key = key
         self.public: bytes = bytes(key.verify_key)
+        self._secret = bytes(key) + self.public  # libsodium's form of a secret key, which its bindings take
 
     @classmethod
     def from_seed(cls, seed: bytes) -> SigningKey:
@@ -43,7 +47,19 @@ class SigningKey:
 
     def sign(self, domain: str, network: bytes, body: bytes) -> bytes:
         """64 bytes: Ed25519 (RFC 8032) over BLAKE2b-256 of domain, network id and body."""
-        return self._key.sign(_message(domain, network, body)).signature
+        message = _message(domain, network, body)
+        signature: bytes = nacl.bindings.crypto_sign(message, self._secret)[:SIGNATURE_BYTES]
+        verified.note(self.public + signature + message)
+        return signature
+
+    def open_box(self, box: bytes) -> bytes:
+        """What a sealed box (protocol.sealing.box_for) to this key holds. Raises VerificationFailed."""
+        try:
+            return nacl.public.SealedBox(self._key.to_curve25519_private_key()).decrypt(box)
+        except (nacl.exceptions.CryptoError, ValueError, TypeError):
+            raise VerificationFailed(
+                f"a box of {len(box)} bytes does not open", why="it is damaged, or was sealed to another peer's key"
+            ) from None
 
     def __repr__(self) -> str:
         return f"SigningKey(public={peer_name(self.public)})"
@@ -60,13 +76,51 @@ def verify(public: bytes, domain: str, network: bytes, body: bytes, signature: b
             f"a key of {len(public)} and a signature of {len(signature)} bytes",
             why=f"Ed25519 keys have {KEY_BYTES} bytes and signatures {SIGNATURE_BYTES}",
         )
+    message = _message(domain, network, body)
+    if verified.knows(public + signature + message):
+        return
     try:
-        nacl.signing.VerifyKey(public).verify(_message(domain, network, body), signature)
+        nacl.bindings.crypto_sign_open(signature + message, public)
     except nacl.exceptions.BadSignatureError:
         raise VerificationFailed(
             f"the {domain} signature of {short(public)} does not verify",
             why="it is forged, or made for another domain, network or body",
         ) from None
+    verified.add(public + signature + message)
+
+
+class Verified:
+    """The signatures last found right, so that none is computed twice: a record is opened at each of its steps, and
+    peer/verifying.py computes ahead of the node, in threads.
+
+    A check has no state, so remembering it changes no answer. Bounded: the older half is forgotten at once.
+    """
+
+    def __init__(self) -> None:
+        self.computed = 0  # signatures that took an Ed25519 verification, since the process began
+        self.remembered = 0  # those that did not
+        self._new: set[bytes] = set()
+        self._old: set[bytes] = set()
+
+    def knows(self, check: bytes) -> bool:
+        """Whether this very check (key, signature, message: 128 bytes) was found right lately."""
+        found = check in self._new or check in self._old
+        self.remembered += found
+        return found
+
+    def add(self, check: bytes) -> None:
+        """Note a check that was computed and found right. Threads may call it at once."""
+        self.computed += 1
+        self.note(check)
+
+    def note(self, check: bytes) -> None:
+        """Note a check that is right without computing: a signature made here."""
+        if len(self._new) >= params.SIGNATURES_REMEMBERED_MAX // 2:
+            self._old, self._new = self._new, set()
+        self._new.add(check)
+
+
+verified: Final = Verified()
 
 
 def peer_name(public: bytes) -> str:

@@ -28,6 +28,7 @@ class State(IntEnum):
     SLASHED = 9
     CLAIMING = 10
     CLAIMED = 11
+    DISPUTED = 12
 
 
 class Event(Enum):
@@ -44,6 +45,10 @@ class Event(Enum):
     FOUND_WRONG = "a quorum of checkers found one segment wrong"
     COSIGNED = "both parties signed the settlement"
     PARTNER_SILENT = "the other party does not answer; claim alone"
+    CHALLENGED = "a staked checker challenges a segment before the notaries"
+    RULED_WRONG = "a quorum of notaries found the challenged segment wrong"
+    RULED_RIGHT = "a quorum of notaries found the challenged segment right, or its error ordered"
+    LAPSED = "the notaries did not come to a quorum in time"
     WINDOW_CLOSED = "the claim window passed without a better voucher or a wrong verdict"
 
 
@@ -55,6 +60,8 @@ class Row:
     signed: str = ""
     paid: str = ""
 
+
+PAID_WRONG = "channel to submitter; lock to challenger, notaries, burned, submitter"
 
 S, E = State, Event
 TRANSITIONS: dict[tuple[State, Event], Row] = {
@@ -79,6 +86,17 @@ TRANSITIONS: dict[tuple[State, Event], Row] = {
     (S.SETTLING, E.FOUND_WRONG): Row(
         S.SLASHED, "wrong verdicts, by a quorum", "channel to submitter; lock to checkers, burned, submitter"
     ),
+    (S.CHECKING, E.CHALLENGED): Row(S.DISPUTED, "challenge, by the checker"),
+    (S.CHECKING, E.RULED_WRONG): Row(S.SLASHED, "rulings, by a quorum of notaries", PAID_WRONG),
+    (S.DISPUTED, E.RULED_WRONG): Row(S.SLASHED, "rulings, by a quorum of notaries", PAID_WRONG),
+    (S.DISPUTED, E.RULED_RIGHT): Row(
+        S.CHECKING, "rulings, by a quorum of notaries", "challenger's stake to solver, notaries, burned, pool"
+    ),
+    (S.DISPUTED, E.LAPSED): Row(S.CHECKING),
+    (S.DISPUTED, E.COSIGNED): Row(S.SETTLED, "settlement, by both", "solver, checkers, rest to submitter"),
+    (S.DISPUTED, E.WINDOW_CLOSED): Row(S.CLAIMED, "claim, by the other party", "solver by the best voucher"),
+    (S.SETTLING, E.RULED_WRONG): Row(S.SLASHED, "rulings, by a quorum of notaries", PAID_WRONG),
+    (S.CLAIMING, E.RULED_WRONG): Row(S.SLASHED, "rulings, by a quorum of notaries", PAID_WRONG),
     (S.AGREED, E.WINDOW_CLOSED): Row(S.CLAIMED, "claim, by the other party", "solver by the best voucher"),
     (S.RUNNING, E.WINDOW_CLOSED): Row(S.CLAIMED, "claim, by the other party", "solver by the best voucher"),
     (S.PROVED, E.WINDOW_CLOSED): Row(S.CLAIMED, "claim, by the other party", "solver by the best voucher"),

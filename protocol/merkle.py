@@ -30,21 +30,34 @@ from protocol import params
 from protocol.errors import LocalProtocolError, VerificationFailed
 
 __all__ = [
+    "EMPTY",
     "Leaf",
+    "check_tile",
+    "element_at",
+    "fold",
     "leaf_hash",
+    "levels_over",
     "matrix_shape",
     "merkle_levels",
     "merkle_path",
     "merkle_root",
     "node_hash",
+    "path_in",
     "path_length",
+    "path_root",
+    "path_root_of",
+    "state_leaf",
     "state_root",
     "state_root_of",
+    "state_root_over",
     "tensor_path",
     "tensor_root",
     "tensor_root_of",
     "tile_count",
+    "tile_element",
+    "tile_of",
     "tiles",
+    "tree_height",
     "verify_path",
     "verify_tile",
 ]
@@ -55,7 +68,7 @@ _SIDE: Final = params.TILE_SIDE
 _TILE_BYTES: Final = 4 * _SIDE * _SIDE
 _LEAF: Final = b"ichiba/leaf"
 _NODE: Final = b"ichiba/node"
-_EMPTY: Final = hashlib.blake2b(b"", digest_size=32, person=b"ichiba/empty").digest()
+EMPTY: Final = hashlib.blake2b(b"", digest_size=32, person=b"ichiba/empty").digest()
 _WORDS: Final = {"float32": 1, "int32": 1, "int64": 2, "uint8": 1, "bool": 1}  # words of 4 bytes per element
 _NAN: Final = np.uint32(0x7FC00000)
 
@@ -73,23 +86,42 @@ def node_hash(left: bytes, right: bytes) -> bytes:
 
 def merkle_levels(leaves: Sequence[Leaf]) -> list[list[bytes]]:
     """All hashes of the tree, leaf hashes first, the root alone in the last level. No leaves: no levels."""
-    if not leaves:
+    return levels_over([leaf_hash(leaf) for leaf in leaves])
+
+
+def levels_over(hashes: Sequence[bytes]) -> list[list[bytes]]:
+    """As `merkle_levels`, from the leaf hashes."""
+    if not hashes:
         return []
-    level = [leaf_hash(leaf) for leaf in leaves]
-    levels = [level]
-    while len(level) > 1:
-        above = [node_hash(level[i], level[i + 1]) for i in range(0, len(level) - 1, 2)]
-        if len(level) % 2:
-            above.append(level[-1])
-        levels.append(above)
-        level = above
+    levels = [list(hashes)]
+    while len(levels[-1]) > 1:
+        levels.append(fold(levels[-1], 1))
     return levels
+
+
+def fold(level: Sequence[bytes], levels: int) -> list[bytes]:
+    """The hashes that many levels above `level`, whose first hash has an even place at each level that is folded.
+
+    So sixteen hashes side by side fold to the one they stand under, and the fewer at a level's end to theirs.
+    """
+    found = list(level)
+    for _ in range(levels):
+        above = [node_hash(found[i], found[i + 1]) for i in range(0, len(found) - 1, 2)]
+        if len(found) % 2:
+            above.append(found[-1])
+        found = above
+    return found
+
+
+def tree_height(count: int) -> int:
+    """The levels above the leaf hashes of a tree of `count` leaves: ceil(log2(count))."""
+    return max(0, count - 1).bit_length()
 
 
 def merkle_root(leaves: Sequence[Leaf]) -> bytes:
     """The root over `leaves`, each any bytes (a tile, a checkpoint's root): 32 bytes."""
     levels = merkle_levels(leaves)
-    return levels[-1][0] if levels else _EMPTY
+    return levels[-1][0] if levels else EMPTY
 
 
 def merkle_path(leaves: Sequence[Leaf], index: int) -> list[bytes]:
@@ -99,8 +131,13 @@ def merkle_path(leaves: Sequence[Leaf], index: int) -> list[bytes]:
     """
     if not 0 <= index < len(leaves):
         raise LocalProtocolError(f"leaf {index} of {len(leaves)}")
+    return path_in(merkle_levels(leaves), index)
+
+
+def path_in(levels: Sequence[Sequence[bytes]], index: int) -> list[bytes]:
+    """The path of leaf `index` in a tree that `merkle_levels` made: see `merkle_path`."""
     path = []
-    for level in merkle_levels(leaves)[:-1]:
+    for level in levels[:-1]:
         if (sibling := index ^ 1) < len(level):
             path.append(level[sibling])
         index //= 2
@@ -121,13 +158,26 @@ def verify_path(root: bytes, leaf: Leaf, *, index: int, count: int, path: Sequen
 
     `count` must come from what both sides agreed (a shape, a number of segments), never from the prover.
     """
+    if path_root(leaf, index=index, count=count, path=path) != root:
+        raise VerificationFailed(
+            f"leaf {index} of {count} is not under root {root.hex()[:12]}", why="its path leads to another root"
+        )
+
+
+def path_root(leaf: Leaf, *, index: int, count: int, path: Sequence[bytes]) -> bytes:
+    """The root that `path` leads to from leaf `index` of `count`. Raises VerificationFailed if it is no such path."""
+    return path_root_of(leaf_hash(leaf), index=index, count=count, path=path)
+
+
+def path_root_of(hashed: bytes, *, index: int, count: int, path: Sequence[bytes]) -> bytes:
+    """As `path_root`, from the leaf's hash."""
     if not 0 <= index < count:
         raise VerificationFailed(f"leaf {index} is not one of {count}")
     if len(path) != path_length(index, count):
         raise VerificationFailed(
             f"path of {len(path)} hashes, leaf {index} of {count} needs {path_length(index, count)}"
         )
-    node, position, width, left_over = leaf_hash(leaf), index, count, list(reversed(path))
+    node, position, width, left_over = hashed, index, count, list(reversed(path))
     while width > 1:
         if (position ^ 1) < width:
             sibling = left_over.pop()
@@ -135,10 +185,7 @@ def verify_path(root: bytes, leaf: Leaf, *, index: int, count: int, path: Sequen
                 raise VerificationFailed(f"path holds a hash of {len(sibling)} bytes")
             node = node_hash(sibling, node) if position % 2 else node_hash(node, sibling)
         position, width = position // 2, (width + 1) // 2
-    if node != root:
-        raise VerificationFailed(
-            f"leaf {index} of {count} is not under root {root.hex()[:12]}", why="its path leads to another root"
-        )
+    return node
 
 
 # --- tensors -----------------------------------------------------------------------------------------------
@@ -228,9 +275,15 @@ def verify_tile(
     """
     if tensor_root_of(tree, shape=shape, dtype=dtype) != root:
         raise VerificationFailed(f"tile root {tree.hex()[:12]} is not that of tensor {root.hex()[:12]}")
+    verify_path(tree, data, index=tile, count=tile_count(shape, dtype), path=path)
+    check_tile(data, tile=tile, shape=shape, dtype=dtype)
+
+
+def check_tile(data: bytes, *, tile: int, shape: Sequence[int], dtype: str) -> None:
+    """Raise VerificationFailed unless `data` can be tile number `tile` of such a tensor: its size, its padding zero,
+    each NaN the canonical one, each value one that the dtype has."""
     if len(data) != _TILE_BYTES:
         raise VerificationFailed(f"a tile of {len(data)} bytes, not {_TILE_BYTES}")
-    verify_path(tree, data, index=tile, count=tile_count(shape, dtype), path=path)
     rows, columns = matrix_shape(shape, dtype)
     row, column = (_SIDE * at for at in divmod(tile, -(-columns // _SIDE)))
     words = np.frombuffer(data, dtype="<u4").reshape(_SIDE, _SIDE)
@@ -247,15 +300,43 @@ def verify_tile(
         raise VerificationFailed(f"tile {tile} holds a value that no {dtype} has")
 
 
+def tile_of(element: int, *, shape: Sequence[int], dtype: str) -> tuple[int, int]:
+    """Where row-major element `element` of a tensor lies: the number of its tile, and its first word in that tile."""
+    columns = matrix_shape(shape, dtype)[1]
+    row, column = divmod(element * _WORDS[dtype], columns)
+    tile = row // _SIDE * -(-columns // _SIDE) + column // _SIDE
+    return tile, row % _SIDE * _SIDE + column % _SIDE
+
+
+def element_at(tile: int, word: int, *, shape: Sequence[int], dtype: str) -> int:
+    """The row-major element that word `word` of tile number `tile` belongs to: the inverse of `tile_of`."""
+    columns = matrix_shape(shape, dtype)[1]
+    row, column = (_SIDE * at for at in divmod(tile, -(-columns // _SIDE)))
+    return ((row + word // _SIDE) * columns + column + word % _SIDE) // _WORDS[dtype]
+
+
+def tile_element(data: bytes, word: int, *, dtype: str) -> int:
+    """The element that starts at `word` of a tile, as protocol.reference holds it: bits of a float, else a value."""
+    size = 4 * _WORDS[dtype]
+    return int.from_bytes(data[4 * word : 4 * word + size], "little", signed=dtype in ("int32", "int64"))
+
+
 # --- states ------------------------------------------------------------------------------------------------
 def state_root_of(roots: Mapping[str, bytes]) -> bytes:
     """The root of a state from its tensors' roots, over the names in code-point order: 32 bytes."""
-    leaves = []
-    for name in sorted(roots):
-        encoded = name.encode()
-        leaves.append(len(encoded).to_bytes(8, "little") + encoded + roots[name])
-    tree = merkle_root(leaves)
-    return hashlib.blake2b(len(leaves).to_bytes(8, "little") + tree, digest_size=32, person=b"ichiba/state").digest()
+    leaves = [state_leaf(name, roots[name]) for name in sorted(roots)]
+    return state_root_over(merkle_root(leaves), count=len(leaves))
+
+
+def state_leaf(name: str, root: bytes) -> bytes:
+    """One leaf of a state's tree: the tensor `name`, whose root is `root`."""
+    encoded = name.encode()
+    return len(encoded).to_bytes(8, "little") + encoded + root
+
+
+def state_root_over(tree: bytes, *, count: int) -> bytes:
+    """The root of a state from the root of the tree over its `count` leaves: 32 bytes."""
+    return hashlib.blake2b(count.to_bytes(8, "little") + tree, digest_size=32, person=b"ichiba/state").digest()
 
 
 def state_root(state: Mapping[str, NDArray[Any]]) -> bytes:

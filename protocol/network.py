@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from functools import cached_property
 from typing import Annotated, Any
 
 import msgspec
@@ -15,6 +16,7 @@ import msgspec
 from protocol import params
 from protocol.codec import blake, encode
 from protocol.errors import IchibaError
+from protocol.incentives import margins, stake_per_price
 from protocol.keys import peer_key, peer_name
 
 __all__ = ["BadNetworkFile", "Deposit", "Network", "Rules", "dump", "load"]
@@ -42,11 +44,13 @@ class Deposit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 class Rules(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True):
     """The numbers of DESIGN §5, §8 and §9. Shares in permille, times in milliseconds."""
 
-    check_permille: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 200  # segments of a deal that are re-executed
-    check_segments_min: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
+    check_permille: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 50  # least share of segments that are re-executed
+    newcomer_permille: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 200  # that share below 10 valid deals in a row
+    check_segments_min: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1  # of every deal, however short
     audit_permille: Permille = 500  # how often a whistleblower re-checks the verifier
     wrong_quorum: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2  # distinct checkers before a stake is slashed
-    lock_permille: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 5000  # stake locked, of the price of the work
+    gain_permille: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 500  # of the price: what one false segment may gain
+    lock_margin_permille: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 2_000  # stake locked, of the least needed
     round_ms: Millis = 1_000  # matching round: least price dispersion at 1 s (NOTES, market)
     checker_stake_min_micro: Micro = 1_000_000  # a verdict without a stake behind it slashes nobody
     proposal_ms: Millis = 5_000
@@ -59,20 +63,42 @@ class Rules(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     check_silence_ms: Millis = 600_000
     settle_silence_ms: Millis = 60_000
     claim_window_ms: Millis = 120_000
+    challenge_ms: Millis = 60_000  # after a right verdict the solver's lock stays: time for a whistleblower
+    dispute_replay_ms: Millis = 600_000  # a player's first move: it re-executes the segment
+    dispute_move_ms: Millis = 60_000  # every other move: one step, or less
+    dispute_block: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 512  # multiply-adds that are left to the referee
+    forced_ppm: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 2_000  # deals in which an error is ordered
+    jackpot_permille: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 2_000  # of the deal's price / forced_ppm
+    pool_permille: Permille = 100  # of a solver's pay, into the pool that jackpots come from
+    tolerant_quorum: Annotated[int, msgspec.Meta(ge=1, le=8)] = 3  # jurors of one word, on work judged by its distance
 
 
-class Network(msgspec.Struct, frozen=True):
-    """A loaded network file. `id` is 32 bytes; `bootstrap` holds multiaddrs and is not part of the id."""
+class Network(msgspec.Struct, frozen=True, dict=True):
+    """A loaded network file. `id` is 32 bytes; `bootstrap` holds multiaddrs and is not part of the id.
+
+    notaries: peers that arbitrate and give randomness, none or 3f + 1 of them; with none a quorum of checkers judges.
+    """
 
     name: str
     rules: Rules
     deposits: tuple[Deposit, ...]
     bootstrap: tuple[str, ...] = ()
+    notaries: tuple[str, ...] = ()
 
     @property
     def id(self) -> bytes:
-        """BLAKE2b-256 of name, rules and deposits."""
-        return blake("ichiba/network", encode((self.name, self.rules, self.deposits)))
+        """BLAKE2b-256 of name, rules, deposits and notaries."""
+        return blake("ichiba/network", encode((self.name, self.rules, self.deposits, self.notaries)))
+
+    @cached_property
+    def notary_keys(self) -> frozenset[bytes]:
+        """The 32-byte keys of the notaries."""
+        return frozenset(map(peer_key, self.notaries))
+
+    @property
+    def notary_quorum(self) -> int:
+        """2f + 1 of 3f + 1 notaries: so many of one word decide, whatever f of them do. 0 without notaries."""
+        return len(self.notaries) - (len(self.notaries) - 1) // 3 if self.notaries else 0
 
 
 def load(text: str) -> Network:
@@ -81,7 +107,7 @@ def load(text: str) -> Network:
         raw: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise BadNetworkFile(f"the network file is not TOML: {error}") from None
-    unknown = set(raw) - {"name", "rules", "deposits", "bootstrap"}
+    unknown = set(raw) - {"name", "rules", "deposits", "bootstrap", "notaries"}
     if unknown:
         raise BadNetworkFile(f"unknown keys {sorted(unknown)}", next_step="see docs/protocol.md")
     try:
@@ -99,35 +125,71 @@ def load(text: str) -> Network:
         )
         name = msgspec.convert(raw.get("name"), Annotated[str, msgspec.Meta(min_length=1, max_length=40)])
         bootstrap = msgspec.convert(raw.get("bootstrap", []), tuple[str, ...])
+        notaries = msgspec.convert(raw.get("notaries", []), tuple[str, ...])
     except (msgspec.ValidationError, AttributeError, TypeError) as error:
         raise BadNetworkFile(f"the network file does not fit: {error}") from None
     seen = [peer_key(d.peer) for d in deposits]
     if len(set(seen)) != len(seen):
         raise BadNetworkFile("a peer has two deposits")
+    if len({peer_key(notary) for notary in notaries}) != len(notaries) or len(notaries) > params.NOTARIES_MAX:
+        raise BadNetworkFile(f"{len(notaries)} notaries, of which two are one, or more than {params.NOTARIES_MAX}")
+    if notaries and len(notaries) % 3 != 1:
+        raise BadNetworkFile(
+            f"{len(notaries)} notaries",
+            why="3f + 1 of them bear f that lie or are down",
+            next_step="name 1, 4, 7 or 10, or none",
+        )
     check_incentives(rules)
-    return Network(name=name, rules=rules, deposits=deposits, bootstrap=bootstrap)
+    return Network(name=name, rules=rules, deposits=deposits, bootstrap=bootstrap, notaries=notaries)
 
 
 def check_incentives(rules: Rules) -> None:
-    """Refuse rules under which faking work pays in expectation. Source: DESIGN §8, first inequality.
+    """Refuse rules under which faking work, or a signature without a check, pays. Source: DESIGN §8.
 
-    With reward R = 1, c - h <= R (faking saves at most the whole price), G = 0, a = 1 (exact mode misses nothing
-    it looks at) and w = 0, the condition S > (c - h)/P - R becomes S > 1/P - 1, where P is the least chance that
-    a checked deal exposes a fraud, the share of segments re-executed.
+    The inequalities are those of protocol/incentives.py, with margins of at least 1; the default rules keep 2. Raises
+    BadNetworkFile, which names the rule and the value to set.
     """
-    exposed = rules.check_permille / 1000
-    needed = 1 / exposed - 1
-    if rules.lock_permille / 1000 < needed:
+    if rules.newcomer_permille < rules.check_permille:
         raise BadNetworkFile(
-            f"lock_permille {rules.lock_permille} lets a cheat win at check_permille {rules.check_permille}",
-            why=f"the stake must exceed {needed:.2f} times the price of the work",
-            next_step=f"set lock_permille to at least {int(needed * 1000) + 1}",
+            f"newcomer_permille {rules.newcomer_permille} is below check_permille {rules.check_permille}",
+            why="who has proved nothing must be checked at least as much as who has",
+            next_step=f"set newcomer_permille to at least {rules.check_permille}",
+        )
+    needed = stake_per_price(rules, rules.check_permille)
+    if rules.lock_margin_permille <= 1000:
+        raise BadNetworkFile(
+            f"lock_margin_permille {rules.lock_margin_permille} lets a cheat win at check_permille "
+            f"{rules.check_permille} and gain_permille {rules.gain_permille}",
+            why=f"the stake must exceed {float(needed):.2f} times the price of the work",
+            next_step="set lock_margin_permille above 1000, better to 2000",
+        )
+    found = margins(rules)
+    for name in ("honest, newcomer", "honest, good standing"):
+        if found[name] < 1:
+            raise BadNetworkFile(
+                f"lock_margin_permille {rules.lock_margin_permille} takes more of an honest solver than it earns",
+                why=f"with {params.FALSE_POSITIVES_ASSUMED_PPM} false positives in a million deals it bears "
+                f"{float(found[name]):.2f} of them",
+                next_step="lower lock_margin_permille or gain_permille, or raise check_permille",
+            )
+    if found.get("verifier", 1) < 1:
+        raise BadNetworkFile(
+            f"jackpot_permille {rules.jackpot_permille} lets a verifier win by signing what it did not check",
+            why="forced_ppm times the jackpot is below what the check costs",
+            next_step="set jackpot_permille to at least 1000, better to 2000, or forced_ppm to 0",
+        )
+    if found.get("pool", 1) * found.get("verifier", 1) < 1:
+        raise BadNetworkFile(
+            f"pool_permille {rules.pool_permille} does not fill the pool as fast as jackpots empty it",
+            why=f"checks of {rules.check_permille} permille of the work must be outweighed by jackpots",
+            next_step=f"set pool_permille to at least {rules.check_permille}, better to twice that",
         )
 
 
 def dump(network: Network) -> str:
     """The network as TOML text that `load` reads back to the same id."""
-    lines = [f"name = {json.dumps(network.name)}", f"bootstrap = {json.dumps(list(network.bootstrap))}", "", "[rules]"]
+    lines = [f"name = {json.dumps(network.name)}", f"bootstrap = {json.dumps(list(network.bootstrap))}"]
+    lines += [f"notaries = {json.dumps(list(network.notaries))}", "", "[rules]"]
     lines += [f"{f.name} = {getattr(network.rules, f.name)}" for f in msgspec.structs.fields(Rules)]
     for deposit in network.deposits:
         assert peer_name(peer_key(deposit.peer)) == deposit.peer

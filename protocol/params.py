@@ -40,6 +40,9 @@ PEERS_MAX: Final = 1000  # connections; stock py-libp2p fills at 500 half-open o
 CLOCK_SKEW_NS_MAX: Final = 300 * 10**9  # a record dated further ahead than this is refused
 RECORD_LIFETIME_NS_MAX: Final = 24 * 3600 * 10**9  # nothing gossiped lives longer than a day
 
+SIGNATURES_REMEMBERED_MAX: Final = 32_768  # right ones not computed again, 10 MiB: a burst and the settlement log
+SIGNATURES_AHEAD_MIN: Final = 8  # fewer are computed sooner where they are used than handed to threads
+
 # --- money -------------------------------------------------------------------------------------------------
 MICRO_PER_CREDIT: Final = 1_000_000
 AMOUNT_MICRO_MAX: Final = 10**15  # a billion credits: sums of 1,000 of them stay far inside 63 bits
@@ -54,8 +57,12 @@ BUNDLE_RECORDS_MAX: Final = 64  # records gossiped together per tick
 BOOK_OFFERS_MAX: Final = 10_000
 BOOK_ASKS_MAX: Final = 100_000
 BOOK_BIDS_PER_OFFER_MAX: Final = 256
-BOOK_OFFERS_PER_AUTHOR_MAX: Final = 64  # one key cannot fill the book
+BOOK_OFFERS_PER_AUTHOR_MAX: Final = 1_024  # a daemon has up to 256 jobs open, each with up to three profiles
 BOOK_ASKS_PER_AUTHOR_MAX: Final = 64
+WITNESS_PLACES_MAX: Final = 10_000  # first records kept to prove a second one: some 5 MB
+BAR_NS: Final = 24 * 3600 * 10**9  # no business with who signed twice: longer than any record of it lives
+BARRED_MAX: Final = 10_000  # peers barred at a time; a key costs nothing, so the list must be bounded
+MATCHES_KEPT_MAX: Final = 1_000  # with all their bids, some 10 kB each in a market of twenty solvers
 JOBS_OPEN_MAX: Final = 256  # of one submitter's daemon
 PENDING_SETTLEMENT_MAX: Final = 1024  # records that wait for one they depend on
 SETTLEMENT_LOG_MAX: Final = 16_384  # ids one SyncIds message can carry; beyond it notaries take over
@@ -64,6 +71,10 @@ EVENTS_PER_JOB_MAX: Final = 20_000  # lines kept for `job logs`
 # --- matching ----------------------------------------------------------------------------------------------
 EXPLORATION_PERMILLE: Final = 50  # rounds in which a newcomer goes first, or nobody new ever gets work
 NEWCOMER_DEALS: Final = 10  # below this many verified deals a solver is a newcomer (BOINC's rule, NOTES)
+
+# --- incentives (protocol/incentives.py) -------------------------------------------------------------------
+PROFIT_ASSUMED_PERMILLE: Final = 100  # of a price, what an honest solver keeps: false positives must not eat it
+FALSE_POSITIVES_ASSUMED_PPM: Final = 1_000  # of honest deals: exact mode has none, tolerant mode must stay below
 
 # Names of the levels 0 to 4 that offers, asks and bids carry; what each is worth is proven by worker/sandbox.py.
 SANDBOX_LEVELS: Final = ("NONE", "LIMITS", "FILTERED", "NAMESPACED", "CONTAINED")
@@ -94,6 +105,18 @@ SUSPEND_SECONDS_MAX: Final = 60  # the most an owner may allow: a control call m
 SUSPENDED_STATES_MAX: Final = 8  # kept at once, the oldest gives way: a deal for each slot and the queued checks
 SUSPENDED_RECORD_BYTES_MAX: Final = 1024 * 1024  # 100,000 losses of 9 bytes and some roots
 
+# --- the key file and the wallet ---------------------------------------------------------------------------
+PASSPHRASE_CHARS_MIN: Final = 8
+PASSPHRASE_BYTES_MAX: Final = 1024
+KEY_PASSES: Final = 3  # argon2id, libsodium's "moderate": about a second of one core
+KEY_MEMORY_BYTES: Final = 256 * 1024 * 1024
+KEY_PASSES_MAX: Final = 20  # what a key file of others may ask for: a minute
+KEY_MEMORY_BYTES_MAX: Final = 2 * 1024**3
+WALLET_BYTES_MAX: Final = 64 * 1024**3  # a backup: a store of some ten million receipts
+WALLET_HEADER_BYTES_MAX: Final = 1024 * 1024  # key and network file of a backup
+WALLET_CHUNK_BYTES: Final = 1024 * 1024  # of a backup, sealed and checked by itself
+RESTORED_LISTEN_NS: Final = 20 * 10**9  # a restored peer hears at least so long: longer than SYNC_NS
+
 # --- ledger and store --------------------------------------------------------------------------------------
 BALANCE_MICRO_MAX: Final = 2**62  # one account, and all deposits together: SQLite and the wire hold 63 bits
 ENTRY_POSTINGS_MAX: Final = 256  # one entry: both parties' buckets and a posting for each share
@@ -104,7 +127,14 @@ STORE_KEY_BYTES_MAX: Final = 256
 STORE_VALUE_BYTES_MAX: Final = 2 * 1024 * 1024  # one record or one node snapshot; programs and data are blobs
 STORE_GROUP_ROWS_MAX: Final = 100_000  # one transaction: about a second of writing on a slow disk
 STORE_BUSY_MS: Final = 5_000  # an inspecting sqlite3 shell may hold the file so long before we give up
+STORE_WHOLE_CHECK_BYTES_MAX: Final = 16 * 1024 * 1024  # a smaller store is verified whole before it opens: a second
+STORE_SNAPSHOT_ENTRIES: Final = 4_096  # journal entries a start folds at most: a quarter of a second
+STORE_CACHE_KIB: Final = 32 * 1024  # pages kept in memory: the inner pages of a store of some gigabytes
+STORE_CHECKPOINT_PAGES: Final = 4_096  # of the log, 16 MiB, before it is written back: fewer random writes
 STORE_WAL_BYTES_MAX: Final = 64 * 1024 * 1024  # the log file is cut back to this after a burst
+DB_ROWS_MAX: Final = 10_000  # of one `ichiba db` answer
+DB_CELL_BYTES: Final = 64  # of a value shown in hex
+DB_VALUE_BYTES_MAX: Final = 64 * 1024 * 1024  # a query may build no longer one
 EVENT_JOB_CHARS_MAX: Final = 128
 EVENT_LINE_CHARS_MAX: Final = 4_096  # a longer log line is cut and marked, never refused
 EVENTS_MAX: Final = 200_000  # the newest lines of all jobs: at most about 800 MB, typically 20 MB
@@ -153,11 +183,14 @@ BLOB_PIPELINE_CHUNKS: Final = 8  # chunks asked for ahead: 8 MiB in flight
 BLOB_STREAMS_PER_PEER_MAX: Final = 4  # downloads one peer may run here at once
 BLOB_STREAMS_MAX: Final = 32  # of all peers
 BLOB_IDLE_SECONDS_MAX: Final = 30.0  # a download that moves no byte for so long goes to another peer
+SEALED_KEYS_GIVEN_MAX: Final = 8  # keys of single blobs in one box: a notary gets two
+SEALED_KEYS_PER_BLOB_MAX: Final = 64  # sealed jobs that may name one blob here; the oldest key is forgotten
+SEALED_MANIFESTS_MAX: Final = 64  # of sealed blobs kept in memory: each cost a pass over its blob
 BLOB_PARTIALS_MAX: Final = 64  # unfinished downloads kept for resuming; the oldest is removed
 SOLVER_REST_NS: Final = 120 * 10**9  # a solver that was lost or refused may have the same job again after this
 
 # --- who knows whom (peer/book.py) -------------------------------------------------------------------------
-LINKS_WANTED: Final = 8  # below this a host dials peers it heard of; gossipsub's mesh wants 6
+LINKS_WANTED: Final = 32  # below this a host dials peers it heard of: deals are made with those it is linked to
 REDIALS_MAX: Final = 6  # failures in a row after which an address nobody asked for is forgotten
 PEERS_TOLD_MAX: Final = 64  # peers whose addresses are told to a newcomer
 ANNOUNCED_ADDRESSES_MAX: Final = 4  # addresses one peer announces, and one invite holds
@@ -196,6 +229,8 @@ DIVERGED_SOLVERS: Final = 2  # a job fails as diverged when this many solvers sa
 WORKER_BASE_BYTES: Final = 512 * 1024**2  # torch and its libraries, beside what a step holds
 TRIAL_OPERATIONS_MAX: Final = 20 * 10**9  # a step up to this is tried before money is spent: seconds on one core
 JOB_FILE_BYTES_MAX: Final = 64 * 1024
+RESULT_SHOWN_BYTES_MAX: Final = 256 * 1024**2  # a last state up to this is read by `job show`: about a second
+CHECKER_STAKES_MAX: Final = 8  # least stakes that count when a checker is drawn: one whale is drawn 8 times as often
 CHECKER_REST_NS: Final = 30 * 10**9  # a checker that declined or vanished may be asked again after this
 FRUITLESS_DEALS_MAX: Final = 20  # a job fails when so many deals in a row bring it no further
 
@@ -251,3 +286,77 @@ SCRIPT_BEAT_SECONDS: Final = 10.0  # a silent script's solver says so often that
 SCRIPT_CLOCK_SLACK_PERMILLE: Final = 20  # by which two clocks may differ in how long a script ran, beside 2 s
 SCRIPT_CLOCK_SLACK_NS: Final = 2 * 10**9
 SCRIPT_REPLICAS_MAX: Final = 8
+
+# --- arbitration (protocol/dispute.py) ---------------------------------------------------------------------
+NOTARIES_MAX: Final = 16  # 3f + 1 with f = 5; every arbitration carries 2f + 1 of their signatures
+MOVE_BYTES_MAX: Final = 8 * 1024  # the body of one move: a tile of 4 KiB, or 16 hashes, and some words
+OPENING_BYTES_MAX: Final = 900 * 1024  # operands opened to the referee: 136 KiB for a block of 512, fits a message
+DISPUTE_ARITY: Final = 16  # the search is 16-ary: the cheapest by measured gas (NOTES, money)
+REFEREE_OPERATIONS_MAX: Final = 10**9  # of one notary in one dispute, at most paid for; a leaf of 512 takes 10**6
+DISPUTE_ROUNDS_MAX: Final = 64  # a 7B transformer takes about 20; moves further ahead of the open round are not kept
+OPENING_TILES_MAX: Final = 40  # tiles a block may read: 200 KiB with their paths; the search goes on above it
+TRACE_BYTES_MAX: Final = 4 * 1024**3  # all values of one step, as a challenger of a tolerant task reads them
+PURSUITS_MAX: Final = 4  # steps of one segment that a challenger looks into: each costs both sides a trace
+QUESTION_BYTES_MAX: Final = 4096  # what a worker is asked about a step: positions and a root, 200 bytes
+
+# --- disputes over the network (peer/arbiter.py, peer/disputant.py) ----------------------------------------
+DISPUTES_OPEN_MAX: Final = 32  # one notary hears at a time: each holds a Program and at most 1 MiB of moves
+DISPUTES_PER_CHALLENGER_MAX: Final = 4  # open at one notary: more would buy one challenger the bench
+DISPUTES_KEPT_MAX: Final = 16  # ended ones whose moves are kept for who looks on, 2 MiB at most; the oldest gives way
+DISPUTE_WATCH_NS: Final = 60 * 10**9  # after the end, a looker-on asks so long for the moves it has not seen
+DISPUTE_GRACE_NS: Final = 8 * 10**9  # four resendings: a move that one notary has in time reaches all in this
+DISPUTE_GRACE_SHARE: Final = 4  # and at least this part of the clock, for slow links have long clocks
+DISPUTE_LAPSE_CLOCKS: Final = 4  # a round without a quorum is given up after so many of its clocks
+DISPUTE_CATCH_UP_ROUNDS: Final = 8  # closed rounds told in answer to one message
+OPENING_PART_BYTES: Final = 512 * 1024  # of an opening, in one message
+OPENING_PARTS_MAX: Final = 4  # a chunk of data with the manifest that proves it: 1.5 MiB
+CASE_ASKS_MAX: Final = 6  # times a whistleblower asks for one case before it looks elsewhere
+CASES_TOLD_PER_TICK_MAX: Final = 8  # answers to CaseAsk: a case is up to 1 MiB
+RECHECKS_REMEMBERED_MAX: Final = 4096  # segments a whistleblower weighed already; the oldest is forgotten
+RECHECK_PRIOR_DEALS: Final = 10  # a solver with a clean record of n deals is wrong in one of n + 10 (BOINC's rule)
+# --- profiling and tolerant mode (protocol/profile.py); ppb: parts per billion of a segment's honest update ---
+PROFILE_SEGMENTS: Final = 2  # the first, where Adam is noisiest, and the next; each whole, for noise grows in it
+PROFILE_KERNELS_MIN: Final = 4  # configurations that judge
+PROFILES_MIN: Final = 2  # distinct staked verifiers
+PROFILES_KEPT_MAX: Final = 5  # of one task: after so many that disagree nobody will agree
+PROFILE_FACTOR_MAX: Final = 10  # between two thresholds: room for machines of other kinds, unmeasured so far
+THRESHOLD_FACTOR: Final = 3  # DESIGN §5.2: the threshold over the largest profiled distance
+SECOND_FACTOR: Final = 2  # a second verifier clears up to so many thresholds: honest machines lie a third of one apart
+UNSURE_FACTOR: Final = 10  # DESIGN §5.2: above so many thresholds it is fraud, below a second verifier decides
+TOLERANCE_PPB_MIN: Final = 3_000  # of a threshold: 3 x 1e-6, the noise of a small model on the quietest machine
+TOLERANCE_PPB_MAX: Final = 10**6  # DESIGN §5.2: a threshold above 1e-3 of the update tells no fraud from noise
+TOLERANCE_L2_PPB_MAX: Final = 10**7  # of the L2 threshold, which one element of a small tensor can carry alone
+DRIFT_PPB_MAX: Final = 10**7  # DESIGN §5.2: segments x threshold, 1 %; 3 % planted no backdoor, 10 % did (NOTES)
+GAUGE_NOISE_PPB_MIN: Final = 10**7  # noise of 1 % of the update: ten times what a tensor that is judged may have
+GAUGE_ULPS_MIN: Final = 16  # and beyond the rounding of the weights, in half units in the last place
+GAUGE_PARTS_MAX: Final = 64  # equal parts of a tensor: heads of a fused projection
+GAUGE_PART_ELEMENTS_MIN: Final = 4  # one element alone is an accident of Adam's first steps, no gauge
+GAUGES_MAX: Final = 384  # tensors: weight and two moments of 128 layers; a profile must still fit 32 KiB
+# --- randomness and ordered errors (peer/beacon.py, peer/forcing.py) ---------------------------------------
+BEACON_WAIT_NS: Final = 30 * 10**9  # a solver begins without a beacon after this: nobody orders an error then
+BEACONS_ASKED_MAX: Final = 256  # beacons this peer waits for at once: one for each deal that begins or is drawn
+CORRECTION_WAIT_NS: Final = 120 * 10**9  # for the true state of an ordered error; then its segment is done again
+CORRECTION_FETCH_NS: Final = 10 * 10**9  # between two attempts to get that state
+# --- what people ask (market/filters.py, market/prints.py, peer/answers.py) --------------------------------
+FILTER_CHARS_MAX: Final = 1000  # of a filter: thirty comparisons
+ROWS_SHOWN_MAX: Final = 10_000  # rows of one table in one answer: 4 MB of JSON
+PRINTS_MIN: Final = 10  # below so many days of distinct pairs a quantile of prices says nothing
+PRINT_PAIRS_MIN: Final = 3  # and of so few pairs it says what they wish
+PRINTS_AGE_NS: Final = 7 * 86_400 * 10**9  # a price a week old is no price; also what statistics look back
+WHY_ASKS_MAX: Final = 2_000  # asks that `why` tries terms on: 0.1 s of the node's time; connected and cheap ones first
+WHY_JOBS_MAX: Final = 8  # waiting jobs that `why` looks into when it is asked about everything
+QUOTE_ROWS_MAX: Final = 10  # price limits of a quote
+CLOCKS_NOTED_MAX: Final = 256  # authors whose clock seems wrong: 40 bytes each
+
+# --- a guest on its owner's machine (peer/guest.py) ---------------------------------------------------------
+GUEST_RULES_CHARS_MAX: Final = 16_384  # of earn.toml
+GUEST_READ_SECONDS: Final = 10.0  # between two looks at the sensors
+GUEST_SENSOR_SECONDS_MAX: Final = 5.0  # one of them may take; nvidia-smi takes 0.1-1 s
+GUEST_CALM_NS: Final = 60 * 10**9  # a cause is away before work goes on: a pause costs the step that is under way
+GUEST_HEAT_EASE_CELSIUS: Final = 5  # cooler than the limit before work goes on
+GUEST_BATTERY_EASE_PERCENT: Final = 5  # fuller than the limit before work goes on
+GUEST_POWER_EASE_PERMILLE: Final = 200  # less than the limit before work goes on
+GUEST_DAYS_KEPT_MAX: Final = 400  # of energy: a year and its comparison
+GUEST_BOOK_BYTES_MAX: Final = 1024 * 1024  # 400 days take about 60 kB
+GUEST_SENSOR_FILES_MAX: Final = 256  # looked at for one reading
+GUEST_SENSOR_BYTES_MAX: Final = 64 * 1024  # read of one file, or of what nvidia-smi says

@@ -7,29 +7,39 @@ is the only way in, and raises unless every byte and every signature is right.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
 from protocol import params
+from protocol.bench_records import BenchCard, BenchChallenge
 from protocol.codec import Digest, PeerKey, Signature, Uint, blake, decode, encode
 from protocol.errors import MalformedRecord, VerificationFailed, WrongNetwork
 from protocol.keys import SigningKey, verify
+from protocol.profile import EXACT, UNBOUNDED, Profile
 
 __all__ = [
     "Agreement",
+    "Arbitration",
     "Ask",
+    "Beacon",
     "BenchCard",
     "BenchChallenge",
     "Bid",
+    "Challenge",
     "Claim",
     "Envelope",
+    "Equivocation",
+    "Fault",
+    "Forced",
+    "Move",
     "Offer",
+    "Profile",
     "Proof",
     "Receipt",
     "Record",
     "Reveal",
+    "Ruling",
     "Settlement",
     "Slash",
     "Verdict",
@@ -47,6 +57,7 @@ Amount = Annotated[int, msgspec.Meta(ge=0, le=params.AMOUNT_MICRO_MAX)]
 Price = Annotated[int, msgspec.Meta(ge=0, le=10**12)]  # micro-credits per giga-operation
 Permille = Annotated[int, msgspec.Meta(ge=0, le=1000)]  # of segments re-executed; 0 for a script: none can be
 Roles = Annotated[int, msgspec.Meta(ge=0, le=7)]
+Ppb = Annotated[int, msgspec.Meta(ge=0, le=UNBOUNDED)]
 Share = tuple[PeerKey, Amount]
 Sealed = Annotated[bytes, msgspec.Meta(max_length=2048)]
 
@@ -65,7 +76,7 @@ class Offer(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, k
     task: Digest
     program: Digest
     data: Digest
-    mode: Literal["exact", "native", "script"]
+    mode: Literal["exact", "tolerant", "script", "profile"]
     first_segment: Uint
     last_segment: Uint  # exclusive
     operations: Uint
@@ -78,6 +89,11 @@ class Offer(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, k
     lock_micro: Amount
     created_ns: Uint
     expires_ns: Uint
+    tolerance: Digest = EXACT  # of a tolerant task (protocol.profile.tolerance_id)
+    device: Literal["any", "cpu", "gpu"] = "any"
+    device_memory_bytes: Uint = 0  # that its graphics card must have
+    deadline_ns: Uint = 0  # when the work must be done; 0: whenever
+    privacy: Literal["open", "sealed"] = "open"  # sealed: only who wins gets the keys of program and data
 
 
 class Ask(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/ask/1"):
@@ -93,10 +109,13 @@ class Ask(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_
     operations_per_second: Uint
     created_ns: Uint
     expires_ns: Uint
+    device: Literal["cpu", "gpu"] = "cpu"
+    device_memory_bytes: Uint = 0  # of its graphics card
 
 
 class Bid(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/bid/1"):
-    """A solver's answer to one offer. `seed_commitment` is blake of the seed it reveals after the proof."""
+    """A solver's answer to one offer. `seed_commitment` is blake of the seed it reveals after the proof,
+    `forced_commitment` that of the secret which decides whether an error is ordered (protocol/forced.py)."""
 
     offer: Digest
     solver: PeerKey
@@ -106,6 +125,7 @@ class Bid(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_
     eta_ns: Uint
     sandbox: Annotated[int, msgspec.Meta(ge=0, le=4)]
     seed_commitment: Digest
+    forced_commitment: Digest
     nonce: Uint
     created_ns: Uint
     expires_ns: Uint
@@ -136,9 +156,11 @@ class Agreement(
     check_permille: Permille
     submitter_commitment: Digest
     solver_commitment: Digest
+    forced_commitment: Digest
     accept_before_ns: Uint
     segment_deadline_ns: Uint  # the longest silence between two receipts, a duration
     created_ns: Uint
+    tolerance: Digest = EXACT  # of a tolerant task: what its work is judged by (protocol.profile.tolerance_id)
 
 
 class Receipt(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/receipt/1"):
@@ -194,19 +216,25 @@ class Reveal(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, 
 
 
 class Verdict(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/verdict/1"):
-    """A checker's finding on the drawn segments. If wrong: the first wrong segment and both roots."""
+    """A checker's finding on the drawn segments, and both roots of the first that is wrong, or the farthest in doubt.
+
+    Of a tolerant task also how far its end lies from the checker's own, in ppb of the segment's update; of work that is
+    right, the farthest of its segments. Unsure: between one threshold and ten, so another checker decides.
+    """
 
     agreement: Digest
     proof: Digest
     checker: PeerKey
-    role: Literal["verifier", "whistleblower"]
+    role: Literal["verifier", "whistleblower", "juror"]
     segments: Annotated[tuple[Uint, ...], msgspec.Meta(min_length=1, max_length=params.TASK_SEGMENTS_MAX)]
-    finding: Literal["right", "wrong"]
+    finding: Literal["right", "wrong", "unsure"]
     wrong_segment: Uint
     claimed_root: Digest
     found_root: Digest
     operations: Uint
     done_ns: Uint
+    l1_ppb: Ppb = 0
+    l2_ppb: Ppb = 0
 
 
 class Settlement(
@@ -220,6 +248,7 @@ class Settlement(
     paid_micro: Amount
     fees: Annotated[tuple[Share, ...], msgspec.Meta(max_length=16)]
     proof: Digest
+    after: Annotated[tuple[Digest, ...], msgspec.Meta(max_length=64)] = ()  # the disputes that were judged before
 
 
 class Claim(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/claim/1"):
@@ -241,47 +270,94 @@ class Slash(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, k
     verdicts: Annotated[tuple[Sealed, ...], msgspec.Meta(min_length=1, max_length=8)]  # Envelopes of Verdicts
 
 
-class BenchChallenge(
-    _Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/bench-challenge/1"
+class Beacon(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/beacon/1"):
+    """A notary's share of the randomness of `subject`, an agreement or a proof: a signature nobody foresees."""
+
+    notary: PeerKey
+    subject: Digest
+
+
+class Forced(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/forced/1"):
+    """The solver tells the notaries, before it hands in the receipt: this segment's root is an error that was ordered,
+    `secret` proves it, and this is the true end."""
+
+    solver: PeerKey
+    agreement: Digest
+    segment: Uint
+    secret: Digest
+    false_root: Digest
+    true_root: Digest
+    checkpoint: Digest
+    checkpoint_bytes: Uint
+
+
+class Challenge(
+    _Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/challenge/1"
 ):
-    """Multiply this chain (protocol/bench_card.py) now. A peer that challenges itself makes a self-timed card."""
+    """A checker stakes that a receipted segment does not end where its receipt says. Its id names the dispute."""
 
     challenger: PeerKey
-    peer: PeerKey
-    nonce: Digest
-    side: Literal[256, 512, 1024, 2048, 4096]
-    links: Annotated[int, msgspec.Meta(ge=1, le=params.BENCH_LINKS_MAX)]
-    memory_blocks: Annotated[int, msgspec.Meta(ge=0, le=params.BENCH_MEMORY_BLOCKS_MAX)]
-    window_ns: Annotated[int, msgspec.Meta(ge=1, le=params.BENCH_WINDOW_NS_MAX)]
+    agreement: Digest
+    proof: Digest
+    segment: Uint
+    claimed_root: Digest
+    found_root: Digest
+    operations: Uint  # metered: what the challenger is owed if it is right
     created_ns: Uint
-    expires_ns: Uint
 
 
-class BenchCard(
-    _Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/bench-card/1"
+class Move(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/move/1"):
+    """One player's answer in round `number` of a dispute. Two of one player and number prove a fraud by themselves."""
+
+    dispute: Digest
+    player: PeerKey
+    number: Uint
+    body: Annotated[bytes, msgspec.Meta(max_length=params.MOVE_BYTES_MAX)]
+
+
+class Ruling(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/ruling/1"):
+    """One notary's finding on a dispute: the work is wrong, it is right, or its error was ordered. Level and cause say
+    how far the descent came and what ended it; `both`: at the leaf neither side's value is right."""
+
+    notary: PeerKey
+    dispute: Digest
+    agreement: Digest
+    segment: Uint
+    finding: Literal["wrong", "right", "forced"]
+    level: Literal["segment", "step", "state", "node", "tile", "element", "block"]
+    cause: Literal["leaf", "both", "silence", "withheld", "malformed", "equivocation", "forced", "jury"]
+    operations: Uint  # metered by the referee
+    transcript: Digest
+
+
+class Arbitration(
+    _Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/arbitration/1"
 ):
-    """Proof of capacity: signed by its peer, and by the challenger who timed it and probed its memory.
+    """A dispute's end: its Challenge and one finding of a quorum of notaries. Anybody may publish it."""
 
-    Proven: the chain's result (the blob `evidence`) and, for who trusts the challenger's clock, `elapsed_ns` and the
-    memory under `memory_root`. The peer's word only: the other figures, per second and in bytes.
-    """
+    agreement: Digest
+    author: PeerKey
+    challenge: Sealed
+    rulings: Annotated[tuple[Sealed, ...], msgspec.Meta(min_length=1, max_length=params.NOTARIES_MAX)]
 
-    peer: PeerKey
-    challenger: PeerKey
-    challenge: Sealed  # an Envelope of the BenchChallenge
-    evidence: Digest
-    elapsed_ns: Annotated[int, msgspec.Meta(ge=1, le=params.BENCH_WINDOW_NS_MAX)]
-    memory_root: Digest
-    float32_per_second: Uint
-    memory_bytes: Uint
-    memory_bytes_per_second: Uint
-    disk_bytes: Uint
-    disk_bytes_per_second: Uint
-    cores: Annotated[int, msgspec.Meta(ge=1, le=2**20)]
-    threads: Annotated[int, msgspec.Meta(ge=1, le=2**20)]
-    device: Annotated[str, msgspec.Meta(max_length=96, pattern=r"^[ -~]*\Z")]  # it is shown on terminals
-    created_ns: Uint
-    expires_ns: Uint
+
+class Fault(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/fault/1"):
+    """A checker's right verdict on what notaries found wrong, or an ordered error. Anybody may publish it."""
+
+    agreement: Digest
+    author: PeerKey
+    verdict: Sealed
+
+
+class Equivocation(
+    _Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/equivocation/1"
+):
+    """Two records that one peer must not both have signed (protocol/equivocation.py). Anybody may publish it."""
+
+    culprit: PeerKey
+    author: PeerKey
+    first: Sealed  # Envelopes, the one with the smaller id first
+    second: Sealed
 
 
 Record: TypeAlias = (
@@ -297,8 +373,17 @@ Record: TypeAlias = (
     | Settlement
     | Claim
     | Slash
+    | Beacon
+    | Forced
+    | Challenge
+    | Move
+    | Ruling
+    | Arbitration
+    | Fault
+    | Equivocation
     | BenchChallenge
     | BenchCard
+    | Profile
 )
 
 
@@ -322,9 +407,13 @@ def parties(record: Record) -> frozenset[bytes]:
     match record:
         case Offer(submitter=peer) | Voucher(submitter=peer):
             return frozenset((peer,))
-        case Ask(peer=peer) | Bid(solver=peer) | Verdict(checker=peer):
+        case Ask(peer=peer) | Bid(solver=peer) | Verdict(checker=peer) | Profile(verifier=peer):
             return frozenset((peer,))
         case Proof(author=peer) | Reveal(author=peer) | Claim(author=peer) | Slash(author=peer):
+            return frozenset((peer,))
+        case Beacon(notary=peer) | Ruling(notary=peer) | Challenge(challenger=peer) | Forced(solver=peer):
+            return frozenset((peer,))
+        case Move(player=peer) | Arbitration(author=peer) | Fault(author=peer) | Equivocation(author=peer):
             return frozenset((peer,))
         case BenchChallenge(challenger=peer):
             return frozenset((peer,))
@@ -384,11 +473,3 @@ def open_record(data: bytes, *, network: bytes) -> tuple[Record, bytes, frozense
 def amount_for(operations: int, unit_price: int) -> int:
     """Micro-credits for `operations` at `unit_price` per giga-operation, rounded down: the payer's favour."""
     return operations * unit_price // 10**9
-
-
-def ids_digest(ids: Iterable[bytes]) -> bytes:
-    """An order-free digest of a set of record ids (their XOR), for anti-entropy: equal sets, equal digests."""
-    total = 0
-    for one in ids:
-        total ^= int.from_bytes(one, "little")
-    return total.to_bytes(32, "little")

@@ -21,7 +21,7 @@ from protocol.reference_pointwise import POINTWISE
 from protocol.reference_products import REDUCTIONS, product_rules
 from protocol.reference_random import RANDOM
 
-__all__ = ["Argument", "Array", "element", "evaluate", "rules"]
+__all__ = ["Argument", "Array", "element", "evaluate", "rules", "typed"]
 
 Argument: TypeAlias = "Array | tuple[Array, ...] | tuple[int, ...] | int | float | bool | str"
 
@@ -55,11 +55,12 @@ def element(name: str, args: Sequence[Argument], index: int, *, width: int = 15)
 
 
 def _prepared(name: str, args: Sequence[Argument], width: int) -> tuple[TensorType, Element]:
-    kind = result_type(name, [_typed(arg) for arg in args])
+    kind = result_type(name, [typed(arg) for arg in args])
     return kind, rules(width)[name](kind, *args)
 
 
-def _typed(arg: Argument) -> TypedArg:
+def typed(arg: Argument) -> TypedArg:
+    """An argument as protocol.operations.result_type takes it: a tensor by its type."""
     if isinstance(arg, Array):
         return arg.type
     if isinstance(arg, tuple):

@@ -18,7 +18,7 @@ from protocol.errors import LocalProtocolError, MalformedRecord
 from protocol.operations import TensorType
 from protocol.softfloat import BINARY32, BINARY64
 
-__all__ = ["MOVEMENT", "Array", "Element", "Rule", "number", "offset", "position"]
+__all__ = ["MOVEMENT", "Array", "Element", "PartialArray", "Rule", "number", "offset", "position"]
 
 Element: TypeAlias = "Callable[[int], int]"
 Rule: TypeAlias = "Callable[..., Element]"
@@ -38,7 +38,7 @@ class Array:
 
     dtype: str
     shape: tuple[int, ...]
-    elements: tuple[int, ...]
+    elements: Sequence[int]
 
     def __post_init__(self) -> None:
         if self.dtype not in _RANGES or len(self.elements) != math.prod(self.shape):
@@ -60,6 +60,15 @@ class Array:
         """The element that stands at `place` of a shape this one broadcasts to."""
         own = place[len(place) - len(self.shape) :]
         return self.at([0 if size == 1 else i for i, size in zip(own, self.shape, strict=True)])
+
+
+@dataclass(frozen=True)
+class PartialArray(Array):
+    """A tensor of which a rule may read single elements, as a referee has it: `elements` answers or raises when it is
+    read, and nothing is checked ahead of that."""
+
+    def __post_init__(self) -> None:
+        """What is not there cannot be checked."""
 
 
 def position(index: int, shape: tuple[int, ...]) -> list[int]:
@@ -95,8 +104,9 @@ def _row(index: int, rows: int, what: str) -> int:
 
 
 def _checked(index: Array, rows: int, what: str) -> None:
-    for row in index.elements:
-        _row(row, rows, what)
+    if not isinstance(index, PartialArray):
+        for row in index.elements:
+            _row(row, rows, what)
 
 
 def _reshape(result: TensorType, x: Array, shape: tuple[int, ...]) -> Element:
@@ -157,7 +167,7 @@ def _embedding(result: TensorType, weight: Array, index: Array) -> Element:
 
     def element(at: int) -> int:
         place, column = divmod(at, weight.shape[1])
-        return weight.at((index.elements[place], column))
+        return weight.at((_row(index.elements[place], weight.shape[0], "embedding"), column))
 
     return element
 
@@ -167,7 +177,7 @@ def _gather(result: TensorType, x: Array, dim: int, index: Array) -> Element:
 
     def element(at: int) -> int:
         place = position(at, result.shape)
-        place[dim] = index.elements[at]
+        place[dim] = _row(index.elements[at], x.shape[dim], "gather")
         return x.at(place)
 
     return element

@@ -23,11 +23,14 @@ __all__ = [
     "REDUCTIONS",
     "WIDTHS",
     "exponent_of",
+    "in_units",
     "largest",
+    "over",
     "product_rules",
     "quantised",
     "scaled",
     "sum_bits",
+    "sum_scaled",
     "total",
 ]
 
@@ -49,7 +52,7 @@ def exponent_of(values: Sequence[int]) -> int:
     return exponent
 
 
-def _rounded(values: Sequence[int], unit: int) -> list[int]:
+def in_units(values: Sequence[int], unit: int) -> list[int]:
     """float32 values as integers of 2**unit, ties to even."""
     found = []
     for x in values:
@@ -67,7 +70,7 @@ def quantised(values: Sequence[int], exponent: int, width: int) -> list[int]:
     if exponent == EXPONENT_POISONED:
         return [0] * len(values)
     bound = (1 << (width - 1)) - 1
-    return [max(-bound, min(bound, a)) for a in _rounded(values, exponent - (width - 1))]
+    return [max(-bound, min(bound, a)) for a in in_units(values, exponent - (width - 1))]
 
 
 def scaled(whole: int, row_exponent: int, column_exponent: int, width: int) -> int:
@@ -132,8 +135,12 @@ def total(values: Sequence[int]) -> int:
 def _total(values: Sequence[int], exponent: int, bits: int) -> int:
     if exponent == EXPONENT_POISONED:
         return BINARY32.nan
-    unit = exponent - bits
-    return BINARY32.rounded(sum(_rounded(values, unit)), unit)
+    return sum_scaled(sum(in_units(values, exponent - bits)), exponent, bits)
+
+
+def sum_scaled(whole: int, exponent: int, bits: int) -> int:
+    """A sum from the exact sum of its integers, rounded once to float32; NaN if its values are poisoned."""
+    return BINARY32.nan if exponent == EXPONENT_POISONED else BINARY32.rounded(whole, exponent - bits)
 
 
 def largest(values: Sequence[int]) -> int:
@@ -144,7 +151,7 @@ def largest(values: Sequence[int]) -> int:
     return 0 if BINARY32.is_zero(found) else found
 
 
-def _over(x: Array, dims: tuple[int, ...], place: Sequence[int]) -> Iterator[int]:
+def over(x: Array, dims: tuple[int, ...], place: Sequence[int]) -> Iterator[int]:
     """The elements of x that one result reads; place: of that result, with the dimensions `dims` kept."""
     at = list(place)
     for inner in itertools.product(*(range(x.shape[dim]) for dim in dims)):
@@ -155,12 +162,12 @@ def _over(x: Array, dims: tuple[int, ...], place: Sequence[int]) -> Iterator[int
 
 def _sum(result: TensorType, x: Array, dims: tuple[int, ...], keepdim: bool) -> Element:
     kept = tuple(1 if axis in dims else size for axis, size in enumerate(x.shape))
-    return lambda index: total(list(_over(x, dims, position(index, kept))))
+    return lambda index: total(list(over(x, dims, position(index, kept))))
 
 
 def _amax(result: TensorType, x: Array, dims: tuple[int, ...], keepdim: bool) -> Element:
     kept = tuple(1 if axis in dims else size for axis, size in enumerate(x.shape))
-    return lambda index: largest(list(_over(x, dims, position(index, kept))))
+    return lambda index: largest(list(over(x, dims, position(index, kept))))
 
 
 def _embedding_backward(result: TensorType, grad: Array, index: Array, rows: int, padding: int, scale: bool) -> Element:

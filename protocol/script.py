@@ -18,10 +18,12 @@ import msgspec
 from protocol import params
 from protocol.codec import Digest, Uint, blake, decode, encode
 from protocol.errors import LimitExceeded, MalformedRecord, VerificationFailed, WrongNetwork
+from protocol.profile_task import ProfileSpec
 from protocol.task import TaskSpec
 
 __all__ = [
     "ASSURANCE",
+    "ASSURANCES",
     "AnyTask",
     "Ended",
     "FileRef",
@@ -40,6 +42,9 @@ __all__ = [
 ]
 
 ASSURANCE = "script: output hash only, not re-executed"
+ASSURANCES = {"script": ASSURANCE, "profile": "profile: signed by its verifier, not re-executed"}
+"""What is known of work that nobody re-executes, by the mode of its task."""
+
 NS_PER_SECOND = 10**9
 _TRAILER_BYTES = 8
 
@@ -140,14 +145,15 @@ class ScriptSpec(
         return script
 
 
-AnyTask: TypeAlias = TaskSpec | ScriptSpec
+AnyTask: TypeAlias = TaskSpec | ScriptSpec | ProfileSpec
 
 
 def read_task(data: bytes, *, network: bytes) -> AnyTask:
-    """A task of either kind from hostile bytes. Raises RemoteProtocolError."""
-    tag = msgspec.msgpack.encode("ichiba/script/1")
-    if data[1 : 1 + len(tag)] == tag:
-        return ScriptSpec.from_bytes(data, network=network)
+    """A task of any kind from hostile bytes. Raises RemoteProtocolError."""
+    for kind in (ScriptSpec, ProfileSpec):
+        tag = msgspec.msgpack.encode(kind.__struct_config__.tag)
+        if data[1 : 1 + len(tag)] == tag:
+            return kind.from_bytes(data, network=network)
     return TaskSpec.from_bytes(data, network=network)
 
 
@@ -155,6 +161,8 @@ def blobs_of(task: AnyTask) -> dict[bytes, int]:
     """The blobs a solver needs before it can start, beside the state it starts from: id -> bytes."""
     if isinstance(task, ScriptSpec):
         return {file.blob: file.size_bytes for file in task.files}
+    if isinstance(task, ProfileSpec):
+        return blobs_of(task.of)
     return {task.program: task.program_bytes} | {array.blob: array.size_bytes for array in task.arrays}
 
 

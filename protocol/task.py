@@ -7,7 +7,7 @@ same state. It holds integers, hashes and short names only.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal, TypeAlias
 
 import msgspec
 
@@ -15,7 +15,26 @@ from protocol import params
 from protocol.codec import Digest, Uint, blake, decode, encode
 from protocol.errors import MalformedRecord, WrongNetwork
 
-__all__ = ["ArrayRef", "BatchRule", "Initial", "Schedule", "TaskSpec", "learning_rate", "task_id"]
+__all__ = [
+    "FIGURES",
+    "PRESENT",
+    "ArrayRef",
+    "BatchRule",
+    "Initial",
+    "Kind",
+    "Schedule",
+    "TaskSpec",
+    "learning_rate",
+    "task_id",
+]
+
+Kind: TypeAlias = Literal["train", "evaluate", "infer", "generate"]
+FIGURES: Final[dict[Kind, str]] = {"train": "loss", "evaluate": "loss", "infer": "", "generate": "surprise"}
+"""What the one number of a step is to people, by the kind of task; nothing where it says nothing. The surprise of a
+generation is the mean of -log of the chances of the symbols written, in nats."""
+
+PRESENT: Final = "ichiba.present"
+"""The batch input that says which rows of a batch by the rule `sequence` are real: bool (size,)."""
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Dim = Annotated[int, msgspec.Meta(ge=0, le=params.TENSOR_ELEMENTS_MAX)]
@@ -37,12 +56,24 @@ class BatchRule(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     `windows`: from the one 1-D array, `size` windows of `length`; input "x" gets a[i:i+length], input "y" gets
     a[i+1:i+1+length]. `rows`: `size` row numbers; every batch input gets the rows of the array of its name.
     Row numbers and window starts come from the generator keyed by (task seed, step), with replacement. `sequence`:
-    as `rows`, with rows step * size to (step + 1) * size - 1, so that a task reads each row once, in order.
+    as `rows`, with rows step * size to (step + 1) * size - 1, so that a task reads each row once, in order; with a
+    length the rows are windows that do not overlap, row r being a[r*length:(r+1)*length] of the one 1-D array, and "y"
+    one further. Behind the last row stands row 0 again, and the input PRESENT tells which rows are real. `whole`: every
+    step gets all of every array, of `size` rows.
     """
 
-    rule: Literal["windows", "rows", "sequence"]
+    rule: Literal["windows", "rows", "sequence", "whole"]
     size: Annotated[int, msgspec.Meta(ge=1, le=2**20)]
     length: Annotated[int, msgspec.Meta(ge=0, le=2**24)]
+
+    @property
+    def windows(self) -> bool:
+        """Whether rows are windows of one text."""
+        return self.rule == "windows" or (self.rule == "sequence" and self.length > 0)
+
+    def rows_of(self, elements: int) -> int:
+        """The rows that `sequence` reads out of arrays of so many elements in their first dimension."""
+        return (elements - 1) // self.length if self.length else elements
 
 
 class Initial(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -74,7 +105,11 @@ class TaskSpec(
     tag="ichiba/task/1",
     kw_only=True,
 ):
-    """A whole job. `program` is the id of the Program; `steps_per_segment` is also the checkpoint interval."""
+    """A whole job. `program` is the id of the Program; `steps_per_segment` is also the checkpoint interval.
+
+    kind: what it is for, told to people; solvers and checkers run steps of a Program whatever it says. salt: 32 secret
+    random bytes in the task of a sealed job, so that nobody can try whether the id of the task is that of a guess.
+    """
 
     network: Digest
     program: Digest
@@ -85,11 +120,13 @@ class TaskSpec(
     seed: Uint
     steps: Annotated[int, msgspec.Meta(ge=1, le=params.TASK_STEPS_MAX)]
     steps_per_segment: Annotated[int, msgspec.Meta(ge=1, le=params.TASK_STEPS_MAX)]
-    mode: Literal["exact", "native"]
+    mode: Literal["exact", "tolerant"]
     width: Literal[8, 15, 22]
     schedule: Schedule
     operations_per_step: Annotated[int, msgspec.Meta(ge=1, le=2**60)]
     name: Name
+    kind: Kind = "train"
+    salt: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
 
     @property
     def segments(self) -> int:
@@ -107,6 +144,8 @@ class TaskSpec(
     def from_bytes(cls, data: bytes, *, network: bytes) -> TaskSpec:
         """Decode and check what a decoder cannot express. Raises RemoteProtocolError."""
         task = decode(cls, data, bytes_max=params.MESSAGE_BYTES_MAX)
+        if len(task.salt) not in (0, 32):
+            raise MalformedRecord(f"a salt of {len(task.salt)} bytes, it has 32 or none")
         if task.network != network:
             raise WrongNetwork(f"task of network {task.network.hex()[:12]}, this is {network.hex()[:12]}")
         if task.segments > params.TASK_SEGMENTS_MAX:
@@ -120,22 +159,27 @@ class TaskSpec(
                 raise MalformedRecord(f"array {array.name} has {array.size_bytes} bytes for shape {array.shape}")
         if len({array.name for array in task.arrays}) != len(task.arrays):
             raise MalformedRecord("two arrays of one name")
-        if task.batch.rule == "windows":
-            if len(task.arrays) != 1 or len(task.arrays[0].shape) != 1:
-                raise MalformedRecord("the batch rule `windows` takes one array of one dimension")
-            if not 1 <= task.batch.length < task.arrays[0].shape[0]:
-                raise MalformedRecord(f"windows of {task.batch.length} from an array of {task.arrays[0].shape[0]}")
-        elif len({array.shape[0] for array in task.arrays}) != 1 or not task.arrays[0].shape[0]:
-            raise MalformedRecord(
-                f"the batch rule `{task.batch.rule}` takes arrays of one equal, positive number of rows"
-            )
-        elif task.batch.rule == "sequence" and task.steps * task.batch.size != task.arrays[0].shape[0]:
-            rows = task.arrays[0].shape[0]
-            raise MalformedRecord(
-                f"{task.steps} steps of {task.batch.size} rows do not read {rows} rows once each",
-                next_step="make steps times size the number of rows; leave rows out, or evaluate the rest apart",
-            )
+        _check_batch(task)
         return task
+
+
+def _check_batch(task: TaskSpec) -> None:
+    rule, first = task.batch, task.arrays[0]
+    if rule.windows:
+        if len(task.arrays) != 1 or len(first.shape) != 1:
+            raise MalformedRecord(f"windows by the batch rule `{rule.rule}` take one array of one dimension")
+        if not 1 <= rule.length < first.shape[0]:
+            raise MalformedRecord(f"windows of {rule.length} from an array of {first.shape[0]}")
+    elif len({array.shape[0] for array in task.arrays}) != 1 or not first.shape[0]:
+        raise MalformedRecord(f"the batch rule `{rule.rule}` takes arrays of one equal, positive number of rows")
+    if rule.rule == "whole" and rule.size != first.shape[0]:
+        raise MalformedRecord(f"a batch of {rule.size} rows by the rule `whole`, the arrays have {first.shape[0]}")
+    rows = rule.rows_of(first.shape[0])
+    if rule.rule == "sequence" and task.steps != -(-rows // rule.size):
+        raise MalformedRecord(
+            f"{task.steps} steps of {rule.size} rows do not read {rows} rows once each",
+            next_step=f"make steps the number of rows over size, rounded up: {-(-rows // rule.size)}",
+        )
 
 
 def task_id(task: msgspec.Struct) -> bytes:

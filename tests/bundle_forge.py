@@ -6,6 +6,7 @@ The forge holds every key, as a submitter and a solver in league with each other
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -13,11 +14,14 @@ import msgspec
 from peer.simulator import Faults, Simulation
 from protocol.bundle import make_bundle
 from protocol.codec import blake, encode
+from protocol.forced import beacon_subject, open_beacon
 from protocol.keys import SigningKey, peer_name
 from protocol.merkle import merkle_root
 from protocol.network import Deposit, Network, Rules, dump
+from protocol.profile import EXACT, combine, tolerance_id
 from protocol.records import (
     Agreement,
+    Beacon,
     Envelope,
     Proof,
     Receipt,
@@ -32,11 +36,12 @@ from protocol.records import (
     record_id,
     seal,
 )
-from protocol.sampling import commitment, randomness, select_segments
+from protocol.sampling import commitment, mixed, randomness, select_segments
 from protocol.task import TaskSpec, task_id
+from protocol.tolerance import open_profiles
 from tests.swarm_scenario import job_state, make_swarm, submit
 
-__all__ = ["Forge", "made", "written"]
+__all__ = ["Forge", "beacon_shares", "key_of", "made", "written"]
 
 SEEDS = (b"a" * 32, b"b" * 32)
 
@@ -107,26 +112,46 @@ class Forge:
         return key
 
 
+def key_of(name: str) -> SigningKey:
+    """The key of one of those who appear in a written bundle; walter is a staked checker that nobody asked."""
+    return SigningKey.from_seed(blake("test/peer", name.encode()))
+
+
 def written(
-    task: TaskSpec, roots: list[bytes], checkpoints: list[bytes], rules: Rules | None = None
+    task: TaskSpec,
+    roots: list[bytes],
+    checkpoints: list[bytes],
+    rules: Rules | None = None,
+    notaries: Sequence[SigningKey] = (),
+    *,
+    checkers: Sequence[str] = ("victor", "walter"),
+    profiles: Callable[[str, TaskSpec, bytes], bytes] | None = None,
 ) -> tuple[dict[str, Any], Network]:
     """The evidence of an honest job as the daemon would answer it, bytes in hex, and its network.
 
     roots: of the state before the first segment and after each. checkpoints: their blobs, of all but the first.
+    checkers: who has a stake beside the parties. profiles: gives the sealed profile that one of the first three of them
+    made of a tolerant task.
     """
     rules = rules or Rules(audit_permille=0)
-    alice, bob, victor = (SigningKey.from_seed(blake("test/peer", name)) for name in (b"alice", b"bob", b"victor"))
-    network = Network("test", rules, tuple(Deposit(peer_name(k.public), 10**9, 10**9) for k in (alice, bob, victor)))
+    alice, bob, victor = (key_of(name) for name in ("alice", "bob", "victor"))
+    deposits = tuple(Deposit(peer_name(k.public), 10**9, 10**9) for k in (alice, bob, *map(key_of, checkers)))
+    network = Network("test", rules, deposits, (), tuple(peer_name(key.public) for key in notaries))
     task = msgspec.structs.replace(task, network=network.id)
+    sealed = [profiles(name, task, network.id) for name in checkers[:3]] if profiles else []
+    tolerance = EXACT
+    if sealed:
+        tolerance = tolerance_id(combine(open_profiles(sealed, network=network.id, task=task_id(task))))
     each = task.operations_per_step * task.steps_per_segment
     whole = task.operations_per_step * task.steps
     terms = Agreement(
         network=network.id, offer=bytes(32), bid=bytes(32), task=task_id(task), submitter=alice.public,
         solver=bob.public, sequence=1, first_segment=0, last_segment=task.segments, base_root=roots[0],
-        operations=whole, unit_price=1000, channel_micro=10**6, lock_micro=amount_for(whole, 1000) * 5,
+        operations=whole, unit_price=1000, channel_micro=10**6, lock_micro=amount_for(whole, 1000) * 3,
         check_permille=200, submitter_commitment=commitment(SEEDS[0], agreement_salt=alice.public),
-        solver_commitment=commitment(SEEDS[1], agreement_salt=bob.public), accept_before_ns=1,
-        segment_deadline_ns=1, created_ns=1,
+        solver_commitment=commitment(SEEDS[1], agreement_salt=bob.public), forced_commitment=bytes(32),
+        accept_before_ns=1,
+        segment_deadline_ns=1, created_ns=1, tolerance=tolerance,
     )  # fmt: skip
     both = (alice, bob)
     agreement, agreement_id = _sealed(terms, *both)
@@ -149,7 +174,8 @@ def written(
         root=merkle_root(roots[1:]), last_receipt=previous, program=task.program,
     )  # fmt: skip
     deal = {"agreement": agreement, "receipts": receipts, "voucher": _sealed(voucher, alice)[0]}
-    deal |= _ending(terms, agreement_id, proof, rules, (alice, bob, victor), paid, each)
+    deal["profiles"] = [envelope.hex() for envelope in sealed]
+    deal |= _ending(terms, agreement_id, proof, network, (alice, bob, victor), notaries, paid, each)
     evidence = {
         "job": "ab" * 32, "task": encode(task).hex(), "final_root": roots[-1].hex(), "deals": [deal],
         "checkpoint": checkpoints[-1].hex(),
@@ -157,22 +183,32 @@ def written(
     return evidence, network
 
 
+def beacon_shares(target: bytes, notaries: Sequence[SigningKey], network: Network) -> list[bytes]:
+    """What the first quorum of these notaries, by key, gives for the beacon of `target`; nothing without notaries."""
+    givers = sorted(notaries, key=lambda key: key.public)[: network.notary_quorum]
+    subject = beacon_subject(target, [key.public for key in givers])
+    return [seal(Beacon(network=network.id, notary=key.public, subject=subject), key) for key in givers]
+
+
 def _ending(
-    terms: Agreement, agreement: bytes, proof: Proof, rules: Rules, keys: tuple[SigningKey, ...], paid: int, each: int
-) -> dict[str, Any]:
+    terms: Agreement, agreement: bytes, proof: Proof, network: Network, keys: tuple[SigningKey, ...],
+    notaries: Sequence[SigningKey], paid: int, each: int,
+) -> dict[str, Any]:  # fmt: skip
     """From the proof to the settlement. each: operations of one segment."""
     alice, bob, victor = keys
     sealed_proof, proof_id = _sealed(proof, bob)
     seeds = {alice: SEEDS[0], bob: SEEDS[1]}
+    random = randomness(proof=proof_id, submitter_seed=seeds[alice], solver_seed=seeds[bob])
+    shares = beacon_shares(random, notaries, network)
     drawn = select_segments(
-        randomness(proof=proof_id, submitter_seed=seeds[alice], solver_seed=seeds[bob]),
-        first=0, last=terms.last_segment, permille=200, minimum=rules.check_segments_min,
+        mixed(random, open_beacon(shares, target=random, agreement=terms, network=network)),
+        first=0, last=terms.last_segment, permille=200, minimum=network.rules.check_segments_min,
     )  # fmt: skip
     checked = each * len(drawn)
     verdict = Verdict(
         network=terms.network, agreement=agreement, proof=proof_id, checker=victor.public, role="verifier",
         segments=drawn, finding="right", wrong_segment=0, claimed_root=bytes(32), found_root=bytes(32),
-        operations=checked, done_ns=1,
+        operations=checked, done_ns=1, l1_ppb=10_000 if terms.tolerance != EXACT else 0,
     )  # fmt: skip
     closing = Settlement(
         network=terms.network, agreement=agreement, submitter=alice.public, solver=bob.public, paid_micro=paid,
@@ -187,6 +223,7 @@ def _ending(
         "reveals": [_sealed(reveal, key)[0] for reveal, key in zip(reveals, seeds, strict=True)],
         "verdicts": [_sealed(verdict, victor)[0]],
         "closing": [_sealed(closing, alice, bob)[0]],
+        "beacons": [share.hex() for share in shares],
     }
 
 

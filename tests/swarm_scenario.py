@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Literal
+
+import msgspec
 
 from peer.desk import Means
-from peer.simulator import Faults, Simulation, initial_root
-from protocol.codec import blake, encode
+from peer.simulated_work import ARRAY, BATCH, CONTENTS, PROGRAM, initial_root
+from peer.simulator import Faults, Simulation
+from protocol.codec import encode
 from protocol.keys import SigningKey, peer_name
 from protocol.network import Deposit, Network, Rules
-from protocol.task import ArrayRef, BatchRule, Initial, Schedule, TaskSpec
+from protocol.program import program_id
+from protocol.task import Initial, Schedule, TaskSpec
 
 RULES = Rules(
     lost_grace_ms=6_000,
@@ -20,19 +25,21 @@ RULES = Rules(
     settle_silence_ms=20_000,
     claim_window_ms=10_000,
     audit_permille=1000,
+    check_segments_min=2,
 )
 ROLES = {"alice": 0, "bob": 1, "carol": 1, "victor": 2, "wendy": 4}
 SEGMENTS = 6
 
 
 def make_task(network: Network, *, seed: int = 7, segments: int = SEGMENTS) -> TaskSpec:
-    """A task of `segments` segments of ten steps; its blobs exist only as ids."""
+    """A task of `segments` segments of ten steps of the simulator's Program."""
+    program = PROGRAM.to_bytes()
     return TaskSpec(
         network=network.id,
-        program=blake("test/program", b"p"),
-        program_bytes=1000,
-        arrays=(ArrayRef("tokens", "uint8", (1000,), blake("test/array", b"a"), 1000),),
-        batch=BatchRule("windows", 4, 16),
+        program=program_id(program),
+        program_bytes=len(program),
+        arrays=(ARRAY,),
+        batch=BATCH,
         initial=Initial("seed", bytes(32), bytes(32)),
         seed=seed,
         steps=segments * 10,
@@ -64,12 +71,13 @@ def make_swarm(
 
 
 def submit(
-    simulation: Simulation, *, budget_micro: int = 10_000_000, unit_price_max: int = 2000, sandbox: int = 2
-) -> str:
+    simulation: Simulation, *, budget_micro: int = 10_000_000, unit_price_max: int = 2000, sandbox: int = 2,
+    mode: Literal["exact", "tolerant"] = "exact",
+) -> str:  # fmt: skip
     """Alice submits; her store has the blobs. Returns the job id."""
-    task = make_task(simulation.network)
+    task = msgspec.structs.replace(make_task(simulation.network), mode=mode)
     alice = simulation.peers["alice"]
-    alice.blobs |= {task.program, task.arrays[0].blob}
+    alice.blobs |= set(CONTENTS)
     reply = simulation.command(
         "alice",
         "submit",

@@ -6,6 +6,7 @@ import pytest
 
 from peer.addresses import Address
 from peer.book import AddressBook
+from peer.lan import MEMBERS_MAX
 from peer.standing import Rates, Standing
 from protocol import params
 
@@ -116,3 +117,7 @@ def test_rates_are_bounded_in_keys() -> None:
     for number in range(100):
         rates.take(stranger(number), now=0.0)
     assert len(rates._buckets) == 10
+
+
+def test_a_swarm_on_one_machine_can_see_all_of_itself() -> None:
+    assert params.LINKS_WANTED >= MEMBERS_MAX - 1

@@ -27,23 +27,10 @@ from tests.cli_scene import (
     ROOT,
     SHOWN,
     STATUS,
-    answering,
     ichiba,
     lines,
-    made_home,
 )
 from tests.fake_daemon import JOB, FakeDaemon
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return made_home(tmp_path / "peer")
-
-
-@pytest.fixture
-def daemon(home: Path) -> Iterator[FakeDaemon]:
-    with answering(home) as fake:
-        yield fake
 
 
 # --- every command -----------------------------------------------------------------------------------------
@@ -210,12 +197,18 @@ def test_a_job_is_shown_with_its_deals_and_checks(daemon: FakeDaemon, home: Path
 def test_a_quote_says_who_is_left_out_by_the_limit(daemon: FakeDaemon, home: Path) -> None:
     daemon.answers["quote"] = lambda arguments: {
         "solvers": 3, "low_micro": 1, "median_micro": 2, "high_micro": 3, "fastest_seconds": 4.0, "too_dear": 2,
-        "limit_for_all": 2100, "operations": arguments["operations"], "round_ms": 1000,
+        "limit_for_all": 2100, "operations": arguments["operations"], "round_ms": 1000, "checks_included": False,
+        "rungs": [{"unit_price_max": 1000, "solvers": 1, "free": 0, "connected": 1, "wait_ns": None,
+                   "run_ns": 4 * 10**9, "work_micro": 5, "budget_micro": 5}],
     }  # fmt: skip
     told = ichiba(home, "quote", "--operations", "5000000000", "--price", "0.001", "--memory", "2G")
+    assert told.exit_code == 0, told.output
+    (row,) = [line.split() for line in told.stdout.splitlines() if line.strip().startswith("0.001 ")]
+    assert row == ["0.001", "1", "0", "1", "?", "4.0", "s", "0.000005", "?"], "waiting is not known and says so"
     assert "leaves out 2 of them; 0.0021 would reach all" in told.stdout
     assert daemon.seen[-1][1] == {
         "operations": 5 * 10**9, "unit_price_max": 1000, "memory_bytes": 2 << 30, "sandbox": 2,
+        "segments": 0, "operations_per_segment": 0,
     }  # fmt: skip
 
 

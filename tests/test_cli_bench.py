@@ -4,30 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from peer.client import Client
 from peer.home import Home
 from protocol.bench_card import card_file, reference_result
 from protocol.keys import peer_name
 from tests.bench_scene import CHALLENGER, PROVER, SECOND, card, challenge, challenge_id, witnessed
-from tests.cli_scene import PEER, STATUS, answering, ichiba, lines, made_home, say
+from tests.cli_scene import PEER, STATUS, ichiba, lines, say
 from tests.fake_daemon import FakeDaemon
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return made_home(tmp_path / "peer")
-
-
-@pytest.fixture
-def daemon(home: Path) -> Iterator[FakeDaemon]:
-    with answering(home) as fake:
-        yield fake
 
 
 def made_card(home: Path, **changes: Any) -> tuple[bytes, bytes]:

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from peer.cli_events import ENDINGS, line_of
 from peer.cli_follow import exit_code_of
 from peer.client import Client
+from protocol import safetensors
 from tests.cli_scene import (
     ACCUSED,
     DONE,
@@ -22,24 +24,11 @@ from tests.cli_scene import (
     ROOT,
     SHOWN,
     STEPS,
-    answering,
     ichiba,
     lines,
-    made_home,
     say,
 )
 from tests.fake_daemon import JOB, FakeDaemon, running
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return made_home(tmp_path / "peer")
-
-
-@pytest.fixture
-def daemon(home: Path) -> Iterator[FakeDaemon]:
-    with answering(home) as fake:
-        yield fake
 
 
 # --- following ---------------------------------------------------------------------------------------------
@@ -126,6 +115,9 @@ EVENTS: list[dict[str, Any]] = [
     {"kind": "draw", "segments": [1, 3], "of": 6},
     {"kind": "check", "checker": PEER, "role": "verifier", "segments": [1]},
     {"kind": "verdict", "checker": PEER, "role": "verifier", "finding": "wrong", "segments": [1], "wrong_segment": 1},
+    {"kind": "challenged", "deal": "cd", "dispute": "ab" * 32, "segment": 1, "challenger": PEER},
+    {"kind": "arbitrated", "deal": "cd", "segment": 1, "finding": "wrong"},
+    {"kind": "arbitrated", "deal": "cd", "segment": 1, "finding": "forced"},
     {"kind": "waiting", "why": "no live verifier"},
     {"kind": "lost", "solver": PEER, "why": "silent", "receipts": 2},
     {"kind": "reoffer", "why": "lost", "segment": 2},
@@ -143,6 +135,38 @@ def test_every_event_of_a_job_has_a_line_of_its_own(event: dict[str, Any]) -> No
     line = line_of({"seq": 1, "time_ns": 1, "job": JOB, **event})
     assert "=" not in line, "it fell back to the raw fields"
     assert "\n" not in line
+
+
+def test_a_step_says_what_its_number_is_and_nothing_where_it_says_nothing() -> None:
+    step = {"seq": 1, "time_ns": 1, "job": JOB, "kind": "step", "step": 6, "loss": 0.5}
+    assert line_of(step) == "step 7: loss 0.5000"
+    assert line_of({**step, "figure": "surprise"}) == "step 7: surprise 0.5000"
+    assert line_of({**step, "figure": ""}) == "step 7: done"
+
+
+def test_show_says_what_an_evaluation_found_unless_its_state_is_too_large_for_a_look(
+    daemon: FakeDaemon, home: Path
+) -> None:
+    state = {
+        "weight": np.ones((2, 2), dtype=np.float32),
+        "result.loss": np.array([6.0, 0.5], dtype=np.float32),
+        "result.accuracy": np.array([3.0, 0.0], dtype=np.float32),
+        "result.rows": np.array(4, dtype=np.int64),
+    }
+    with Client(home) as client:
+        blob = client.put_blob(safetensors.write(state))
+    found = {**SHOWN, "kind": "evaluate", "checkpoint": blob.hex(), "checkpoint_bytes": 300}
+    daemon.answers["job"] = lambda _: found
+    told = ichiba(home, "job", "show", JOB)
+    assert told.exit_code == 0, told.output
+    assert "loss: 1.625" in told.stdout
+    assert "accuracy: 0.75" in told.stdout
+    as_json = lines(ichiba(home, "job", "show", JOB, "--json"))
+    assert as_json[-1]["metrics"] == {"loss": 1.625, "accuracy": 0.75}
+    daemon.answers["job"] = lambda _: {**found, "checkpoint_bytes": 2**40}
+    assert "its result: ichiba job get" in ichiba(home, "job", "show", JOB).stdout
+    daemon.answers["job"] = lambda _: {**found, "kind": "train"}
+    assert "result" not in ichiba(home, "job", "show", JOB).stdout
 
 
 def test_an_event_of_an_unknown_kind_or_shape_is_shown_as_it_is() -> None:
@@ -196,6 +220,19 @@ def test_submit_uploads_the_job_offers_it_and_follows_it(daemon: FakeDaemon, hom
     assert detached.exit_code == 0
     assert "next: ichiba job logs -f" in detached.stdout
     assert "first loss" in detached.stderr
+
+
+def test_a_sealed_job_is_hidden_from_the_moment_its_bytes_are_here(daemon: FakeDaemon, home: Path, job: Path) -> None:
+    from protocol.task import TaskSpec
+
+    daemon.answers["submit"] = lambda _: {**SHOWN, "state": "offered", "deals": []}
+    told = ichiba(home, "submit", str(job), "--sealed", "--detach")
+    assert told.exit_code == 0 and "sealed: peers see its terms" in told.stdout, told.output
+    sent = next(arguments for verb, arguments in daemon.seen if verb == "submit")
+    assert sent["sealed"] is True
+    task = TaskSpec.from_bytes(bytes.fromhex(sent["task"]), network=bytes.fromhex("f2" * 32))
+    for blob in (task.program, *(array.blob for array in task.arrays)):
+        assert daemon.blobs.has(blob) and daemon.blobs.secrets.hides(blob)
 
 
 def test_submit_refuses_before_it_loads_torch(daemon: FakeDaemon, home: Path, job: Path, tmp_path: Path) -> None:
@@ -275,9 +312,9 @@ def test_get_writes_checked_weights_and_a_proof_that_verifies_without_the_daemon
     told = ichiba(home, "receipts", "verify", str(out))
     assert told.exit_code == 0
     assert "2 of 2 segments" in told.stdout
-    assert "100.0 % of the operations" in told.stdout
+    assert "1 of them, 50.0 % of the operations" in told.stdout
     (found,) = lines(ichiba(home, "receipts", "verify", str(out / "proof.json"), "--json"))
-    assert (found["schema"], found["complete"], found["segments_checked"]) == ("ichiba.proof/1", True, [0, 1])
+    assert (found["schema"], found["complete"], len(found["segments_checked"])) == ("ichiba.proof/1", True, 1)
     (out / "checkpoint.safetensors").unlink()
     assert "all 2 tensors" in ichiba(home, "receipts", "verify", str(out)).stdout
 

@@ -83,7 +83,17 @@ def test_every_call_of_the_client_reaches_the_daemon_with_its_arguments(daemon: 
     assert client.connect("/ip4/1.2.3.4/tcp/1") == {"connected": "/ip4/1.2.3.4/tcp/1"}
     assert client.doctor() == [{"what": "peers"}]
     assert daemon.seen[-2:] == [
-        ("quote", {"operations": 10**9, "unit_price_max": None, "memory_bytes": 0, "sandbox": 2}),
+        (
+            "quote",
+            {
+                "operations": 10**9,
+                "unit_price_max": None,
+                "memory_bytes": 0,
+                "sandbox": 2,
+                "segments": 0,
+                "operations_per_segment": 0,
+            },
+        ),
         ("wallet", {"all": True}),
     ]
 

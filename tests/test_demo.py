@@ -65,6 +65,15 @@ def test_five_peers_make_a_market_that_can_convict() -> None:
             members(count)
 
 
+def test_notaries_are_peers_beside_the_market(tmp_path: Path) -> None:
+    found = members(5, notaries=4)
+    assert [one.name for one in found[5:]] == [f"notary-{n}" for n in (1, 2, 3, 4)]
+    assert not any(one.roles or one.stake_micro for one in found[5:])  # a judge has no interest in the market
+    network = load(Lan.create(tmp_path / "judged", found, seed=1).network_file.read_text())
+    assert network.notary_quorum == 3
+    assert len(network.notary_keys) == 4
+
+
 def test_the_network_file_is_one_that_loads_and_names_every_peer(lan: Lan) -> None:
     network = load(lan.network_file.read_text())
     assert network.rules == LAN_RULES
@@ -171,7 +180,7 @@ def test_no_daemon_outlives_whoever_started_it_however_it_dies(tmp_path: Path) -
     watched = [os.pidfd_open(int(word)) for word in starter.stdout.readline().split()]
     assert len(watched) == 2
     starter.stdin.close()
-    assert starter.wait(timeout=20) == -9
+    assert starter.wait(timeout=120) == -9
     for descriptor in watched:
         ended, _, _ = select.select([descriptor], [], [], 30)
         assert ended, "a daemon lives on without its starter"
@@ -288,11 +297,15 @@ def test_the_money_table_shows_what_was_burned_and_adds_up() -> None:
 
 
 # --- what is success -----------------------------------------------------------------------------------------
+DISPUTE = {"finding": "wrong", "rounds": 7, "message_bytes": 17_190, "opening_bytes": 4_432, "seconds": 40.0}
+
+
 def good(plan: Plan) -> Outcome:
     return Outcome(
         plan, state="done", params=1_000_000, conserved=True, proof=True, slashed=9 * bool(plan.cheat),
         culprit="solver-1" if plan.cheat else "",
         solvers_paid=["solver-1", "solver-2"] if plan.kill else ["solver-1"],
+        dispute=DISPUTE if plan.cheat and plan.notaries else {},
     )  # fmt: skip
 
 
@@ -304,6 +317,9 @@ def good(plan: Plan) -> Outcome:
         (Plan(), {"proof": False}, "proof"),
         (Plan(cheat="skip-step"), {"slashed": 0, "culprit": ""}, "not slashed"),
         (Plan(cheat="skip-step"), {"culprit": "solver-2"}, "not slashed"),
+        (Plan(cheat="skip-step"), {"dispute": {}}, "no dispute"),
+        (Plan(cheat="skip-step", notaries=0), {"dispute": DISPUTE}, "no dispute"),
+        (Plan(), {"dispute": DISPUTE}, "honest work"),
         (Plan(), {"slashed": 9, "culprit": "solver-1"}, "honest"),
         (Plan(kill=True), {"solvers_paid": ["solver-2"]}, "both"),
     ],

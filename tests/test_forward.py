@@ -16,15 +16,17 @@ from torch import Tensor, nn
 import ichiba
 from peer.cli_result import metrics_of, text_of
 from protocol import merkle
-from protocol.errors import UnsupportedModel
-from protocol.program import NODE_STREAM, Program, program_id
+from protocol.codec import encode
+from protocol.errors import MalformedRecord, UnsupportedModel
+from protocol.program import NODE_STREAM, Program, operations_per_step, program_id
+from protocol.task import PRESENT, ArrayRef, BatchRule, Initial, Schedule, TaskSpec
 from tests.models import EXAMPLES
 from worker import checkpoint, exact
 from worker.capture_forward import capture_forward
 from worker.executor import Diverged, Executor
 from worker.job_file import BadJobFile, read_job_file
 from worker.prepare import Prepared, prepare
-from worker.training import initial_state, run_segments
+from worker.training import Batches, initial_state, run_segments
 
 NETWORK = bytes(32)
 
@@ -92,9 +94,10 @@ def test_weights_handed_on_are_hashed_and_looked_through_once_a_run(monkeypatch:
     monkeypatch.setattr(merkle, "tensor_root", counted)
     captured = capture_forward(ichiba.Inference(nn.Linear(5, 2), {"x": torch.zeros(3, 5)}, 9))
     executor, state, roots = Executor(captured.program), captured.initial_state, checkpoint.Roots()
+    batch = {"x": torch.ones(3, 5), PRESENT: torch.ones(3, dtype=torch.bool)}
     found = [roots.of(state)]
     for step in range(3):
-        after, _ = executor.step(state, {"x": torch.ones(3, 5)}, 0.0, 1, step)
+        after, _ = executor.step(state, batch, 0.0, 1, step)
         assert after["weight"] is state["weight"]
         state = after
         found.append(roots.of(state))
@@ -105,7 +108,110 @@ def test_weights_handed_on_are_hashed_and_looked_through_once_a_run(monkeypatch:
     assert roots.of(other) == found[-1], "another tensor of the same bits has the same root"
     for _ in range(2):  # what is no number is found in weights too, however often it is handed on
         with pytest.raises(Diverged):
-            executor.step({**state, "weight": torch.full((2, 5), torch.nan)}, {"x": torch.ones(3, 5)}, 0.0, 1, 4)
+            executor.step({**state, "weight": torch.full((2, 5), torch.nan)}, batch, 0.0, 1, 4)
+
+
+# --- rows that fill the last batch up ----------------------------------------------------------------------
+def stepped(built: Any, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The state after these batches, exactly."""
+    captured = capture_forward(built)
+    executor, state = Executor(captured.program), captured.initial_state
+    for step, batch in enumerate(batches):
+        state, _ = executor.step(state, batch, 0.0, 5, step)
+    return state
+
+
+def metrics(state: dict[str, Tensor]) -> dict[str, float]:
+    return metrics_of({n.removeprefix("result."): t.numpy() for n, t in state.items() if n.startswith("result.")})
+
+
+def test_rows_that_fill_the_last_batch_up_count_nowhere() -> None:
+    x = torch.arange(7 * 4.0).reshape(7, 2, 2)
+    real = [torch.ones(3, dtype=torch.bool)] * 2 + [torch.tensor([True, False, False])]
+    cut = [x[:3], x[3:6], torch.stack([x[6], x[0], x[0]])]
+    batches = [{"x": part, "y": part + 1, PRESENT: here} for part, here in zip(cut, real, strict=True)]
+    pair = {"x": torch.zeros(3, 2, 2), "y": torch.zeros(3, 2, 2)}
+    by_row = {"off": lambda output, y: y - output, "mean": lambda output, y: output}
+    found = metrics(stepped(ichiba.Evaluation(nn.Identity(), nn.MSELoss(reduction="none"), pair, by_row), batches))
+    assert found == {"loss": 1.0, "mean": float(x.mean()), "off": 1.0}
+    with torch.no_grad():
+        doubled = nn.Linear(2, 2, bias=False)
+        doubled.weight.copy_(torch.eye(2) * 2)
+    inputs = [{"x": batch["x"], PRESENT: batch[PRESENT]} for batch in batches]
+    state = stepped(ichiba.Inference(doubled, {"x": torch.zeros(3, 2, 2)}, 7), inputs)
+    assert torch.equal(state["result.output"], x * 2)
+
+
+def test_sums_over_many_batches_keep_what_float32_would_lose() -> None:
+    here = torch.tensor([True])
+    built = ichiba.Evaluation(nn.Identity(), lambda output: output, {"x": torch.zeros(1)})
+    values = [2.0**25, *[1.0] * 40]
+    assert float(torch.tensor(2.0**25) + 1) == 2.0**25
+    state = stepped(built, [{"x": torch.tensor([value]), PRESENT: here} for value in values])
+    assert metrics(state)["loss"] == (2.0**25 + 40) / 41
+
+
+def test_a_model_that_writes_to_its_buffers_leaves_them_as_they_were() -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x * self.calls
+
+    model = Counted()
+    batch = {"x": torch.ones(2, 3), PRESENT: torch.ones(2, dtype=torch.bool)}
+    state = stepped(ichiba.Inference(model, {"x": torch.zeros(2, 3)}, 4), [batch, batch])
+    assert float(state["calls"]) == 0 == float(model.calls)
+    assert torch.equal(state["result.output"], torch.ones(4, 3))
+
+
+def test_a_text_is_read_in_windows_once_and_a_last_batch_needs_a_program_that_knows() -> None:
+    text = np.arange(100, dtype=np.uint8)
+    window = torch.zeros(4, 9, dtype=torch.int64)
+
+    def batches(reduction: str, steps: int = 3) -> Batches:
+        loss = nn.CrossEntropyLoss(reduction=reduction)
+        scored = ichiba.Evaluation(Spread(), lambda o, y: loss(o.transpose(1, 2), y), {"x": window, "y": window})
+        program = capture_forward(scored).program
+        array = ArrayRef("text", "uint8", (100,), bytes(32), 100)
+        task = a_task(program, array, BatchRule("sequence", 4, 9), steps)
+        TaskSpec.from_bytes(encode(task), network=NETWORK)
+        return Batches(task, program, {"text": text.tobytes()})
+
+    found = [batches("none").of(step) for step in range(3)]
+    read = [symbol for batch in found for row in batch["x"][batch[PRESENT]].tolist() for symbol in row]
+    assert read == list(range(99)), "11 windows of 9; nothing follows the last symbol"
+    assert [int(batch[PRESENT].sum()) for batch in found] == [4, 4, 3]
+    assert torch.equal(found[1]["y"], found[1]["x"] + 1)
+    assert torch.equal(found[2]["x"][3], found[0]["x"][0]), "row 0 stands where none is left"
+    with pytest.raises(MalformedRecord, match="3 of 4 rows, and the program cannot leave the rest out"):
+        batches("mean")
+    for steps in (2, 4):
+        with pytest.raises(MalformedRecord, match="do not read 11 rows once each"):
+            batches("none", steps)
+
+
+class Spread(nn.Module):
+    """Scores of 128 symbols, all alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(128, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table(x)
+
+
+def a_task(program: Program, array: ArrayRef, batch: BatchRule, steps: int) -> TaskSpec:
+    encoded = program.to_bytes()
+    return TaskSpec(
+        network=NETWORK, program=program_id(encoded), program_bytes=len(encoded), arrays=(array,), batch=batch,
+        initial=Initial("seed", bytes(32), bytes(32)), seed=1, steps=steps, steps_per_segment=steps, mode="exact",
+        width=15, schedule=Schedule("constant", 0, 0, 0), operations_per_step=operations_per_step(program), name="t",
+    )  # fmt: skip
 
 
 class Counting(nn.Module):
@@ -195,10 +301,55 @@ def test_the_largest_number_the_generator_gives_does_not_choose_a_symbol_by_itse
         assert not state["result.tokens"].any()
 
 
+class Placed(nn.Module):
+    """Scores that depend on the last tokens and on where they stand, with a limited number of places."""
+
+    def __init__(self, positions: int = 8, symbols: int = 16) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.table = nn.Parameter(torch.randn(symbols, symbols, generator=generator) * 3)
+        self.places = nn.Parameter(torch.randn(positions, symbols, generator=generator) * 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = F.pad(x, (1, 0))[:, :-1]
+        scores = F.embedding(x, self.table) + 0.5 * F.embedding(before, self.table)
+        return scores + F.embedding(torch.arange(x.shape[1]), self.places)
+
+
+def run_of(built: ichiba.Generation, seed: int) -> Tensor:
+    captured = capture_forward(built)
+    executor, state = Executor(captured.program), captured.initial_state
+    for step in range(built.tokens):
+        state, _ = executor.step(state, {"prompt": built.prompt}, 0.0, seed, step)
+    return state["result.tokens"]
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.0, None), (0.7, None), (0.7, 5), (1.3, 50)])
+def test_a_text_longer_than_the_models_context_is_that_of_plain_pytorch(temperature: float, top_k: int | None) -> None:
+    model, prompt = Placed(), torch.tensor([[3, 1, 4], [1, 5, 9]])
+    built = ichiba.Generation(model, prompt, 20, temperature=temperature, top_k=top_k, context=8)
+    tokens = prompt
+    for step in range(20):
+        with torch.no_grad():
+            scores = model(tokens[:, -8:])[:, -1]
+        best, names = torch.topk(scores, min(top_k or 16, 16)) if top_k == 5 else (scores, None)
+        uniform = exact.uniform(23, step, NODE_STREAM, tuple(best.shape)).double().clamp_min(2.0**-25)
+        wanted = best / temperature - torch.log(-torch.log(uniform)) if temperature else best.double()
+        chosen = wanted.argmax(1, keepdim=True)
+        tokens = torch.cat([tokens, chosen if names is None else names.gather(1, chosen)], 1)
+    assert torch.equal(run_of(built, 23), tokens)
+
+
+def test_more_tokens_than_the_model_has_places_for_are_refused_with_what_to_give() -> None:
+    with pytest.raises(UnsupportedModel, match="does not take 22 tokens") as told:
+        capture_forward(ichiba.Generation(Placed(), torch.tensor([[3, 1, 4]]), 20))
+    assert "context=" in told.value.next_step
+
+
 def test_the_generation_example_is_a_job_that_starts_from_its_prompt() -> None:
     prepared = prepare(EXAMPLES / "generate", NETWORK)
-    assert [(array.name, array.shape) for array in prepared.arrays] == [("prompt", (80, 14))]
-    assert (prepared.job.steps, prepared.job.batch.rule, prepared.job.batch.size) == (40, "sequence", 2)
+    assert [(array.name, array.shape) for array in prepared.arrays] == [("prompt", (2, 14))]
+    assert (prepared.job.steps, prepared.job.batch.rule, prepared.job.batch.size) == (60, "whole", 2)
     assert prepared.parameters == 1_075_200
 
 
@@ -224,8 +375,8 @@ def test_a_job_file_that_does_not_fit_its_kind_is_refused(name: str, tmp_path: P
 MISMATCHED: dict[str, tuple[str, tuple[str, str], str]] = {
     "another kind than build() returns": ("evaluate", ('"evaluate"', '"infer"'), 'kind = "evaluate"'),
     "too few steps": ("infer", ("steps = 15", "steps = 14"), "steps = 15"),
-    "rows left over": ("evaluate", ("steps = 40", "steps = 39"), "number of rows"),
-    "tokens without steps": ("generate", ("steps = 40 ", "steps = 41 "), "steps = 40"),
+    "rows left over": ("evaluate", ("steps = 32", "steps = 31"), "rounded up: 32"),
+    "tokens without steps": ("generate", ("steps = 60 ", "steps = 61 "), "steps = 60"),
 }
 
 
@@ -241,14 +392,26 @@ def test_what_build_returns_and_the_job_file_must_agree(name: str, tmp_path: Pat
     assert said in f"{refused.value} {refused.value.next_step}"
 
 
+def test_an_inference_of_other_rows_than_the_data_has_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text((EXAMPLES / "infer" / "job.toml").read_text())
+    model = (EXAMPLES / "infer" / "model.py").read_text()
+    assert "8, 8)}, ROWS)" in model
+    (tmp_path / "model.py").write_text(model.replace("8, 8)}, ROWS)", "8, 8)}, ROWS - 1)"))
+    with pytest.raises(BadJobFile, match="the output has 299 rows, the data 300") as refused:
+        prepare(tmp_path, NETWORK)
+    assert "rows=300" in refused.value.next_step
+
+
 ONE = torch.zeros((1, 1), dtype=torch.int64)
 PAIR = {"x": torch.zeros(3, 2), "y": torch.zeros(3, 2)}
 BAD: dict[str, Callable[[], Any]] = {
     "prompt is": lambda: ichiba.Generation(Counting(), torch.zeros(3), 2),
     "tokens=0": lambda: ichiba.Generation(Counting(), ONE, 0),
     "top_k is 0": lambda: ichiba.Generation(Counting(), ONE, 1, top_k=0),
+    "top_k is 129": lambda: ichiba.Generation(Counting(), ONE, 1, top_k=129),
+    "context is 0": lambda: ichiba.Generation(Counting(), ONE, 1, context=0),
     "rows is 0": lambda: ichiba.Inference(nn.Linear(2, 2), {"x": torch.zeros(1, 2)}, 0),
-    "not one number": lambda: ichiba.Evaluation(nn.Linear(2, 2), F.mse_loss, PAIR, {"all": lambda o, y: o}),
+    "not one number": lambda: ichiba.Evaluation(nn.Linear(2, 2), F.mse_loss, PAIR, {"all": lambda o, y: o.T}),
 }
 
 

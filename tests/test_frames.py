@@ -17,7 +17,9 @@ from worker.frames import (
     Conversation,
     Done,
     Failed,
+    FalseEnd,
     Frames,
+    Handed,
     Ready,
     Rehearsal,
     Reply,
@@ -224,3 +226,65 @@ def test_requests_reach_the_worker_as_they_were_sent(request_: Work | Rehearsal)
     data = frame(request_)
     assert int.from_bytes(data[:4], "little") == len(data) - 4
     assert read_request(data[4:]) == request_
+
+
+def test_an_initial_state_is_its_root_then_the_state_and_nothing_else() -> None:
+    root, state = frame(Root(bytes(32))), frame(Handed(5)) + b"state"
+    talk = Conversation("initial-state", 0, (), 5)
+    events = list(talk.take(root + state + frame(Done())))
+    assert talk.finished
+    assert b"".join(e.part for e in events if isinstance(e, CheckpointBytes)) == b"state"
+    for said in (state, root + root, root + frame(Done()), root + state + state, frame(Done())):
+        with pytest.raises(BadReply, match="is not what may come next"):
+            list(Conversation("initial-state", 0, (), 5).take(said))
+    with pytest.raises(BadReply, match="at most 4"):
+        list(Conversation("initial-state", 0, (), 4).take(root + state))
+
+
+# --- ordered errors --------------------------------------------------------------------------------------------
+def test_a_false_end_comes_once_between_the_last_step_and_the_segment_it_was_ordered_for() -> None:
+    false, wrong = FalseEnd(0, bytes(32), 3), FalseEnd(1, bytes(32), 3)
+    steps = (Step(0, 1.0), Step(1, 1.0))
+    whole = Segment(
+        segment=0, first_step=0, last_step=2, in_root=bytes(32), out_root=bytes(32), operations=1, checkpoint_bytes=2,
+        diverged_step=None,
+    )  # fmt: skip
+
+    def told(*replies: Reply | bytes, ordered: int | None = 0) -> list[Reply | CheckpointBytes]:
+        conversation = Conversation("train", 0, [range(2)], 3, ordered)
+        data = b"".join(r if isinstance(r, bytes) else frame(r) for r in replies)
+        return list(conversation.take(data))
+
+    events = told(*steps, false, b"abc", whole, b"ab", Done())
+    assert [e.part for e in events if isinstance(e, CheckpointBytes)] == [b"abc", b"ab"]
+    assert told(*steps, whole, b"ab", Done()), "where no fraud makes a difference there is none"
+    for replies, code in (
+        ((*steps, wrong), "wrong-reply"),
+        ((steps[0], false), "wrong-reply"),
+        ((*steps, false, b"abc", false), "wrong-reply"),
+        ((*steps, false, b"abc", Done()), "wrong-reply"),
+        ((*steps, FalseEnd(0, bytes(32), 4)), "oversize-checkpoint"),
+        ((*steps, whole, b"ab", false), "wrong-reply"),
+    ):
+        with pytest.raises(BadReply) as refused:
+            told(*replies)
+        assert refused.value.code == code, replies
+    for ordered in (None, 1):
+        with pytest.raises(BadReply):
+            told(*steps, false, ordered=ordered)
+
+
+# --- distances -------------------------------------------------------------------------------------------------
+def test_a_distance_is_stated_where_it_was_asked_for_and_nowhere_else() -> None:
+    def told(distance: tuple[int, int] | None, *, compared: bool) -> None:
+        segment = Segment(
+            segment=0, first_step=0, last_step=1, in_root=bytes(32), out_root=bytes(32), operations=1,
+            checkpoint_bytes=2, diverged_step=None, distance=distance,
+        )  # fmt: skip
+        list(Conversation("train", 0, [range(1)], 3, compared=compared).take(frame(Step(0, 1.0)) + frame(segment)))
+
+    told((5, 10**18), compared=True)
+    told(None, compared=False)
+    for distance, compared in (((5, 6), False), (None, True), ((-1, 0), True), ((0, 10**18 + 1), True)):
+        with pytest.raises(BadReply):
+            told(distance, compared=compared)

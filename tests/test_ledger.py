@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from market import ledger as money
 from market.ledger import (
@@ -300,116 +299,3 @@ def test_a_ledger_that_lost_a_credit_says_so() -> None:
     ledger._balances[stake(BORIS)] += 1  # the sum is right again, the owners are not
     with pytest.raises(ConservationBroken, match="its flows say"):
         ledger.check()
-
-
-AMOUNTS = st.integers(0, 10**6)
-SHARES = st.lists(st.tuples(st.sampled_from(PEERS), st.integers(0, 10**5)), max_size=3)
-
-
-class LedgerMachine(RuleBasedStateMachine):
-    """Four peers do anything in any order; a plain dictionary of deposits is the only model needed."""
-
-    agreements = Bundle("agreements")
-    posted = Bundle("posted")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ledger, self.outside_micro, self.count = Ledger(), 0, 0
-
-    def fresh(self) -> bytes:
-        self.count += 1
-        return key(self.count)
-
-    def attempt(self, entry: Entry) -> bool:
-        """Post; on refusal prove that nothing moved."""
-        before = self.ledger.balances()
-        try:
-            return self.ledger.post(entry)
-        except InsufficientFunds:
-            assert self.ledger.balances() == before
-            assert not self.ledger.applied(entry.key)
-            return False
-
-    @rule(target=posted, owner=st.sampled_from(PEERS), free_micro=AMOUNTS, stake_micro=AMOUNTS)
-    def deposit(self, owner: bytes, free_micro: int, stake_micro: int) -> Entry:
-        entry = money.deposit(self.fresh(), owner, free_micro, stake_micro)
-        assert self.attempt(entry)
-        self.outside_micro += free_micro + stake_micro
-        return entry
-
-    @rule(owner=st.sampled_from(PEERS), micro=AMOUNTS)
-    def withdraw(self, owner: bytes, micro: int) -> None:
-        if self.attempt(money.withdraw(self.fresh(), owner, micro)):
-            self.outside_micro -= micro
-
-    @rule(owner=st.sampled_from(PEERS), micro=AMOUNTS, out=st.booleans())
-    def move_stake(self, owner: bytes, micro: int, out: bool) -> None:
-        self.attempt((money.stake_withdraw if out else money.stake_add)(self.fresh(), owner, micro))
-
-    @rule(
-        target=agreements,
-        submitter=st.sampled_from(PEERS),
-        solver=st.sampled_from(PEERS),
-        budget_micro=AMOUNTS,
-        lock_micro=AMOUNTS,
-    )
-    def open(self, submitter: bytes, solver: bytes, budget_micro: int, lock_micro: int) -> object:
-        agreement = self.fresh()
-        entry = money.open_channel(
-            agreement, submitter=submitter, budget_micro=budget_micro, solver=solver, lock_micro=lock_micro
-        )
-        return (agreement, submitter, solver, budget_micro, lock_micro) if self.attempt(entry) else multiple()
-
-    @rule(target=posted, terms=consumes(agreements), share=st.integers(0, 100), fees=SHARES)
-    def settle(self, terms: tuple[bytes, bytes, bytes, int, int], share: int, fees: list[tuple[bytes, int]]) -> Entry:
-        agreement, submitter, solver, channel_micro, lock_micro = terms
-        paid_micro = channel_micro * share // 100
-        if paid_micro + sum(micro for _, micro in fees) > channel_micro:
-            fees = []
-        entry = money.settle(
-            agreement,
-            submitter=submitter,
-            solver=solver,
-            channel_micro=channel_micro,
-            lock_micro=lock_micro,
-            paid_micro=paid_micro,
-            fees=fees,
-        )
-        assert self.attempt(entry)
-        return entry
-
-    @rule(target=posted, terms=consumes(agreements), costs=SHARES)
-    def slash(self, terms: tuple[bytes, bytes, bytes, int, int], costs: list[tuple[bytes, int]]) -> Entry:
-        agreement, submitter, solver, channel_micro, lock_micro = terms
-        burned_micro = self.ledger.balance_micro(BURNED)
-        entry = money.slash(
-            agreement,
-            submitter=submitter,
-            solver=solver,
-            channel_micro=channel_micro,
-            lock_micro=lock_micro,
-            checker_costs=costs,
-        )
-        assert self.attempt(entry)
-        assert self.ledger.balance_micro(BURNED) >= burned_micro
-        return entry
-
-    @rule(entry=posted)
-    def replay(self, entry: Entry) -> None:
-        before, flows = self.ledger.balances(), money_table(self.ledger, NAMES)
-        assert not self.ledger.post(entry)
-        assert self.ledger.balances() == before
-        assert money_table(self.ledger, NAMES) == flows
-
-    @invariant()
-    def no_credit_appears_or_vanishes(self) -> None:
-        assert self.ledger.total_micro() == self.outside_micro
-        self.ledger.check()
-
-    @invariant()
-    def nobody_owes(self) -> None:
-        assert all(micro > 0 for account, micro in self.ledger.balances().items() if account != WORLD)
-
-
-TestLedgerMachine = LedgerMachine.TestCase
-TestLedgerMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)

@@ -62,6 +62,7 @@ def bid(solver: int, **changes: object) -> tuple[bytes, Bid]:
         "eta_ns": 10**9,
         "sandbox": 2,
         "seed_commitment": bytes(32),
+        "forced_commitment": bytes(32),
         "nonce": 1,
         "created_ns": NOW,
         "expires_ns": NOW + 10**9,
@@ -178,7 +179,9 @@ def test_trust_is_a_pessimistic_probability(right: int, wrong: int) -> None:
         ("price", {"unit_price_max": 99}),
         ("memory", {"memory_bytes": 2**31}),
         ("sandbox", {"sandbox": 4}),
-        ("mode", {"mode": "native"}),
+        ("mode", {"mode": "tolerant"}),
+        ("mode", {"tolerance": b"t" * 32}),
+        ("role", {"mode": "profile"}),
         ("stake", {"lock_micro": 10**9}),
     ],
 )
@@ -208,9 +211,9 @@ def test_the_newest_ask_stands_and_two_of_one_number_are_equivocation() -> None:
 def test_one_author_cannot_fill_the_book() -> None:
     book = OrderBook()
     for i in range(params.BOOK_OFFERS_PER_AUTHOR_MAX):
-        book.add_offer(blake("o", bytes([i])), offer(nonce=i), now_ns=NOW)
+        book.add_offer(blake("o", i.to_bytes(2, "big")), offer(nonce=i), now_ns=NOW)
     with pytest.raises(LimitExceeded):
-        book.add_offer(blake("one more"), offer(nonce=999), now_ns=NOW)
+        book.add_offer(blake("one more"), offer(nonce=9999), now_ns=NOW)
     book.add_offer(blake("another's"), offer(submitter=peer(5)), now_ns=NOW)
 
 
@@ -245,9 +248,14 @@ def test_a_channel_always_covers_the_work_and_twice_its_checks(segments: int, pe
     rules = Rules()
     total = segments * per_segment
     held = channel_micro(
-        rules, operations=total, segments=segments, unit_price=price, operations_per_segment=per_segment
+        rules,
+        operations=total,
+        segments=segments,
+        unit_price=price,
+        operations_per_segment=per_segment,
+        permille=200,
     )
-    checks = 2 * sampled_segments(rules, segments) * per_segment
+    checks = 2 * sampled_segments(rules, segments, 200) * per_segment
     assert held >= (total + checks) * price // 10**9 - 1
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -70,13 +72,16 @@ def refusals(effects: list[Effect]) -> list[str]:
     return [str(e.data["code"]) for e in effects if isinstance(e, Emit) and e.kind == "refused-bytes"]
 
 
+NUMBERS = itertools.count(1)
+
+
 def ask(simulation: Simulation, **changes: object) -> bytes:
     now = simulation.now_ns
     fields: dict[str, object] = {
         "network": simulation.network.id,
         "peer": EVE.public,
         "slot": 0,
-        "sequence": 1,
+        "sequence": next(NUMBERS),  # two of one number would convict Eve instead
         "roles": 1,
         "unit_price": 1,
         "memory_bytes": 1,

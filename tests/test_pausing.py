@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 
 from peer.cli_events import line_of
 from peer.simulator import SECOND, Faults, Simulation
-from tests.cli_scene import STATUS, answering, ichiba, lines, made_home
+from tests.cli_scene import STATUS, ichiba, lines
 from tests.fake_daemon import FakeDaemon
 from tests.swarm_scenario import RULES, job_state, make_swarm, submit
 from tests.test_simulation import finish
@@ -186,17 +185,6 @@ def test_pauses_at_any_moment_break_nothing(seed: int) -> None:
 
 
 # --- the command line --------------------------------------------------------------------------------------
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return made_home(tmp_path / "peer")
-
-
-@pytest.fixture
-def daemon(home: Path) -> Iterator[FakeDaemon]:
-    with answering(home) as fake:
-        yield fake
-
-
 WORKS = [
     {"work": "ab" * 32, "kind": "deal", "lost_after_ns": 2**62},
     {"work": "cd" * 32, "kind": "check", "lost_after_ns": 1},

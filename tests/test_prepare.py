@@ -96,7 +96,18 @@ def test_a_job_names_the_sandbox_its_solver_must_have(job: Callable[..., Path]) 
         assert read_job_file(job(("seed = 5", f'sandbox = "{name}"'))).sandbox == level
 
 
+def test_a_job_is_sealed_only_if_it_says_so(job: Callable[..., Path]) -> None:
+    assert not read_job_file(job()).sealed
+    for word in ("true", "false"):
+        said = read_job_file(job(("[batch]", f"[privacy]\nsealed = {word}\n[batch]")))
+        assert said.sealed == (word == "true")
+
+
 BAD = {
+    "a privacy that says nothing": (("[batch]", "[privacy]\n[batch]"), "true or false"),
+    "a privacy in words": (("[batch]", '[privacy]\nsealed = "yes"\n[batch]'), "true or false"),
+    "a misspelt privacy": (("[batch]", "[privacy]\nseald = true\n[batch]"), "did you mean 'sealed'?"),
+    "a privacy that is no table": (("seed = 5", 'privacy = "sealed"'), "[privacy]"),
     "a misspelt key": (("seed = 5", "sead = 5"), "did you mean 'seed'?"),
     "a misspelt batch key": (("size = 4", "sise = 4"), "did you mean 'size'?"),
     "a misspelt word": (('"rows"', '"row"'), "did you mean 'rows'?"),
@@ -294,9 +305,7 @@ def test_tensors_are_taken_as_arrays(job: Callable[..., Path]) -> None:
     assert replace(arrays["x"], name="z").name == "z"
 
 
-SAVED = (
-    ("seed = 5", 'seed = 5\nmodel = "model.program"\ndata = "data.npz"\ninitial = "initial.safetensors"'),
-)
+SAVED = (("seed = 5", 'seed = 5\nmodel = "model.program"\ndata = "data.npz"\ninitial = "initial.safetensors"'),)
 
 
 def saved(folder: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import params
-from protocol.codec import blake, decode, encode
+from protocol.codec import blake, decode, encode, ids_digest
 from protocol.errors import (
     LimitExceeded,
     MalformedRecord,
@@ -26,7 +26,6 @@ from protocol.records import (
     Voucher,
     add_signature,
     amount_for,
-    ids_digest,
     open_record,
     seal,
 )

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import params
-from worker import cage, canary, cgroups, sandbox
+from protocol.errors import LocalProtocolError
+from worker import birth, cage, canary, cgroups, sandbox
 from worker.cage import CageFailed, find_bubblewrap
 from worker.frames import Attempted
 from worker.sandbox import REQUIRED, Level, SandboxReport, SandboxTooWeak, admit, doctor_lines, probe
@@ -382,3 +383,15 @@ def test_system_call_numbers_are_the_kernels() -> None:
         name: number for name, number in NUMBERS.items() if name in known
     }
     assert len(set(NUMBERS.values())) == len(NUMBERS)
+
+
+def test_a_workers_environment_takes_the_kernels_of_a_profile_and_nothing_else() -> None:
+    made = birth.environ(2, {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "SSE4_2"})
+    assert made["MKL_CBWR"] == "SSE4_2"
+    assert made["OMP_NUM_THREADS"] == "2"
+    assert set(birth.environ(1, {})) == {
+        "PATH", "HOME", "LANG", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
+    }  # fmt: skip
+    for strange in ({"LD_PRELOAD": "/tmp/x.so"}, {"MKL_CBWR": "/tmp/x"}, {"PATH": "/tmp"}):
+        with pytest.raises(LocalProtocolError, match="no variable that a profile sets"):
+            birth.environ(1, strange)

@@ -7,7 +7,7 @@ import pytest
 from peer.simulator import SECOND, Faults, Simulation
 from tests.swarm_scenario import job_state, make_swarm, submit
 
-SEEDS = 200
+SEEDS = 80
 CALM = Faults(until_ns=0)
 
 
@@ -60,7 +60,8 @@ def test_a_cheat_is_slashed_paid_nothing_and_the_honest_solver_finishes() -> Non
     simulation = make_swarm(2, CALM, cheat="skip-step")
     simulation.run(seconds=3)
     state = finish(simulation, submit(simulation))
-    assert (state["state"], state["slashed_micro"], state["retried"]) == ("done", 600_000, 1)
+    # Three times the price is locked by a solver without a history.
+    assert (state["state"], state["slashed_micro"], state["retried"]) == ("done", 360_000, 1)
     assert state["paid_micro"] == 66_000
     honest = make_swarm(3, CALM)
     honest.run(seconds=3)

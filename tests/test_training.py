@@ -71,7 +71,7 @@ def task_of(
         "seed": 11,
         "steps": 10,
         "steps_per_segment": 4,
-        "mode": "native",
+        "mode": "tolerant",
         "width": 15,
         "schedule": Schedule("constant", 3_000_000, 0, 0),
         "operations_per_step": operations_per_step(program),
@@ -113,7 +113,7 @@ def test_segments_join_and_cover_every_step() -> None:
         assert checkpoint.state_root(checkpoint.load(result.checkpoint, state_layout(program))) == result.out_root
 
 
-@pytest.mark.parametrize("mode", ["native", "exact"])
+@pytest.mark.parametrize("mode", ["tolerant", "exact"])
 @pytest.mark.parametrize("first", [1, 2])
 def test_any_checkpoint_resumes_to_the_same_roots(mode: str, first: int) -> None:
     task, program, arrays = gpt_task(mode=mode)
@@ -154,13 +154,13 @@ def test_an_unknown_fraud_is_refused() -> None:
 @pytest.mark.parametrize("name", ["gpt", "cnn", "mlp"])
 def test_exact_and_native_training_agree_over_20_steps(name: str) -> None:
     losses = {}
-    for mode in ("exact", "native"):
+    for mode in ("exact", "tolerant"):
         fields = {"mode": mode, "steps": 20, "steps_per_segment": 20}
         task, program, arrays = gpt_task(**fields) if name == "gpt" else rows_task(name, **fields)
         (result,) = whole(task, program, arrays)
         losses[mode] = result.losses
-    assert losses["exact"] == pytest.approx(losses["native"], abs=2e-3)
-    assert losses["exact"] != losses["native"], "two arithmetics that agree in every bit are one"
+    assert losses["exact"] == pytest.approx(losses["tolerant"], abs=2e-3)
+    assert losses["exact"] != losses["tolerant"], "two arithmetics that agree in every bit are one"
     assert losses["exact"][-1] < losses["exact"][0]
 
 
@@ -193,7 +193,7 @@ def test_another_instruction_set_gives_the_same_exact_roots(tmp_path: Path) -> N
         (tmp_path / name).write_bytes(data)
     command = [sys.executable, "-c", CHILD, str(tmp_path)]
     plain = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=plain, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, env=plain, capture_output=True, text=True, check=True, timeout=600)
     assert done.stdout.split() == [result.out_root.hex() for result in whole(task, program, arrays)]
 
 
@@ -298,14 +298,14 @@ def test_data_that_does_not_fit_is_refused_before_a_step() -> None:
         whole(msgspec.structs.replace(task, arrays=as_float), program, {**arrays, "y": bytes(8000)})
 
 
-@pytest.mark.parametrize("mode", ["native", "exact"])
+@pytest.mark.parametrize("mode", ["tolerant", "exact"])
 def test_a_token_beyond_the_vocabulary_stops_the_run_with_a_typed_error(mode: str) -> None:
     task, program, arrays = gpt_task(mode=mode)
     with pytest.raises(MalformedRecord):
         whole(task, program, {"text": bytes([200]) * len(arrays["text"])})
 
 
-@pytest.mark.parametrize("mode", ["native", "exact"])
+@pytest.mark.parametrize("mode", ["tolerant", "exact"])
 def test_divergence_ends_the_task_at_its_step_and_keeps_the_last_good_state(mode: str) -> None:
     def build() -> Training:
         model = nn.Linear(2, 1)

@@ -20,10 +20,11 @@ from peer.workshop import SegmentDone, WorkFailed, WorkOrder, Workshop
 from protocol import params
 from protocol.codec import encode
 from protocol.errors import LocalProtocolError
+from protocol.profile import UNBOUNDED, Gauge
 from protocol.program import Init, Input, Items, Node, Program, Ref, Update, operations_per_step, program_id
 from protocol.task import ArrayRef, BatchRule, Initial, Schedule, TaskSpec
 from worker.cage import Cage
-from worker.frames import Done, Failed, Rehearsal, Reply, Root, Segment, Step, frame
+from worker.frames import Done, Failed, FalseEnd, Rehearsal, Reply, Root, Segment, Step, frame
 from worker.sandbox import Level, SandboxReport, SandboxTooWeak, probe
 
 GIB = 1024**3
@@ -163,11 +164,45 @@ async def test_real_segments_are_trained_warm_and_go_on_from_their_checkpoint(
     assert root.root == whole.segments[0].in_root
 
 
+async def test_a_solvers_end_is_compared_with_the_one_made_here(workshop: Workshop, order: WorkOrder) -> None:
+    gauges = (Gauge("w", 3, (1,)),)
+    order = retasked(changed(order, last_segment=1, gauges=gauges), mode="tolerant")
+    solver, fraud = Heard(), Heard()
+    await solver.run(workshop, order)
+    await fraud.run(workshop, changed(order, work_id="job-2", cheat="skip-step", gauges=()))
+    assert solver.segments[0].distance is None
+    found = []
+    for number, end in enumerate((solver, fraud)):
+        checker = Heard()
+        checked = changed(order, work_id=f"check-{number}", claimed=end.segments[0].checkpoint)
+        await checker.run(workshop, checked)
+        assert checker.segments[0].out_root == solver.segments[0].out_root
+        found.append(checker.segments[0].distance)
+    assert found == [(0, 0), (UNBOUNDED, UNBOUNDED)], "who moves a gauge explains it by no noise"
+
+
 async def test_a_demonstrated_fraud_tells_every_step_and_ends_elsewhere(workshop: Workshop, order: WorkOrder) -> None:
     heard = Heard()
     await heard.run(workshop, changed(order, cheat="skip-step"))
     assert [step for step, _ in heard.steps] == [0, 1, 2, 3]
     assert len(heard.segments) == 2
+
+
+async def test_an_ordered_error_comes_beside_the_true_end_and_is_the_fraud_it_looks_like(
+    workshop: Workshop, order: WorkOrder
+) -> None:
+    plain, fraud, ordered = Heard(), Heard(), Heard()
+    await plain.run(workshop, changed(order, last_segment=3))
+    await fraud.run(workshop, changed(order, work_id="job-2", cheat="wrong-batch"))
+    await ordered.run(workshop, changed(order, work_id="job-3", last_segment=3, ordered=(1, "wrong-batch")))
+    assert [s.out_root for s in ordered.segments] == [s.out_root for s in plain.segments], "the work goes on truly"
+    assert [s.false_end is not None for s in ordered.segments] == [False, True, False]
+    false, real = ordered.segments[1].false_end, fraud.segments[1]
+    assert false is not None
+    assert (false.root, false.checkpoint_bytes) == (real.out_root, real.checkpoint_bytes)
+    assert false.checkpoint.read_bytes() == real.checkpoint.read_bytes()
+    assert ordered.segments[1].losses == real.losses
+    assert false.root != ordered.segments[1].out_root
 
 
 async def test_a_state_that_diverges_ends_the_job_where_it_did(workshop: Workshop, order: WorkOrder) -> None:
@@ -223,6 +258,7 @@ LARGE = Segment(
     segment=0, first_step=0, last_step=2, in_root=bytes(32), out_root=bytes(32), operations=1, checkpoint_bytes=4097,
     diverged_step=None,
 )  # fmt: skip
+FALSE = FalseEnd(segment=0, out_root=bytes(32), checkpoint_bytes=1)
 TWO = (Step(0, 1.0), Step(1, 1.0))
 
 
@@ -239,6 +275,7 @@ TWO = (Step(0, 1.0), Step(1, 1.0))
         (said(*TWO, LARGE), "oversize-checkpoint"),
         (said(*TWO, SEGMENT, bytes(3999)), "short-checkpoint"),
         (said(*TWO, SEGMENT, bytes(4004)), "oversize-frame"),
+        (said(*TWO, FALSE), "wrong-reply"),
         (said(Failed("bad-data", "no array", "")), "bad-data"),
         (said(Root(bytes(32)), Done()), "wrong-reply"),
         (b"", "no-reply"),
@@ -279,7 +316,7 @@ async def test_a_worker_that_never_answers_is_ended_at_the_deadline(
     rehearsing(monkeypatch, "speak", speak=said(*TWO).hex(), then="hang")
     heard = Heard()
     with pytest.raises(WorkFailed) as failed:
-        await heard.run(workshop, changed(order, wall_seconds=0.5))
+        await heard.run(workshop, changed(order, wall_seconds=2.0))
     assert failed.value.code == "deadline", failed.value
     assert heard.steps == [(0, 1.0), (1, 1.0)], "what it did before was told"
 

@@ -34,6 +34,7 @@ from protocol.task import TaskSpec
 from worker import canary, frames, landlock, script, seccomp
 
 if TYPE_CHECKING:
+    from protocol.program import Program
     from worker.training import SegmentResult
 
 
@@ -118,7 +119,7 @@ def warm_up() -> frames.Ready:
         variance = variance.mul(0.999).addcmul(gradient, gradient, value=0.001)
         weight = weight.mul(0.99) - 0.001 * moment / (variance.sqrt() + 1e-8)
         (weight.double() @ weight.double()).to(torch.int64).sum()
-    from worker import exact, training  # noqa: F401
+    from worker import exact, tracing, training  # noqa: F401
     from worker.exact import compiled
 
     exact.int8_is_faster()  # tried on this machine once: 50 ms to a second that no job should wait for
@@ -139,7 +140,7 @@ def receive(descriptor: int) -> tuple[bytes, list[int]]:
     The socket stays open, for reading alone: frames.SUSPEND may come through it (`_Ear`).
     """
     with socket.socket(fileno=descriptor) as ear:
-        head, descriptors, flags, _ = socket.recv_fds(ear, 4, params.SANDBOX_ARRAYS_MAX + 2)
+        head, descriptors, flags, _ = socket.recv_fds(ear, 4, params.SANDBOX_ARRAYS_MAX + 6)
         if flags & socket.MSG_CTRUNC:
             raise SystemExit("descriptors were lost on the way: raise RLIMIT_NOFILE")
         body = bytearray()
@@ -172,7 +173,7 @@ def work(job: frames.Work, descriptors: list[int], mouth: _Mouth, ear: _Ear) -> 
     import torch
 
     from protocol.program import Program
-    from worker import training
+    from worker import checkpoint, training
 
     limit("CPU", job.cpu_seconds)
     limit("DATA", job.memory_bytes)
@@ -188,11 +189,20 @@ def work(job: frames.Work, descriptors: list[int], mouth: _Mouth, ear: _Ear) -> 
         program = Program.from_bytes(bytes(views[0]))
     except IchibaError as error:
         raise _Refused("bad-program", error) from error
-    base = views[-1] if job.has_base else None
+    states = views[1 + len(job.arrays) :]
+    base = states[0] if job.has_base else None
     arrays = dict(zip(job.arrays, views[1 : 1 + len(job.arrays)], strict=True))
     try:
+        if job.want == "answer":
+            say_answer(job, task, program, arrays, states, mouth)
+            return
         if job.want == "initial-root":
             mouth.say(frames.Root(training.initial_root(task, program, base)))
+            return
+        if job.want == "initial-state":
+            state = training.initial_state(task, program, base)
+            mouth.say(frames.Root(checkpoint.state_root(state)))
+            say_state(checkpoint.dump(state), mouth)
             return
         at = job.partial
         partial = training.Partial(at.step, at.in_root, at.root) if at else None
@@ -208,6 +218,9 @@ def work(job: frames.Work, descriptors: list[int], mouth: _Mouth, ear: _Ear) -> 
             on_step=told.step,
             stop=ear.asked,
             partial=partial,
+            ordered=training.Ordered(job.ordered.segment, job.ordered.fraud) if job.ordered else None,
+            gauges=job.gauges,
+            compare=states[-1] if job.has_claimed else None,
         ):
             told.rest_of(result)
             say_segment(result, mouth)
@@ -223,6 +236,45 @@ def work(job: frames.Work, descriptors: list[int], mouth: _Mouth, ear: _Ear) -> 
         mouth.write(memoryview(stopped.state))
     except IchibaError as error:
         raise _Refused("bad-data", error) from error
+
+
+def say_answer(
+    job: frames.Work,
+    task: TaskSpec,
+    program: Program,
+    arrays: dict[str, memoryview],
+    states: list[memoryview],
+    mouth: _Mouth,
+) -> None:
+    """Answer a question of a dispute. states: the descriptors after the arrays.
+
+    Raises IchibaError for a question that does not fit the task or the states.
+    """
+    from worker.tracing import inspect
+
+    followed = [states.pop() for _ in range(job.follows)][::-1]
+    body, opening, state = inspect(
+        job.question,
+        task=task,
+        program=program,
+        arrays=arrays,
+        base=states[0] if job.has_base else None,
+        claimed=states[-1] if job.has_claimed else None,
+        threads=job.threads,
+        gauges=job.gauges,
+        followed=followed,
+        dissent=job.dissent,
+    )
+    mouth.say(frames.Answered(body=body, opening_bytes=len(opening)))
+    mouth.write(memoryview(opening))
+    if state is not None:
+        say_state(state, mouth)
+
+
+def say_state(state: bytes, mouth: _Mouth) -> None:
+    """Hand a state over, as safetensors."""
+    mouth.say(frames.Handed(len(state)))
+    mouth.write(memoryview(state))
 
 
 class _Steps:
@@ -242,7 +294,11 @@ class _Steps:
 
 
 def say_segment(result: SegmentResult, mouth: _Mouth) -> None:
-    """The frame of a segment, then its checkpoint's bytes."""
+    """The frame of a segment, then its checkpoint's bytes; before it those of its false end, if one was ordered."""
+    if result.false_end is not None:
+        false = result.false_end
+        mouth.say(frames.FalseEnd(result.segment, false.root, len(false.checkpoint)))
+        mouth.write(memoryview(false.checkpoint))
     mouth.say(
         frames.Segment(
             segment=result.segment,
@@ -253,6 +309,7 @@ def say_segment(result: SegmentResult, mouth: _Mouth) -> None:
             operations=result.operations,
             checkpoint_bytes=len(result.checkpoint),
             diverged_step=result.diverged_step,
+            distance=result.distance,
         )
     )
     mouth.write(memoryview(result.checkpoint))

@@ -24,7 +24,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +34,7 @@ import trio
 import protocol
 from protocol import params
 from protocol.errors import IchibaError, harmless
+from worker import birth
 from worker.cgroups import Cgroup, CgroupUnavailable
 from worker.frames import SUSPEND, Request, frame
 from worker.room import Room
@@ -145,44 +146,6 @@ def _open_to_all(path: Path) -> bool:
     return walk and bool(path.stat().st_mode & 0o004)
 
 
-def _user_tasks() -> int:
-    """Processes and threads of this user now: RLIMIT_NPROC counts them all outside a new user namespace."""
-    tasks = 0
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                if folder.stat().st_uid == os.getuid():
-                    tasks += len(os.listdir(folder / "task"))
-    return tasks
-
-
-def _environ(threads: int) -> dict[str, str]:
-    counts = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {"PATH": "/usr/bin", "HOME": "/scratch", "LANG": "C.UTF-8"} | dict.fromkeys(counts, str(threads))
-
-
-def _tasks_max(torch: bool) -> int:
-    """Processes and threads of one worker: a job may ask for a thread on each core."""
-    return params.SANDBOX_PROCESSES_MAX + (os.cpu_count() or 1 if torch else 0)
-
-
-def _limits(memory_bytes: int, tasks: int, root: bool) -> dict[str, int]:
-    """rlimits from the start. A job lowers CPU, DATA and AS to its own when it comes."""
-    return {
-        "CORE": 0,
-        "CPU": 24 * 3600,
-        "AS": memory_bytes + params.SANDBOX_ADDRESS_SLACK_BYTES,
-        "DATA": memory_bytes,
-        "FSIZE": params.SANDBOX_SCRATCH_BYTES,
-        "NOFILE": params.SANDBOX_FILES_MAX,
-        "NPROC": tasks + (0 if root else _user_tasks()),
-        "MEMLOCK": 0,
-        "STACK": params.SANDBOX_STACK_BYTES,
-        "MSGQUEUE": 0,
-        "SIGPENDING": 256,
-    }
-
-
 @dataclass
 class _Plan:
     """What the launcher is told, and the descriptors that must reach it."""
@@ -192,8 +155,8 @@ class _Plan:
 
 
 def _plan(
-    level: Level, *, tier: Tier, torch: bool, memory_bytes: int, threads: int, job: int, replies: int, info: int,
-    seccomp: int, joins: Sequence[str], room: Room | None,
+    level: Level, *, tier: Tier, torch: bool, memory_bytes: int, environ: dict[str, str], job: int, replies: int,
+    info: int, seccomp: int, joins: Sequence[str], room: Room | None,
 ) -> _Plan:  # fmt: skip
     """The launcher's orders for `level`. Raises CageFailed if this machine lacks what it takes."""
     namespaces, root = level >= Level.NAMESPACED, os.geteuid() == 0
@@ -204,7 +167,7 @@ def _plan(
         "libraries": [str(path) for path in _libraries()],
         "job": job,
         "replies": replies,
-        "limits": _limits(memory_bytes, _tasks_max(torch), root) if level >= Level.LIMITS else {},
+        "limits": birth.limits(memory_bytes, birth.tasks_max(torch), root) if level >= Level.LIMITS else {},
         "filters": level >= Level.FILTERED,
         "namespaces": namespaces,
         "readable": [inside if namespaces else str(path) for path, inside in shown] + (room.readable if room else []),
@@ -225,7 +188,7 @@ def _plan(
         "parent": os.getpid(),
         "head": inner,
         "tail": [],
-        "environ": _environ(threads),
+        "environ": environ,
     }
     if root and (namespaces or all(_open_to_all(path) for path, _ in shown)):
         config["uid"] = _UID_FIRST + next(_uids)
@@ -316,13 +279,15 @@ class Cage:
         torch: bool = True,
         memory_bytes: int | None = None,
         threads: int = 1,
+        kernels: Mapping[str, str] | None = None,
         room: Room | None = None,
     ) -> Cage:
         """Start a process confined as `level` asks; it says Ready on its replies when it is warm.
 
         memory_bytes: the cap until a job brings its own; by default the group's cap is SANDBOX_MEMORY_BYTES_MIN
         and the process's own the machine's memory, for a job can only lower that one. room: a script's, at CONTAINED
-        only. Raises CageFailed; then nothing is left running.
+        only. kernels: the variables that a profile chooses the code of torch and MKL by (worker/birth.py). Raises
+        CageFailed; then nothing is left running.
         """
         if room is not None and level < Level.CONTAINED:
             raise CageFailed(
@@ -330,14 +295,14 @@ class Cage:
             )
         if level >= Level.FILTERED and platform.machine() != "x86_64":
             raise CageFailed(f"no system-call filter for {platform.machine()}", why="only x86_64 has one")
-        cores = room.cores if room else 0
-        group = _make_group(level, memory_bytes or params.SANDBOX_MEMORY_BYTES_MIN, _tasks_max(torch), cores)
+        environ, cores = birth.environ(threads, kernels or {}), room.cores if room else 0
+        group = _make_group(level, memory_bytes or params.SANDBOX_MEMORY_BYTES_MIN, birth.tasks_max(torch), cores)
         most = memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         pipes = _Pipes()
         try:
             with _filter_file() as seccomp:
                 plan = _plan(
-                    level, tier=tier, torch=torch, memory_bytes=most, threads=threads, job=pipes.job.fileno(),
+                    level, tier=tier, torch=torch, memory_bytes=most, environ=environ, job=pipes.job.fileno(),
                     replies=pipes.replies, info=pipes.info, seccomp=seccomp, joins=group.joins if group else (),
                     room=room,
                 )  # fmt: skip

@@ -9,30 +9,21 @@ from __future__ import annotations
 
 from protocol.errors import LocalProtocolError
 
-__all__ = ["CHEATS", "batch_seed", "check", "copies", "is_stale", "steps_done"]
+__all__ = ["CHEATS", "FALSE_ENDS", "check", "copies"]
 
-CHEATS = ("skip-step", "wrong-data", "stale-checkpoint", "copied-proof")
+CHEATS = (
+    "skip-step", "wrong-data", "wrong-batch", "stale-checkpoint", "copied-proof", "stale-gradient", "low-precision",
+    "wrong-label", "reordered-batches", "extrapolated-checkpoint", "unproven-base", "wrong-rate",
+)  # fmt: skip
+FALSE_ENDS = ("skip-step", "wrong-batch")
+"""The frauds that only change a segment's last step: what an ordered error (protocol/forced.py) is made to look like,
+by the code that commits them."""
 
 
 def check(cheat: str | None) -> None:
     """Refuse the name of a fraud we do not know. Raises LocalProtocolError."""
     if cheat is not None and cheat not in CHEATS:
         raise LocalProtocolError(f"no fraud is called {cheat!r}", next_step=f"use one of {', '.join(CHEATS)}")
-
-
-def steps_done(cheat: str | None, segment: int, steps: range) -> range:
-    """The steps that are really taken of `steps`: skip-step omits the last one."""
-    return steps[:-1] if cheat == "skip-step" and segment > 0 else steps
-
-
-def batch_seed(cheat: str | None, segment: int, seed: int) -> int:
-    """The seed that batches are drawn with: wrong-data draws others."""
-    return seed ^ 1 if cheat == "wrong-data" and segment > 0 else seed
-
-
-def is_stale(cheat: str | None, segment: int) -> bool:
-    """Whether the segment hands in the state it started from: stale-checkpoint, which saves all work."""
-    return cheat == "stale-checkpoint" and segment > 0
 
 
 def copies(cheat: str | None) -> bool:

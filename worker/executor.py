@@ -25,8 +25,10 @@ from worker.exact.devices import checked_device, uniform_kernel
 __all__ = ["DTYPES", "Diverged", "Executor", "native_kernels"]
 
 aten = torch.ops.aten
+_ALIGNMENT = 64  # bytes: of all that torch allocates on a processor
 Kernel = Callable[..., Tensor]
 OnNode = Callable[[int, Tensor], None]
+_Values = Sequence[Tensor | None] | Mapping[int, Tensor]
 
 DTYPES = {
     "float32": torch.float32,
@@ -86,6 +88,7 @@ class Executor:
         self.program = program
         self.threads = threads
         self.device = checked_device(device)
+        self._aligned = _aligned if mode == "native" else _as_it_is
         if mode == "exact":
             kernels: Mapping[str, Kernel] = exact.kernels(width, backend, helper=helper, device=device)
         else:
@@ -94,9 +97,11 @@ class Executor:
         self._plan = self._planned(kernels)
         self._finite: dict[str, Tensor] = {}  # state that a step handed on untouched, and that was looked at
         self._constants = [
-            torch.from_numpy(np.frombuffer(constant.data, constant.dtype).copy())
-            .reshape(constant.shape)
-            .to(self.device)
+            self._aligned(
+                torch.from_numpy(np.frombuffer(constant.data, constant.dtype).copy())
+                .reshape(constant.shape)
+                .to(self.device)
+            )
             for constant in program.constants
         ]
 
@@ -167,7 +172,15 @@ class Executor:
         assert loss is not None
         return new, float(loss)
 
-    def _run(self, number: int, planned: _Planned, values: Sequence[Tensor | None]) -> Tensor:
+    def run_node(self, number: int, values: Callable[[int], Tensor]) -> Tensor:
+        """The result of one node on operands of the caller's, by their value's number.
+
+        Raises MalformedRecord for operands that it has no result of.
+        """
+        planned = self._plan[number]
+        return self._run(number, planned, {value: values(value) for value in self.program.nodes[number].refs()})
+
+    def _run(self, number: int, planned: _Planned, values: _Values) -> Tensor:
         args = [_filled(item, values) for item in planned.template]
         try:
             result = planned.kernel(*args)
@@ -212,8 +225,18 @@ class Executor:
                     f"{item.role} {item.name} is {tensor.dtype} {tuple(tensor.shape)}, "
                     f"the program takes {item.dtype} {item.shape}"
                 )
-            found.append(tensor.to(self.device))
+            found.append(self._aligned(tensor.to(self.device)))
         return found
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """`tensor` where torch would have put it. A vectorised kernel may add in another order from another address, and
+    a solver has to come to its own bits again, whether its state was read from a file or made by the step before."""
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 class _Slot(int):
@@ -232,7 +255,7 @@ def _template(arg: Arg) -> Any:
     return arg
 
 
-def _filled(item: Any, values: Sequence[Tensor | None]) -> Any:
+def _filled(item: Any, values: _Values) -> Any:
     if type(item) is _Slot:
         return values[item]
     if type(item) is list:

@@ -2,8 +2,9 @@
 
 A frame is a length (u32, little-endian), then that many bytes of one canonical msgpack record. The daemon sends
 one Request; the worker answers Ready when it is warm, then Step, Segment (followed by exactly `checkpoint_bytes`
-raw bytes), and last Done or Failed, then nothing. All a worker says is hostile until checked: `Frames` bounds
-sizes, `Conversation` bounds order, counts and sums. Sans-IO: it knows nothing of pipes, processes or torch.
+raw bytes), or Answered and Handed to a question of a dispute, and last Done or Failed, then nothing. All a worker says
+is hostile until checked: `Frames` bounds sizes, `Conversation` bounds order, counts and sums. Sans-IO: it knows nothing
+of pipes, processes or torch.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import msgspec
 from protocol import params
 from protocol.codec import Digest, Uint, decode, encode
 from protocol.errors import IchibaError, LimitExceeded, MalformedRecord
+from protocol.profile import UNBOUNDED, Gauge
 
 __all__ = [
     "SUSPEND",
+    "Answered",
     "Attempted",
     "BadReply",
     "CheckpointBytes",
@@ -29,7 +32,10 @@ __all__ = [
     "Done",
     "Exited",
     "Failed",
+    "FalseEnd",
     "Frames",
+    "Handed",
+    "Ordered",
     "Output",
     "Partial",
     "Ready",
@@ -48,6 +54,8 @@ __all__ = [
 
 Text = Annotated[str, msgspec.Meta(max_length=params.SANDBOX_TEXT_CHARS_MAX)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+Ppb = Annotated[int, msgspec.Meta(ge=0, le=UNBOUNDED)]
+Want = Literal["train", "initial-root", "initial-state", "answer"]
 WorkerCode = Literal["bad-task", "bad-program", "bad-data", "out-of-memory", "cannot-start", "internal"]
 
 
@@ -65,18 +73,28 @@ class Partial(_Frame, frozen=True, tag="partial"):
     root: Digest
 
 
+class Ordered(_Frame, frozen=True, tag="ordered"):
+    """Make a false end of this segment beside the true one, as this fraud of worker/cheats.py would."""
+
+    segment: Uint
+    fraud: Name
+
+
 SUSPEND: Final = b"S"
 """All that may follow a Work, at any time: stop before the next step and say Suspended."""
 
 
 class Work(_Frame, frozen=True, tag="work", kw_only=True):
-    """One job. Descriptors travel beside the frame: the program, then the arrays in order, then the base.
+    """One job. Descriptors travel beside the frame: the program, then the arrays in order, then the base, then the
+    claimed end, then the files that are followed (worker/tracing.py).
 
     segments are first (inclusive) to last (exclusive). memory_bytes caps what the worker allocates itself;
-    input_bytes is what it maps of its inputs.
+    input_bytes is what it maps of its inputs. question: of a dispute, to be answered from the base (worker/tracing.py).
+    The claimed end is defended in answers (protocol/dispute_claim.py), and compared with the end of a segment trained.
+    gauges: what every segment of a tolerant task ends with as it began.
     """
 
-    want: Literal["train", "initial-root"]
+    want: Want
     task: Annotated[bytes, msgspec.Meta(max_length=params.MESSAGE_BYTES_MAX)]
     arrays: Annotated[tuple[Name, ...], msgspec.Meta(max_length=params.SANDBOX_ARRAYS_MAX)]
     has_base: bool
@@ -89,6 +107,12 @@ class Work(_Frame, frozen=True, tag="work", kw_only=True):
     checkpoint_bytes_max: Uint
     cheat: str | None = None
     partial: Partial | None = None
+    question: Annotated[bytes, msgspec.Meta(max_length=params.QUESTION_BYTES_MAX)] = b""
+    has_claimed: bool = False
+    ordered: Ordered | None = None
+    gauges: Annotated[tuple[Gauge, ...], msgspec.Meta(max_length=params.GAUGES_MAX)] = ()
+    follows: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
+    dissent: Annotated[bytes, msgspec.Meta(max_length=params.QUESTION_BYTES_MAX)] = b""
 
 
 class Rehearsal(_Frame, frozen=True, tag="rehearsal", kw_only=True):
@@ -132,6 +156,7 @@ class Segment(_Frame, frozen=True, tag="segment", kw_only=True):
     """A finished segment: steps first_step to last_step (exclusive); its checkpoint's bytes follow the frame.
 
     diverged_step is None, or the step in which the state stopped being finite: it is not done, so last_step is it too.
+    distance: of the claimed end from this one, in ppb of the update in L1 and L2, where one was to be compared.
     """
 
     segment: Uint
@@ -142,6 +167,15 @@ class Segment(_Frame, frozen=True, tag="segment", kw_only=True):
     operations: Uint
     checkpoint_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
     diverged_step: Uint | None
+    distance: tuple[Ppb, Ppb] | None = None
+
+
+class FalseEnd(_Frame, frozen=True, tag="false-end"):
+    """As asked, before its Segment: a wrong end of it; that checkpoint's bytes follow the frame."""
+
+    segment: Uint
+    out_root: Digest
+    checkpoint_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
 
 
 class Suspended(_Frame, frozen=True, tag="suspended", kw_only=True):
@@ -157,9 +191,23 @@ class Suspended(_Frame, frozen=True, tag="suspended", kw_only=True):
 
 
 class Root(_Frame, frozen=True, tag="root"):
-    """The root of the initial state, the whole answer to want="initial-root"."""
+    """The root of the initial state: the whole answer to want="initial-root"; to "initial-state" Handed follows."""
 
     root: Digest
+
+
+class Answered(_Frame, frozen=True, tag="answered", kw_only=True):
+    """The answer to a question: the body of a move, and after the frame exactly `opening_bytes` raw bytes."""
+
+    body: Annotated[bytes, msgspec.Meta(max_length=params.MOVE_BYTES_MAX)]
+    opening_bytes: Annotated[int, msgspec.Meta(ge=0, le=params.OPENING_BYTES_MAX)]
+
+
+class Handed(_Frame, frozen=True, tag="handed"):
+    """The state that later questions start from, the initial one, or the evidence asked for; `checkpoint_bytes` of it
+    follow."""
+
+    checkpoint_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
 
 
 class Attempted(_Frame, frozen=True, tag="attempted"):
@@ -196,12 +244,13 @@ class Done(_Frame, frozen=True, tag="done"):
     """All asked for was sent; nothing follows."""
 
 
-Reply = Ready | Step | Segment | Suspended | Root | Attempted | Exited | Output | Failed | Done
+Trained = Step | Segment | FalseEnd | Suspended
+Reply = Ready | Trained | Root | Answered | Handed | Attempted | Exited | Output | Failed | Done
 
 
 @dataclass(frozen=True)
 class CheckpointBytes:
-    """The next part of the checkpoint of the Segment or Suspended before it. last: the checkpoint is whole."""
+    """The next part of what the reply before it announced. last: it is whole."""
 
     part: bytes
     last: bool
@@ -275,16 +324,19 @@ class Conversation:
     """Which reply may come next in one job, and what its numbers must be.
 
     steps: the step numbers of each segment asked for, in order, the first being segment `first_segment`; empty
-    when the initial root is asked for. `losses` holds those of the latest segment: of each step done, or the
-    last SANDBOX_LOSSES_KEPT_MAX of them. `resume` starts it within the first segment. A worker may say Suspended only
-    once `suspending` is set.
+    when the initial root, the initial state or an answer is asked for. `losses` holds those of the latest segment: of
+    each step done, or the last SANDBOX_LOSSES_KEPT_MAX of them. `resume` starts it within the first segment. A worker
+    may say Suspended only once `suspending` is set, and one FalseEnd, between the last step of segment `ordered` and
+    its Segment. The Segment states a distance if, and only if, it was to be `compared` with another end.
     Raises BadReply with code `wrong-reply`, `oversize-checkpoint` or `extra-bytes`, beside those of `Frames`.
     """
 
-    want: Literal["train", "initial-root"]
+    want: Want
     first_segment: int
     steps: Sequence[range]
     checkpoint_bytes_max: int
+    ordered: int | None = None
+    compared: bool = False
     frames: Frames = field(default_factory=Frames)
     losses: deque[float | None] = field(default_factory=lambda: deque(maxlen=params.SANDBOX_LOSSES_KEPT_MAX))
     finished: bool = False
@@ -293,6 +345,9 @@ class Conversation:
     _done: int = 0
     _next_step: int = -1
     _root_seen: bool = False
+    _answered: bool = False
+    _handed: bool = False
+    _false_seen: bool = False
 
     def __post_init__(self) -> None:
         assert bool(self.steps) == (self.want == "train"), "segments are asked for in training, and only there"
@@ -320,20 +375,38 @@ class Conversation:
         training = self.want == "train" and self._done < len(self.steps) and not self.suspended
         if isinstance(reply, Failed) or (isinstance(reply, Done) and self._complete):
             self.finished = True
-        elif isinstance(reply, Root) and self.want == "initial-root" and not self._root_seen:
+        elif isinstance(reply, Root) and self.want in ("initial-root", "initial-state") and not self._root_seen:
             self._root_seen = True
         elif isinstance(reply, Step) and training:
             self._check_step(reply)
         elif isinstance(reply, Segment) and training:
             self._check_segment(reply)
-        elif isinstance(reply, Suspended) and training and self.suspending:
+        elif isinstance(reply, FalseEnd) and training and not self._false_seen:
+            self._check_false(reply)
+        elif isinstance(reply, Suspended) and training and self.suspending and not self._false_now:
             self._check_suspended(reply)
+        elif isinstance(reply, Answered) and self.want == "answer" and not self._answered:
+            self._answered = True
+            self.frames.raw_left = reply.opening_bytes
+        elif isinstance(reply, Handed) and self._hands_over and not self._handed:
+            self._check_size(reply)
+            self._handed = True
+            self.frames.raw_left = reply.checkpoint_bytes
         else:
             raise BadReply("wrong-reply", f"{type(reply).__name__.lower()} is not what may come next")
 
     @property
     def _complete(self) -> bool:
-        return self._root_seen if self.want == "initial-root" else self.suspended or self._done == len(self.steps)
+        if self.want == "train":
+            return self.suspended or self._done == len(self.steps)
+        if self.want == "initial-state":
+            return self._handed
+        return self._root_seen or self._answered
+
+    @property
+    def _hands_over(self) -> bool:
+        """Whether a state may follow now."""
+        return self._root_seen if self.want == "initial-state" else self._answered
 
     def _check_step(self, reply: Step) -> None:
         due = self.steps[self._done]
@@ -346,7 +419,20 @@ class Conversation:
         self.losses.append(reply.loss)
         self._next_step += 1
 
-    def _check_size(self, reply: Segment | Suspended) -> None:
+    @property
+    def _false_now(self) -> bool:
+        """Whether a false end was told whose Segment is due now."""
+        return self._false_seen and self.first_segment + self._done == self.ordered
+
+    def _check_false(self, reply: FalseEnd) -> None:
+        self._check_size(reply)
+        due = (self.ordered, self.steps[self._done].stop)
+        if reply.segment != self.first_segment + self._done or (reply.segment, self._next_step) != due:
+            raise BadReply("wrong-reply", f"a false end of segment {reply.segment} where none was due")
+        self._false_seen = True
+        self.frames.raw_left = reply.checkpoint_bytes
+
+    def _check_size(self, reply: Segment | FalseEnd | Suspended | Handed) -> None:
         if reply.checkpoint_bytes > self.checkpoint_bytes_max:
             raise BadReply(
                 "oversize-checkpoint",
@@ -375,6 +461,8 @@ class Conversation:
         due = (self.first_segment + self._done, steps.start, last, diverged)
         if told != due or self._next_step != last or diverged == steps.stop:
             raise BadReply("wrong-reply", f"segment, first, last, diverged step {told} where {due} were due")
+        if (reply.distance is not None) != self.compared:
+            raise BadReply("wrong-reply", f"a distance of {reply.distance} where {int(self.compared)} was due")
         if self._next_step == steps.start:  # diverged at once
             self.losses.clear()
         # A diverged segment is the last: no step follows a state that is not finite.

@@ -12,26 +12,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from protocol import params
 from protocol.credits import micro_of
 from protocol.errors import IchibaError
-from protocol.task import BatchRule, Schedule
+from protocol.task import BatchRule, Kind, Schedule
 
 __all__ = ["BadJobFile", "JobFile", "SettledJob", "read_job_file"]
 
 _T = TypeVar("_T", str, int)
 _KEYS: Final = (
     "kind", "name", "model", "data", "initial", "mode", "width", "seed", "steps", "steps_per_segment", "budget",
-    "price", "sandbox", "batch", "learning_rate",
+    "price", "sandbox", "batch", "learning_rate", "privacy",
 )  # fmt: skip
 _SAVED: Final = {
     "model": ", or the .program that captured.save() wrote",
     "data": ", or a file: .npz for arrays by name, anything else as bytes",
 }
 _LEVELS: Final = tuple(name.lower() for name in params.SANDBOX_LEVELS)
-Kind: TypeAlias = Literal["train", "evaluate", "infer", "generate"]
 _KINDS: Final = ("train", "evaluate", "infer", "generate")
 _BATCH_KEYS: Final = ("rule", "size", "length")
 _RATE_KEYS: Final = ("kind", "peak", "floor", "warmup_steps")
@@ -58,7 +57,7 @@ class JobFile:
 
     initial: "seed", "model", the path of a checkpoint, or what the job is stacked on. model: (file, function), or
     (file, "") for a saved capture; data: (file, function), or (file, "") for a .npz of arrays or a file whose bytes are
-    the data. Paths are absolute. sandbox: the level a solver must have, 2 to 4.
+    the data. Paths are absolute. sandbox: the level a solver must have, 2 to 4. sealed: the offer shows terms only.
     """
 
     path: Path
@@ -67,7 +66,7 @@ class JobFile:
     model: tuple[Path, str]
     data: tuple[Path, str] | None
     initial: Literal["seed", "model"] | Path | SettledJob
-    mode: Literal["exact", "native"]
+    mode: Literal["exact", "tolerant"]
     width: Literal[8, 15, 22]
     seed: int
     steps: int
@@ -77,6 +76,7 @@ class JobFile:
     budget_micro: int | None
     unit_price_max: int | None
     sandbox: int
+    sealed: bool
 
 
 class _Table:
@@ -106,6 +106,13 @@ class _Table:
         value = self.take(key, int, default)
         if not low <= value <= high:
             raise BadJobFile(f"{key} in {self.where} is {value}, it must be from {low} to {high}")
+        return value
+
+    def flag(self, key: str) -> bool:
+        """true or false."""
+        value = self.raw.get(key)
+        if not isinstance(value, bool):
+            raise BadJobFile(f"{key} in {self.where} is {value!r}, it must be true or false")
         return value
 
     def choice(self, key: str, choices: tuple[str, ...], default: str | None = None) -> Any:
@@ -174,7 +181,7 @@ def read_job_file(path: Path) -> JobFile:
         model=_model(folder, top.take("model", str, default="model.py:build")),
         data=None if kind == "generate" else _data(folder, top.take("data", str, default="model.py:data")),
         initial=_initial(folder, top.take("initial", str, default="seed")),
-        mode=top.choice("mode", ("exact", "native"), default="exact"),
+        mode=top.choice("mode", ("exact", "tolerant"), default="exact"),
         width=width,  # type: ignore[arg-type]
         seed=top.integer("seed", 0, 2**63 - 1, default=0),
         steps=steps,
@@ -184,6 +191,7 @@ def read_job_file(path: Path) -> JobFile:
         budget_micro=_money(top, "budget"),
         unit_price_max=_money(top, "price"),
         sandbox=_LEVELS.index(top.choice("sandbox", _LEVELS[2:], default=_LEVELS[2])),
+        sealed="privacy" in top.raw and top.table("privacy", ("sealed",)).flag("sealed"),
     )
 
 
@@ -260,9 +268,10 @@ def _schedule_of(kind: Kind, top: _Table, steps: int) -> Schedule:
 def _batch(table: _Table) -> BatchRule:
     rule = table.choice("rule", ("windows", "rows", "sequence"))
     size = table.integer("size", 1, 2**20)
-    if rule != "windows" and "length" in table.raw:
-        raise BadJobFile("length in [batch] belongs to the rule `windows`", next_step="remove it")
-    return BatchRule(rule, size, table.integer("length", 1, 2**24) if rule == "windows" else 0)
+    if rule == "rows" and "length" in table.raw:
+        raise BadJobFile("length in [batch] belongs to the rules `windows` and `sequence`", next_step="remove it")
+    windows = rule == "windows" or "length" in table.raw
+    return BatchRule(rule, size, table.integer("length", 1, 2**24) if windows else 0)
 
 
 def _schedule(table: _Table, steps: int) -> Schedule:

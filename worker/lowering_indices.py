@@ -19,11 +19,12 @@ from torch.overrides import TorchFunctionMode
 from protocol.errors import UnsupportedModel
 from worker.lowering import lowers, total
 
-__all__ = ["shape_known_functions"]
+__all__ = ["TOPK_MAX", "shape_known_functions"]
 
 aten = torch.ops.aten
 _PLACES_MAX = 2**24  # float32 holds every integer up to here
-_ROUNDS_MAX = 32  # rounds that a topk, columns that a scatter unrolls into
+_ROUNDS_MAX = 32  # columns that a scatter unrolls into
+TOPK_MAX = 128  # rounds, of five operations, that a topk unrolls into: what people sample text from is 40 or 50
 _CUMSUM_MAX = 4096  # a running sum costs the square of its length
 
 
@@ -84,9 +85,9 @@ def min_dim(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]
 
 @lowers(aten.topk.default)
 def topk(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Tensor, Tensor]:
-    if k > _ROUNDS_MAX:
+    if k > TOPK_MAX:
         raise UnsupportedModel(
-            f"topk of {k} elements", why=f"it is unrolled into rounds, at most {_ROUNDS_MAX}",
+            f"topk of {k} elements", why=f"it is unrolled into rounds, at most {TOPK_MAX}",
             next_step="choose fewer, or do it outside the step",
         )  # fmt: skip
     axis = _axis(x, dim)

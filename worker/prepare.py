@@ -29,11 +29,11 @@ from protocol.program import Program, operations_per_step, peak_bytes, program_i
 from protocol.task import ArrayRef, BatchRule, Initial, TaskSpec
 from worker import checkpoint
 from worker.capture import Captured, capture_built
-from worker.capture_forward import FORWARD_KINDS, PROMPT, Generation, prompts_of, steps_of
+from worker.capture_forward import FORWARD_KINDS, PROMPT, RESULT, Generation, steps_of
 from worker.executor import DTYPES, Diverged, Executor
 from worker.job_file import BadJobFile, JobFile, SettledJob, read_job_file
 from worker.stacking import Stack, stacked
-from worker.training import Batches, check_task, initial_state, rate_of
+from worker.training import Batches, arithmetic_of, check_task, initial_state, rate_of
 
 __all__ = ["Prepared", "PreparedArray", "UserCodeFailed", "prepare"]
 
@@ -121,10 +121,11 @@ def prepare(
         captured = _capture(job, prompts)
         progress("running the data function")
         if prompts:
-            job = replace(job, batch=BatchRule("sequence", prompts[0].shape[0] // job.steps, 0))
+            job = replace(job, batch=BatchRule("whole", prompts[0].shape[0], 0))
             arrays: tuple[PreparedArray, ...] = (_array(PROMPT, prompts[0]),)
         else:
             arrays = _arrays(job)
+    _check_rows(job, captured, arrays)
     program = captured.program.to_bytes()
     progress("computing the first state")
     stack = _stack(job, captured.program, settled)
@@ -198,6 +199,7 @@ def _task(
         schedule=job.schedule,
         operations_per_step=operations,
         name=job.name,
+        kind=job.kind,
     )
 
 
@@ -275,7 +277,7 @@ def _capture(job: JobFile, prompts: list[torch.Tensor]) -> Captured:
         kind = FORWARD_KINDS.get(type(found), "train")
         if kind != job.kind:
             raise BadJobFile(
-                f'{name}() in {file.name} returned a job of the kind {kind}, {job.path.name} says {job.kind}',
+                f"{name}() in {file.name} returned a job of the kind {kind}, {job.path.name} says {job.kind}",
                 next_step=f'kind = "{kind}"',
             )
         steps = steps_of(found, job.batch.size)
@@ -285,10 +287,20 @@ def _capture(job: JobFile, prompts: list[torch.Tensor]) -> Captured:
                 next_step=f"steps = {steps}",
             )
         if isinstance(found, Generation):
-            prompts.append(prompts_of(found))
+            prompts.append(found.prompt)
         return found
 
     return capture_built(built)
+
+
+def _check_rows(job: JobFile, captured: Captured, arrays: tuple[PreparedArray, ...]) -> None:
+    """Refuse an inference whose output has other rows than the data."""
+    rows = job.batch.rows_of(arrays[0].shape[0])
+    for name, (_, shape) in state_layout(captured.program).items():
+        if job.kind == "infer" and name.startswith(RESULT) and shape[0] != rows:
+            raise BadJobFile(
+                f"the output has {shape[0]} rows, the data {rows}", next_step=f"Inference(model, example, rows={rows})"
+            )
 
 
 def _saved(job: JobFile, file: Path) -> Captured:
@@ -420,7 +432,7 @@ def _try_step(
     job: JobFile, task: TaskSpec, program: Program, batches: Batches, state: dict[str, torch.Tensor]
 ) -> float:
     """The loss of step 0 (before its update). Raises UnsupportedModel if the step does not run, or diverges."""
-    executor = Executor(program, task.mode, width=task.width, threads=min(4, os.cpu_count() or 1))
+    executor = Executor(program, arithmetic_of(task), width=task.width, threads=min(4, os.cpu_count() or 1))
     try:
         _, loss = executor.step(state, batches.of(0), rate_of(task, 0), task.seed, 0)
     except Diverged:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 
 from ichiba import Generation
-from worker.char_gpt import CharGPT
+from worker.char_gpt import CONTEXT, CharGPT
 
-TOKENS = 40
+TOKENS = 60  # more than the model's 64 places hold with the prompt: the oldest are left out
 
 
 def build() -> Generation:
     """Two continuations of one prompt, among the eight likeliest symbols each time."""
     prompt = torch.tensor([list(b"The statement ")] * 2)
-    return Generation(CharGPT(), prompt, TOKENS, temperature=0.8, top_k=8)
+    return Generation(CharGPT(), prompt, TOKENS, temperature=0.8, top_k=8, context=CONTEXT)

@@ -1,9 +1,11 @@
-"""Becomes an ordinary user and goes on as the harness: `python as_user.py GROUP ARGUMENTS...`, as root.
+"""Becomes an ordinary user and goes on as the harness: `python as_user.py UID GROUP ARGUMENTS...`, as root.
 
 Root's interpreter often lies where no user may walk (/root/.pyenv). Then, in a mount namespace of its own, each
 folder on the way is covered by an empty one that may be walked, and only what Python needs is bound into it: the
 user sees less than before, never more. GROUP "group" also hands the user a control group, as systemd does for its
-users; "none" does not. Ends with status 77 and one line if this machine does not let it.
+users; "none" does not. Each harness takes a UID of its own: RLIMIT_NPROC counts a user's tasks, so the bombs of one
+would leave no task to the threads of another that runs at the same time. Ends with status 77 and one line if this
+machine does not let it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pathlib import Path
 
 from worker import cgroups
 
-UID = 54321  # no user of this machine; an ordinary one to the kernel
+UIDS = range(54321, 54324)  # no users of this machine; ordinary ones to the kernel
 CANNOT = 77
 _NEW_MOUNTS, _BIND, _RECURSIVE, _PRIVATE = 0x00020000, 4096, 16384, 1 << 18
 libc = ctypes.CDLL(None, use_errno=True)
@@ -51,7 +53,7 @@ def uncover(needed: list[Path]) -> None:
             os.close(number)
 
 
-def hand_over_group(name: str) -> None:
+def hand_over_group(name: str, uid: int) -> None:
     """A control group of the user's own, with this process in it."""
     parent = cgroups._find_parent()
     if parent.version != 1:
@@ -60,22 +62,22 @@ def hand_over_group(name: str) -> None:
         folder = controller / name
         folder.mkdir()
         for file in (folder, folder / "cgroup.procs", folder / "tasks"):
-            os.chown(file, UID, UID)
+            os.chown(file, uid, uid)
         (folder / "cgroup.procs").write_text(str(os.getpid()))
 
 
-def become(group: str, home: str, arguments: list[str]) -> None:
+def become(uid: int, group: str, home: str, arguments: list[str]) -> None:
     """Turn this process into the harness of an ordinary user. Never returns."""
     source = Path(__file__).resolve().parents[2]
     prefixes = {Path(p).resolve() for p in (sys.prefix, sys.base_prefix, sysconfig.get_path("purelib"), str(source))}
     needed = [p for p in sorted(prefixes) if not any(p != other and p.is_relative_to(other) for other in prefixes)]
     try:
         if group == "group":
-            hand_over_group(Path(home).name)
+            hand_over_group(Path(home).name, uid)
         uncover(needed)
         os.setgroups([])
-        os.setresgid(UID, UID, UID)
-        os.setresuid(UID, UID, UID)
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
     except OSError as error:
         print(f"cannot become an ordinary user here: {error}", file=sys.stderr)
         raise SystemExit(CANNOT) from None
@@ -84,13 +86,13 @@ def become(group: str, home: str, arguments: list[str]) -> None:
     os.execve(sys.executable, [sys.executable, "-m", "tests.attacks.harness", *arguments], environ)
 
 
-def main(group: str, arguments: list[str]) -> None:
+def main(uid: int, group: str, arguments: list[str]) -> None:
     """Run the harness in a child, and remove what it was given."""
     home = tempfile.mkdtemp(prefix="ichiba-user-")
-    os.chown(home, UID, UID)
+    os.chown(home, uid, uid)
     child = os.fork()
     if child == 0:
-        become(group, home, arguments)
+        become(uid, group, home, arguments)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     shutil.rmtree(home)
     if group == "group":
@@ -102,4 +104,4 @@ def main(group: str, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.attacks.as_user import CANNOT
+from tests.attacks.as_user import CANNOT, UIDS
 from tests.attacks.catalogue import ATTACKS, SPEECHES, STUDIED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,13 +52,15 @@ def run_all(*, control: bool) -> tuple[dict[str, Outcome], list[str]]:
     its bombs count as the same user's, and RLIMIT_NPROC counts users.
     """
     harness = ["-m", "tests.attacks.harness"]
-    as_user = ["-m", "tests.attacks.as_user"]
     root = os.geteuid() == 0
-    user = [*as_user, "none"] if root else harness
-    together = [user, [*user, "--level", str(FILTERED)], *([harness, [*as_user, "group"]] if root else [])]
+    one, two, three = (["-m", "tests.attacks.as_user", str(uid)] for uid in UIDS)
+    free = [*([*one, "none"] if root else harness), "--level", "0"]
+    rounds = [[harness], [[*harness, "--level", str(FILTERED)]]]  # of one user: the bombs of each count for the other
+    if root:
+        rounds = [[[*one, "none"], [*two, "none", "--level", str(FILTERED)], [*three, "group"], harness]]
     outcomes: dict[str, Outcome] = {}
     reasons = [] if root else ["these tests do not run as root"]
-    for commands in (together, [[*user, "--level", "0"]] if control else []):
+    for commands in [*rounds, *([[free]] if control else [])]:
         for answer in _run(commands):
             if isinstance(answer, str):
                 reasons.append(answer)

@@ -1,0 +1,122 @@
+"""One submitter's round over all its open offers: no two of them ask for one solver's time, and the sum of scores is
+small. What each bid is worth to each offer is market/matching.py's; who goes to whom is market/assignment.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from market.assignment import NEVER, assign
+from market.matching import Choice, Proven, Record, Refusal, Scored, match_round
+from protocol.records import Bid, Offer, amount_for
+
+__all__ = ["Candidate", "match_offers"]
+
+TAKEN = Refusal("taken", "another offer of this peer takes this solver in this round")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An open offer and what may answer it in this round."""
+
+    offer_id: bytes
+    offer: Offer
+    bids: Sequence[tuple[bytes, Bid]]
+    round_number: int
+    excluded: Collection[bytes] = ()
+    stake_min_micro: int = 0
+
+
+def match_offers(
+    candidates: Sequence[Candidate],
+    *,
+    free_stake_micro: Callable[[bytes], int],
+    record_of: Callable[[bytes], Record],
+    reachable: Callable[[bytes], bool],
+    proven: Callable[[bytes], Proven],
+) -> dict[bytes, Choice]:
+    """The choice for each offer, by its id; the winners are distinct solvers.
+
+    With one offer it is `match_round`. With more, offers that explore take their newcomer first, in the order of their
+    ids, and the auction gives the others theirs; none of those is left with a worse bid than one that nobody took. That
+    an offer rests costs twice its limit: a bid is always better.
+    """
+    choices = {
+        one.offer_id: match_round(
+            one.offer,
+            one.offer_id,
+            one.bids,
+            round_number=one.round_number,
+            free_stake_micro=free_stake_micro,
+            record_of=record_of,
+            excluded=one.excluded,
+            reachable=reachable,
+            proven=proven,
+            stake_min_micro=one.stake_min_micro,
+        )
+        for one in sorted(candidates, key=lambda one: one.offer_id)
+    }
+    wanted = [one for one in candidates if choices[one.offer_id].winner is not None]
+    if len(wanted) < 2:
+        return choices
+    return {**choices, **_shared(sorted(wanted, key=lambda one: one.offer_id), choices)}
+
+
+def _shared(wanted: Sequence[Candidate], choices: dict[bytes, Choice]) -> dict[bytes, Choice]:
+    """The winners of offers that compete for the same solvers."""
+    taken: dict[bytes, Scored] = {}  # by offer
+    for one in wanted:
+        winner = choices[one.offer_id].winner
+        if winner and choices[one.offer_id].explored and winner.solver not in {s.solver for s in taken.values()}:
+            taken[one.offer_id] = winner
+    gone = {scored.solver for scored in taken.values()}
+    rest = [one for one in wanted if one.offer_id not in taken]
+    solvers = sorted({s.solver for one in rest for s in choices[one.offer_id].ranked} - gone)
+    column = {solver: place for place, solver in enumerate(solvers)}
+    costs = np.full((len(rest), len(solvers)), NEVER, np.int64)
+    for row, one in enumerate(rest):
+        for scored in choices[one.offer_id].ranked:
+            if scored.solver in column:
+                costs[row, column[scored.solver]] = min(scored.score_micro, NEVER - 1)
+    reserves = np.array([2 * amount_for(o.offer.operations, o.offer.unit_price_max) + 1 for o in rest], np.int64)
+    possible = np.where(costs < NEVER, costs, 0).max(axis=1, initial=0)
+    for one, place in zip(rest, assign(costs, np.maximum(reserves, possible + 1)), strict=True):
+        if place >= 0:
+            by_solver = {s.solver: s for s in choices[one.offer_id].ranked}
+            taken[one.offer_id] = by_solver[solvers[place]]
+    _settle(rest, choices, taken)
+    return {one.offer_id: _outcome(choices[one.offer_id], taken, one.offer_id) for one in wanted}
+
+
+def _settle(rest: Sequence[Candidate], choices: dict[bytes, Choice], taken: dict[bytes, Scored]) -> None:
+    """Give each offer a better solver that nobody took, while there is one: the auction is no finer than its step,
+    which is much for the least of the offers. After this, who holds the bids can see that none was passed over for a
+    worse one (market/audit.py). Each move lowers the sum, so it ends."""
+    in_order = {one.offer_id: sorted(choices[one.offer_id].ranked, key=_rank) for one in rest}
+    used = {scored.solver for scored in taken.values()}
+    moved = True
+    while moved:
+        moved = False
+        for offer_id, ranked in in_order.items():
+            had = taken.get(offer_id)
+            better = next((s for s in ranked if s == had or s.solver not in used), None)
+            if better is not None and better != had:
+                used.discard(had.solver if had is not None else b"")
+                used.add(better.solver)
+                taken[offer_id], moved = better, True
+
+
+def _rank(scored: Scored) -> tuple[int, bytes]:
+    return scored.score_micro, scored.bid_id
+
+
+def _outcome(choice: Choice, taken: dict[bytes, Scored], offer_id: bytes) -> Choice:
+    """The choice with its winner, and a reason for each better bid that another offer took."""
+    winner = taken.get(offer_id)
+    others = {scored.solver for other, scored in taken.items() if other != offer_id}
+    passed = tuple((s.solver, TAKEN) for s in choice.ranked if s.solver in others)
+    explored = choice.explored and winner == choice.winner
+    return replace(choice, winner=winner, refused=(*choice.refused, *passed), explored=explored)

@@ -1,0 +1,460 @@
+"""Why nothing happens: what one peer knows of a job that stands still, or of itself that earns nothing.
+
+Gathers the facts (asks, bids, the last round, deals, checks, money, this peer's own terms) and has market/reasons.py
+and market/own_terms.py say what they mean. Reads every role, changes none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final
+
+import msgspec
+
+from market.own_terms import Demand, Own, explain_own
+from market.quoting import lock_micro
+from market.reasons import Advice, Capacity, Reason, explain_offer
+from peer.bidding import Bidder
+from peer.deals import Deal, Job, JobState, agreement_of, task_of
+from peer.desk import Desk
+from peer.jobs import JobDesk
+from peer.market_view import MarketView
+from peer.prover import Prover
+from peer.settler import Settler
+from peer.solver import Solver
+from peer.submitter import Submitter
+from protocol import params
+from protocol.credits import credits_of
+from protocol.errors import LocalProtocolError
+from protocol.keys import peer_name
+from protocol.lifecycle import TERMINAL, State
+from protocol.params import SANDBOX_LEVELS
+from protocol.records import ROLE_SOLVER, ROLE_VERIFIER, Ask, Bid, Offer, amount_for, parties
+
+__all__ = ["Answers", "Clocks"]
+
+_SECOND: Final = 10**9
+_DEALS_TOLD: Final = 5  # the last deals of a job, of those that brought it no further
+
+
+class _BadQuestion(LocalProtocolError):
+    """`why` of what is no job and not this peer."""
+
+    code = "usage"
+    exit_code = 2
+
+
+@dataclass
+class Clocks:
+    """How far the clocks of others seem to be from ours: seconds, by author, of records dated too far off to be taken.
+    A right record of the same author takes its entry away."""
+
+    off_s: dict[bytes, int] = field(default_factory=dict)
+
+    def note(self, record: Offer | Ask | Bid, now_ns: int) -> None:
+        """A record came in, whether or not it is taken."""
+        (author,) = parties(record)
+        ahead, past = record.created_ns - now_ns, now_ns - record.expires_ns
+        if ahead > params.CLOCK_SKEW_NS_MAX:
+            self.off_s[author] = ahead // _SECOND
+        elif past > params.CLOCK_SKEW_NS_MAX:
+            self.off_s[author] = -past // _SECOND
+        else:
+            self.off_s.pop(author, None)
+        while len(self.off_s) > params.CLOCKS_NOTED_MAX:
+            del self.off_s[next(iter(self.off_s))]
+
+
+@dataclass
+class Answers:
+    """See the module docstring. `find`: a job by the beginning of its id."""
+
+    desk: Desk
+    settler: Settler
+    jobs: JobDesk
+    submitter: Submitter
+    bidder: Bidder
+    solver: Solver
+    prover: Prover
+    view: MarketView
+    find: Callable[[dict[str, Any]], Job]
+    clocks: Clocks = field(default_factory=Clocks)
+
+    def why(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """`of`: "me", the beginning of a job's id, or "" for all that is wrong here. Raises NotFound."""
+        of = str(arguments.get("of", ""))
+        if set(arguments) - {"of"}:
+            raise _BadQuestion("why takes one argument", next_step="`ichiba why JOB`, `ichiba why me` or `ichiba why`")
+        if of == "me":
+            return self._of_me()
+        return self._of_job(self.find({"job": of})) if of else self._of_all()
+
+    # --- this peer -----------------------------------------------------------------------------------------
+    def _of_me(self) -> dict[str, Any]:
+        means = self.desk.means
+        reasons = self._peer_reasons()
+        if not means.roles:
+            words = "this peer has no role: it submits jobs and takes none"
+            reasons.append(Reason("peer", "no-role", 1, words, "ichiba earn", severity=1))
+            return _answer("me", "this peer takes no work", reasons, [])
+        own, demands = self._own(), self._demands()
+        able, found, advice = explain_own(own, demands)
+        if not means.roles & ROLE_SOLVER:
+            reasons.append(self._draws())
+        elif not demands:
+            words = "no offer of anybody else stands at present"
+            reasons.append(Reason("offer", "no-offers", 0, words, "`ichiba trades` shows when work was last sold"))
+        reasons += [*self._earning_reasons(), *found, *self._money_reasons()]
+        head = f"{len(demands)} offer{_s(len(demands))} for this peer's roles heard, it can bid on {able} of them"
+        if not means.roles & ROLE_SOLVER:
+            head = "this peer checks the work of others: it is drawn for that, or looks by itself"
+        return _answer("me", head, reasons, advice, able=able, heard=len(demands))
+
+    def _draws(self) -> Reason:
+        """What a peer waits for that solves nothing: to be drawn, or to find what others missed."""
+        verifiers = {a.peer for a in self.desk.book.live_asks(role=ROLE_VERIFIER, now_ns=self.desk.now_ns)}
+        running = sum(1 for c in self.settler.channels.values() if not c.closed and c.agreement.check_permille)
+        words = f"deals run that will be checked, by verifiers drawn of the {len(verifiers)} that are heard of"
+        return Reason("check", "draws", running, words, severity=3)
+
+    def _own(self) -> Own:
+        means = self.desk.means
+        return Own(
+            roles=means.roles,
+            unit_price=means.unit_price,
+            memory_bytes=means.memory_bytes,
+            sandbox=means.sandbox,
+            stake_micro=self.settler.free_stake(self.desk.me),
+            slots_free=1,  # a taken slot is work, and told as that: what else is in the way counts when it is free
+            checker_stake_min_micro=self.desk.network.rules.checker_stake_min_micro,
+        )
+
+    def _demands(self) -> list[Demand]:
+        made = []
+        for offer_id, offer in sorted(self.desk.book.offers.items()):
+            role = ROLE_VERIFIER if offer.mode == "profile" else ROLE_SOLVER
+            if offer.submitter == self.desk.me or not self.desk.means.roles & role:
+                continue
+            bids = self.desk.book.live_bids(offer_id, now_ns=self.desk.now_ns)
+            others = tuple(bid.unit_price for _, bid in bids if bid.solver != self.desk.me)
+            mine = offer_id in self.bidder.bid_on
+            made.append(Demand(offer, self.bidder.price_of(offer), others, mine))
+        return made
+
+    def _peer_reasons(self) -> list[Reason]:
+        """What stops a peer whatever it wants."""
+        desk, found = self.desk, []
+        if not desk.peers:
+            words = "nobody is connected, so nothing is heard and nothing is told"
+            found.append(Reason("peer", "nobody-connected", 0, words, "ichiba connect INVITE", severity=1))
+        if (resting := desk.resting()) is not None:
+            words, _, then = resting[1].partition("; ")
+            words += f", for {_ago(desk.now_ns - (desk.paused_ns or desk.finishing_ns))}"
+            found.append(Reason("peer", resting[0], 1, words, then.strip("`") or "ichiba earn rules", severity=1))
+        off = {peer: off_s for peer, off_s in self.clocks.off_s.items() if peer in desk.peers}  # keys are free
+        if off and 2 * len(off) > len(desk.peers):
+            middle = sorted(off.values())[len(off) // 2]
+            words = f"the clock here is some {abs(middle)} s {'behind' if middle > 0 else 'ahead of'} that of others"
+            found.append(Reason("peer", "clock", len(off), words, "timedatectl set-ntp true", severity=1))
+        elif off:
+            words = "date their records wrongly, so what they say is not taken"
+            found.append(Reason("peer", "others-clock", len(off), words, "", severity=3))
+        return found
+
+    def _earning_reasons(self) -> list[Reason]:
+        """What stops a peer that would earn."""
+        desk, means, found = self.desk, self.desk.means, []
+        stake = self.settler.free_stake(desk.me)
+        active = sum(1 for d in self.solver.deals.values() if d.lifecycle in (State.AGREED, State.RUNNING))
+        if active:
+            words = f"runs now, on {active} of {means.slots} slot{_s(means.slots)}"
+            found.append(Reason("work", "working", active, words, severity=3))
+        if not stake:
+            locked = sum(c.agreement.lock_micro for c in self._open_as_solver() if c.locked)
+            why = (
+                f"{credits_of(locked)} credits of it are locked" if locked else "the network file gives this peer none"
+            )
+            found.append(
+                Reason("peer", "no-stake", 0, f"no stake is free: {why}", "work and checks of a graph ask for stake")
+            )
+        checks = desk.network.rules.checker_stake_min_micro
+        if means.roles & ROLE_VERIFIER and 0 < stake < checks:
+            words = (
+                f"a verifier's word counts from a stake of {credits_of(checks)} credits, {credits_of(stake)} are free"
+            )
+            found.append(
+                Reason(
+                    "check", "little-stake", 1, words, f"have {credits_of(checks - stake)} credits more of free stake"
+                )
+            )
+        if means.roles & ROLE_SOLVER and means.sandbox < len(SANDBOX_LEVELS) - 1:
+            words = f"the sandbox here is {SANDBOX_LEVELS[means.sandbox]}, scripts take {SANDBOX_LEVELS[-1]}"
+            found.append(Reason("peer", "sandbox", 1, words, "ichiba doctor", severity=3))
+        if means.roles & ROLE_SOLVER and self.prover.opened is None:
+            words = "this peer has no bench card, so submitters expect it to be slower than it says"
+            found.append(Reason("peer", "no-card", 1, words, "ichiba bench", severity=3))
+        away = {
+            o.submitter
+            for i, o in desk.book.offers.items()
+            if i in self.bidder.bid_on and o.submitter not in desk.peers and o.submitter != desk.me
+        }
+        if away:
+            words = "were sent a bid and cannot award it: no connection to them"
+            found.append(Reason("bids", "unreachable", len(away), words, "`ichiba invite` on their side or on yours"))
+        if means.roles & ROLE_SOLVER and self.settler.history(desk.me).streak < params.NEWCOMER_DEALS:
+            streak = self.settler.history(desk.me).streak
+            words = f"{streak} of {params.NEWCOMER_DEALS} right deals in a row: others rank a newcomer lower"
+            found.append(Reason("bids", "newcomer", 1, words, severity=3))
+        return found
+
+    def _open_as_solver(self) -> list[Any]:
+        return [c for c in self.settler.channels.values() if c.agreement.solver == self.desk.me]
+
+    def _money_reasons(self) -> list[Reason]:
+        """Work that is done and not paid yet, by what it waits for."""
+        waiting = Counter(d.lifecycle for d in self.solver.deals.values() if d.lifecycle not in TERMINAL)
+        owed = {
+            state: sum(d.cumulative_micro for d in self.solver.deals.values() if d.lifecycle == state)
+            for state in waiting
+        }
+        return [
+            Reason(
+                "settlement",
+                code,
+                waiting[state],
+                f"{words}; {credits_of(owed[state])} credits in vouchers",
+                severity=3,
+            )
+            for state, (code, words) in _UNPAID.items()
+            if waiting[state]
+        ]
+
+    # --- a job ---------------------------------------------------------------------------------------------
+    def _of_job(self, job: Job) -> dict[str, Any]:
+        subjects = [c for c in self.jobs.children(job) if c.open] if job.state == JobState.PROFILING else [job]
+        reasons = self._peer_reasons() if job.open else []
+        advice: list[Advice] = []
+        able = heard = 0
+        if job.state == JobState.PROFILING:
+            words = "a tolerant job is measured first: verifiers profile it before it is offered"
+            reasons.append(Reason("offer", "profiling", len(subjects), words, severity=3))
+        for one in subjects:
+            deal = self.submitter.deals.get(one.deal)
+            if one.state == JobState.OFFERED:
+                able, heard, found, advice = self._offered(one)
+                reasons += found
+            elif deal is not None and one.open:
+                reasons += self._running(one, deal)
+        for deal in (self.submitter.deals[d] for d in job.deals if d in self.submitter.deals):
+            if deal.id != job.deal and deal.lifecycle not in TERMINAL:
+                reasons += self._running(job, deal)
+        if not job.open:
+            words = job.reason or f"the job is {JobState(job.state).name.lower()}"
+            reasons.append(Reason("end", JobState(job.state).name.lower(), 1, words, severity=3))
+        head = f"job {job.id.hex()[:12]} ({job.name}) is {JobState(job.state).name.lower()}"
+        return _answer("job", head, reasons, advice, able=able, heard=heard) | {"job": job.id.hex()}
+
+    def _offered(self, job: Job) -> tuple[int, int, list[Reason], list[Advice]]:
+        """A job that stands on the market: its way from the asks to an award."""
+        offer = self.desk.book.offers.get(job.offer_id)
+        if offer is None:
+            return 0, 0, [Reason("offer", "renewing", 1, "its offer ran out and is made again in a moment")], []
+        now = self.desk.now_ns
+        role = ROLE_VERIFIER if offer.mode == "profile" else ROLE_SOLVER
+        barred = self.jobs.excluded(job)
+        asks = [a for a in self.desk.book.live_asks(role=role, now_ns=now) if a.peer != self.desk.me]
+        asks.sort(key=lambda a: (a.peer not in self.desk.peers, a.unit_price))
+        capacities = [
+            Capacity(
+                a, a.peer in self.desk.peers, self.settler.free_stake(a.peer), "excluded" if a.peer in barred else ""
+            )
+            for a in asks[: params.WHY_ASKS_MAX]
+        ]
+        able, reasons, advice = explain_offer(offer, capacities, now_ns=now, relock=self._relock)
+        heard = len({one.ask.peer for one in capacities})
+        if len(asks) > len(capacities):
+            words = f"asks are not looked at: the first {len(capacities)} are connected or cheaper"
+            reasons.append(Reason("offer", "left-out", len(asks) - len(capacities), words, severity=3))
+        if not capacities:
+            words = f"no {'verifier' if role == ROLE_VERIFIER else 'solver'} has told what it takes"
+            reasons.append(Reason("offer", "no-asks", 0, words, "ichiba book", severity=1))
+        reasons += self._bids(job, offer, able, {one.ask.peer for one in capacities})
+        return able, heard, reasons, [self._with_budget(job, one) for one in advice]
+
+    def _relock(self, offer: Offer) -> Offer:
+        if not offer.check_permille:
+            return offer
+        price = amount_for(offer.operations, offer.unit_price_max)
+        return msgspec.structs.replace(offer, lock_micro=lock_micro(self.desk.network.rules, price))
+
+    def _with_budget(self, job: Job, advice: Advice) -> Advice:
+        """A higher limit may need a larger budget: the job is refused otherwise, so the advice says so."""
+        limit = advice.changes.get("unit_price_max")
+        if not isinstance(limit, int):
+            return advice
+        job = self.jobs.jobs.get(job.parent, job)  # a profile is paid out of the budget of its job
+        at_limit = msgspec.structs.replace(job, unit_price_max=limit)
+        needed = self.jobs.channel_for(at_limit, task_of(job.task).segments)
+        needed += params.PROFILES_MIN * self.jobs.profile_micro(at_limit) if job.tolerant else 0
+        if needed <= job.budget_micro:
+            return advice
+        words = f"{advice.words}, with --budget {credits_of(needed)}"
+        return replace(advice, words=words, changes=advice.changes | {"budget_micro": needed})
+
+    def _bids(self, job: Job, offer: Offer, able: int, asked: set[bytes]) -> list[Reason]:
+        """What became of the bids, and of those who could bid and did not."""
+        found: list[Reason] = []
+        choice, now = self.jobs.told.get(job.id), self.desk.now_ns
+        bids = self.desk.book.live_bids(job.offer_id, now_ns=now)
+        busy = (asked & self.view.busy().keys()) - {bid.solver for _, bid in bids}
+        if not bids and able:
+            words = "could take it by their asks and have not bid (yet)"
+            found.append(Reason("bids", "no-bids", able, words, f"offered {_ago(now - job.offered_ns)} ago"))
+        if busy:
+            words = "have a deal open now, so they may not bid before it ends"
+            found.append(Reason("bids", "busy", len(busy), words, "wait"))
+        if choice is not None and bids:
+            counted = Counter(refusal.code for _, refusal in choice.refused)
+            samples = {refusal.code: refusal.why for _, refusal in reversed(choice.refused)}
+            found += [
+                Reason("bids", code, count, f"bid and cannot win: {samples[code]}")
+                for code, count in sorted(counted.items(), key=lambda item: (-item[1], item[0]))
+            ]
+        for deal in (self.submitter.deals[d] for d in job.deals[-_DEALS_TOLD:] if d in self.submitter.deals):
+            solver = peer_name(agreement_of(deal, self.desk.network.id).solver)[-8:]
+            if deal.lifecycle == State.DECLINED:
+                words = f"{solver} declined a proposal: {deal.note or 'no answer in time'}"
+                found.append(Reason("proposal", "declined", 1, words))
+            elif deal.ended_early:
+                words = f"{solver} had it and did not finish: {deal.note or 'it was lost'}"
+                found.append(Reason("work", "lost", 1, words, f"{deal.receipts} segments of it are kept and paid"))
+        resting = sum(1 for until in job.resting.values() if now < until)
+        if resting:
+            words = "declined or failed and are not asked again for a while"
+            again = min(until for until in job.resting.values() if now < until) - now
+            found.append(Reason("proposal", "resting", resting, words, f"the first again in {_ago(again)}"))
+        if job.fruitless:
+            words = f"deals brought it no further; at {params.FRUITLESS_DEALS_MAX} it is given up"
+            found.append(Reason("work", "fruitless", job.fruitless, words))
+        return found
+
+    def _running(self, job: Job, deal: Deal) -> list[Reason]:
+        """A deal that is not over: whom it waits for, and until when."""
+        agreement, now, rules = agreement_of(deal, self.desk.network.id), self.desk.now_ns, self.desk.network.rules
+        solver, gone = peer_name(agreement.solver)[-8:], agreement.solver not in self.desk.peers
+        found: list[Reason] = []
+        if gone:
+            words = f"no connection to {solver}, who has the work"
+            then = f"its work goes back to the market after {rules.lost_grace_ms // 1000} s"
+            found.append(Reason("work", "unreachable", 1, words, then, severity=1))
+        match deal.lifecycle:
+            case State.PROPOSED:
+                words = f"{solver} was proposed to and has {_ago(agreement.accept_before_ns - now)} left to answer"
+                found.append(Reason("proposal", "proposed", 1, words, severity=3))
+            case State.AGREED | State.RUNNING:
+                silent, longest = now - deal.news_ns, agreement.segment_deadline_ns
+                words = f"{solver} works on it: {deal.receipts} segments are paid, last news {_ago(silent)} ago"
+                then = f"without news it goes back to the market in {_ago(max(0, longest - silent))}"
+                found.append(Reason("work", "running", 1, words, then, severity=2 if 2 * silent > longest else 3))
+            case State.PROVED:
+                words = (
+                    f"its work is done; {solver}'s seed (and the notaries') decide what is checked, and is not here yet"
+                )
+                found.append(Reason("check", "seeds", 1, words, f"at most {rules.reveal_ms // 1000} s"))
+            case State.CHECKING | State.DISPUTED:
+                found += self._checking(deal)
+            case State.SETTLING:
+                words = f"{solver} has not signed the settlement yet"
+                then = f"after {rules.settle_silence_ms // 1000} s this peer closes it alone"
+                found.append(Reason("settlement", "unsigned", 1, words, then, severity=3))
+            case State.CLAIMING:
+                channel = self.settler.channels.get(deal.id)
+                left = max(0, channel.claim_ends_ns - now) if channel is not None else 0
+                words = f"a one-sided closing waits for objections{f': {deal.note}' if deal.note else ''}"
+                found.append(Reason("settlement", "claim", 1, words, f"paid in {_ago(left)}", severity=3))
+            case _:
+                pass
+        return found
+
+    def _checking(self, deal: Deal) -> list[Reason]:
+        counted: Counter[str] = Counter(check.state for check in deal.checks)
+        patience_ns = self.desk.network.rules.check_silence_ms * 10**6 // 10
+        fresh = all(self.desk.now_ns - check.asked_ns < patience_ns for check in deal.checks if check.state == "asked")
+        found = [
+            Reason("check", state, counted[state], words, severity=3 if state == "asked" and fresh else severity)
+            for state, (words, severity) in _CHECKS.items()
+            if counted[state]
+        ]
+        if deal.lifecycle == State.DISPUTED:
+            found.append(Reason("check", "dispute", 1, "notaries judge its work", "ichiba dispute list", severity=1))
+        verifiers = self.desk.book.live_asks(role=ROLE_VERIFIER, now_ns=self.desk.now_ns)
+        if not any(counted[state] for state in ("asked", "accepted")) and not verifiers:
+            words = "no verifier is heard of, so nobody can check it"
+            found.append(Reason("check", "no-verifier", 0, words, "`ichiba earn` on another machine", severity=1))
+        return found
+
+    # --- everything ----------------------------------------------------------------------------------------
+    def _of_all(self) -> dict[str, Any]:
+        """What is wrong here, the worst first."""
+        reasons: list[Reason] = list(self._peer_reasons())
+        advice: list[Advice] = []
+        waiting = [job for job in self.jobs.jobs.values() if job.open and not job.parent]
+        for job in sorted(waiting, key=lambda one: one.created_ns)[: params.WHY_JOBS_MAX]:
+            found = self._of_job(job)
+            name = f"job {job.id.hex()[:8]}"
+            own = [Reason(**one) for one in found["reasons"] if one["step"] != "peer" and one["severity"] < 3]
+            reasons += [replace(one, words=f"{name}: {one.words}") for one in own]
+            advice += [Advice(f"{name}: {a['words']}", a["gain"], a["changes"]) for a in found["advice"][:2]]
+        if len(waiting) > params.WHY_JOBS_MAX:
+            words = "open jobs are not looked into here"
+            reasons.append(Reason("offer", "more-jobs", len(waiting) - params.WHY_JOBS_MAX, words, "ichiba why JOB", 3))
+        if self.desk.means.roles:
+            me = self._of_me()
+            reasons += [Reason(**one) for one in me["reasons"] if one["step"] != "peer" or one["code"] in _OWN_PEER]
+            advice += [Advice(**a) for a in me["advice"][:2]]
+        serious = [one for one in dict.fromkeys(reasons) if one.severity < 3]
+        head = f"{len(serious)} thing{_s(len(serious))} in the way" if serious else "nothing is in the way here"
+        return _answer("here", head, reasons, advice)
+
+
+_OWN_PEER: Final = ("no-stake", "sandbox", "no-card")
+_UNPAID: Final = {
+    State.PROVED: ("seeds", "wait for the seeds that draw their checks"),
+    State.CHECKING: ("checking", "are being checked"),
+    State.DISPUTED: ("dispute", "are judged by the notaries"),
+    State.SETTLING: ("settling", "wait for the submitter's signature"),
+    State.CLAIMING: ("claim", "close one-sidedly, after the window for objections"),
+}
+_CHECKS: Final[dict[str, tuple[str, int]]] = {
+    "asked": ("were asked to check it and have not answered", 2),
+    "accepted": ("are re-executing its drawn segments", 3),
+    "gone": ("were asked to check it and fell silent", 2),
+    "wrong": ("found it wrong", 1),
+    "unsure": ("cannot tell, so another checker decides", 2),
+    "right": ("found it right", 3),
+}
+
+
+def _answer(
+    about: str, head: str, reasons: Iterable[Reason], advice: Iterable[Advice], *, able: int = 0, heard: int = 0
+) -> dict[str, Any]:
+    ordered = sorted(dict.fromkeys(reasons), key=lambda one: one.severity)
+    return {
+        "about": about,
+        "headline": head,
+        "able": able,
+        "heard": heard,
+        "reasons": [asdict(one) for one in ordered],
+        "advice": [asdict(one) for one in advice],
+    }
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
+
+
+def _ago(span_ns: int) -> str:
+    seconds = max(0, span_ns) // _SECOND
+    return f"{seconds} s" if seconds < 120 else f"{seconds // 60} min" if seconds < 7200 else f"{seconds // 3600} h"

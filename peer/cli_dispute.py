@@ -1,0 +1,216 @@
+"""The `dispute` group: list disputes about work, and draw how far down one was decided."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from peer.cli_money import trusted_network
+from peer.cli_output import Terminal, ago, common, short_id, size_of, write_whole
+
+__all__ = ["dispute"]
+
+_ENDS = {
+    "wrong": "the work was wrong",
+    "right": "the work was right",
+    "forced": "the error was ordered, and its finder gets the jackpot",
+    "lapsed": "the notaries did not come to a quorum in time",
+}
+_CAUSES = {
+    "leaf": "by the referee's own result at the leaf",
+    "silence": "by silence: its clock ran out",
+    "withheld": "by withholding data",
+    "malformed": "by an answer that contradicts its own",
+    "equivocation": "by signing two answers to one question",
+}
+
+
+@click.group()
+def dispute() -> None:
+    """List disputes about work, draw how one was decided, check it offline.
+
+    A checker that finds work wrong challenges it. Solver and challenger then answer the same questions, and the
+    notaries follow the first difference of their answers down to one operation, which they repeat themselves.
+    """
+
+
+@dispute.command("list")
+@common
+def list_(terminal: Terminal) -> None:
+    """List the disputes this peer judges, plays in or watches, the newest first.
+
+    \b
+    ichiba dispute list
+    ichiba dispute list --json
+    """
+    with terminal.client() as client:
+        found = client.disputes()
+    for one in found:
+        terminal.record("ichiba.dispute/1", one)
+    terminal.table(
+        "disputes",
+        ("dispute", "deal", ">segment", "solver", "challenger", "here as", "state", "level", ">rounds", "opened"),
+        [
+            (
+                short_id(one["dispute"]),
+                short_id(one["deal"]),
+                one["segment"],
+                one["solver"][-8:],
+                one["challenger"][-8:],
+                one["part"],
+                one["state"],
+                one["level"],
+                one["rounds"],
+                ago(one["opened_ns"]),
+            )
+            for one in found
+        ],
+    )
+
+
+@dispute.command()
+@click.argument("dispute_id", metavar="DISPUTE")
+@common
+def show(terminal: Terminal, dispute_id: str) -> None:
+    """Draw the descent of a dispute: step, node with its line, tile, element, and the values of all three.
+
+    DISPUTE is its id or any unambiguous beginning of it. Values of elements are drawn as float32.
+
+    \b
+    ichiba dispute show 9a138167
+    ichiba dispute show 9a138167 --json
+    """
+    with terminal.client() as client:
+        found = client.dispute(dispute_id)
+    terminal.record("ichiba.dispute.story/1", found)
+    terminal.pairs(
+        {
+            "dispute": found["dispute"],
+            "deal": f"{short_id(found['deal'])}, segment {found['segment']}",
+            "solver": f"{found['solver']} stands by {short_id(found['claimed_root'])}",
+            "challenger": f"{found['challenger']} found {short_id(found['found_root'])}",
+            "here as": found["part"],
+            "state": _ENDS.get(found["state"], found["state"]),
+            "game": _game(found),
+        }
+    )
+    for depth, rung in enumerate(found.get("descent", [])):
+        _draw(terminal, depth, rung)
+    result = found.get("result")
+    if result:
+        terminal.say(f"the {result['loser']} loses {_CAUSES[result['cause']]}")
+        if result["what"]:
+            terminal.say(f"  {result['what']}")
+    for one in found.get("jurors", []):
+        far = f"{one['l1_ppb'] / 1e9:.1e} (L2 {one['l2_ppb'] / 1e9:.1e})"
+        terminal.say(f"juror {one['juror'][-8:]} finds it {one['finding']}: {far} of an update from its own end")
+    for ruling in found["rulings"]:
+        terminal.say(f"notary {ruling['notary'][-8:]} rules {ruling['finding']} ({ruling['level']}, {ruling['cause']})")
+
+
+@dispute.command()
+@click.argument("dispute_id", metavar="DISPUTE")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@common
+def export(terminal: Terminal, dispute_id: str, file: Path) -> None:
+    """Write all evidence of a dispute to FILE, for anybody to check without asking anybody.
+
+    \b
+    ichiba dispute export 9a138167 dispute.json
+    """
+    import json
+    import tempfile
+
+    from peer.dispute_bundle import SCHEMA, verify
+    from peer.home import Home
+
+    home = Home(terminal.data_dir)
+    with terminal.client() as client, tempfile.TemporaryDirectory() as folder:
+        found = client.dispute_bundle(dispute_id)
+        graph = Path(folder) / "program"
+        client.get_blob(bytes.fromhex(found["program"]), graph)
+        bundle = {
+            "schema": SCHEMA,
+            "network": home.network_file.read_text(),
+            **found,
+            "program": graph.read_bytes().hex(),
+        }
+    report = verify(bundle, home.network().id)
+    write_whole(file, json.dumps(bundle, indent=1).encode() + b"\n")
+    terminal.record("ichiba.dispute-export/1", {"file": str(file), "dispute": report.dispute.hex()})
+    terminal.say(f"wrote {file}; check it with: ichiba dispute verify {file}")
+
+
+@dispute.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@trusted_network
+@common
+def verify(terminal: Terminal, file: Path, network_file: Path | None) -> None:
+    """Check a dispute that `ichiba dispute export` wrote: signatures, every move, and the last operation again.
+
+    Needs no daemon and asks nobody.
+
+    \b
+    ichiba dispute verify dispute.json
+    ichiba dispute verify dispute.json --network market.toml
+    """
+    import json
+
+    from peer.dispute_bundle import verify
+    from peer.home import Home
+    from protocol import params
+    from protocol.errors import VerificationFailed
+
+    if file.stat().st_size > params.BUNDLE_BYTES_MAX:
+        raise VerificationFailed(f"{file} has more than {params.BUNDLE_BYTES_MAX} bytes")
+    try:
+        bundle = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise VerificationFailed(f"{file} is no JSON: {error}"[:300]) from None
+    report = verify(bundle, Home(terminal.data_dir).network(network_file).id)
+    told = asdict(report) | {"dispute": report.dispute.hex()}
+    terminal.record("ichiba.dispute-report/1", told)
+    terminal.say(f"dispute {short_id(told['dispute'])} of segment {report.segment}, {report.rounds} rounds")
+    terminal.say(f"  the {report.loser} loses {_CAUSES.get(report.cause, report.cause)}, at level {report.level}")
+    if report.what:
+        terminal.say(f"  {report.what}")
+    if report.by_word:
+        terminal.say("  that a player did not answer is the notaries' word: no file can show it")
+    said = f"a quorum of notaries says: {_ENDS[report.finding]}" if report.finding else "no ruling of notaries is in it"
+    terminal.say(f"  {said}")
+
+
+def _game(found: dict[str, Any]) -> str:
+    """How long the game was, in words."""
+    if found.get("jury"):
+        return "none: jurors measure the segment again"
+    if "rounds" not in found or "message_bytes" not in found:
+        return "not begun here"
+    moves = f"{found['rounds']} rounds, {size_of(found['message_bytes'])} of moves"
+    return f"{moves}, {size_of(found['opening_bytes'])} opened" if found["opening_bytes"] else moves
+
+
+def _draw(terminal: Terminal, depth: int, rung: dict[str, Any]) -> None:
+    """One level of the descent, indented below the one before."""
+    indent = "  " * depth
+    node = f"  {rung['op']}" if rung["op"] else ""
+    source = f"  {rung['source']}" if rung["source"] else ""
+    terminal.say(f"{indent}{rung['level']}: {rung['where']}{node}{source}")
+    for who in ("solver", "challenger", "referee"):
+        if rung[who] is not None:
+            terminal.say(f"{indent}    {who.ljust(10)}  {_value(rung[who], rung['level'])}")
+
+
+def _value(value: Any, level: str) -> str:
+    """A root by its beginning, a partial result as it is, the bits of an element with the float32 they are."""
+    if isinstance(value, str):
+        return short_id(value)
+    if isinstance(value, list):
+        return "(" + ", ".join(map(str, value)) + ")"
+    if level in ("element", "block") and isinstance(value, int) and 0 <= value < 2**32:
+        return f"0x{value:08x}  {struct.unpack('<f', struct.pack('<I', value))[0]!r}"
+    return str(value)

@@ -1,0 +1,61 @@
+"""Proof that a peer signed two records of which only one may exist.
+
+Two asks of one slot and sequence number, two bids of one nonce on one offer, two agreements under one sequence number
+of their submitter: whoever holds both can show them to anybody, and nobody can make them but the peer itself.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from protocol.errors import VerificationFailed
+from protocol.records import Agreement, Ask, Bid, Equivocation, Record, open_record
+
+__all__ = ["Placed", "check_equivocation", "place_of", "prove"]
+
+Placed: TypeAlias = Ask | Bid | Agreement
+
+
+def place_of(record: Record) -> tuple[bytes, tuple[object, ...]] | None:
+    """(peer, place) of a record whose place its peer may fill once, else None. Of an agreement the peer is the
+    submitter, whose openings its sequence numbers order."""
+    match record:
+        case Ask(peer=peer, slot=slot, sequence=number):
+            return peer, ("ask", slot, number)
+        case Bid(solver=peer, offer=offer, nonce=number):
+            return peer, ("bid", offer, number)
+        case Agreement(submitter=peer, sequence=number):
+            return peer, ("agreement", number)
+    return None
+
+
+def prove(first: bytes, second: bytes, *, network: bytes, author: bytes) -> Equivocation:
+    """The record that shows two envelopes to anybody; the author signs it. Raises VerificationFailed if they prove
+    nothing, and what `open_record` raises."""
+    found = sorted((open_record(e, network=network)[1], e) for e in (first, second))
+    place = place_of(open_record(first, network=network)[0])
+    proof = Equivocation(
+        network=network,
+        culprit=place[0] if place is not None else bytes(32),
+        author=author,
+        first=found[0][1],
+        second=found[1][1],
+    )
+    check_equivocation(proof)
+    return proof
+
+
+def check_equivocation(proof: Equivocation) -> tuple[Placed, Placed]:
+    """The two records, both signed by the culprit, of one place and not the same. Raises VerificationFailed, and what
+    `open_record` raises."""
+    (one, first, signed_one), (two, second, signed_two) = (
+        open_record(envelope, network=proof.network) for envelope in (proof.first, proof.second)
+    )
+    if first >= second:
+        raise VerificationFailed("an equivocation of one record, or not in the order of their ids")
+    place = place_of(one)
+    if place is None or place != place_of(two) or not isinstance(one, Placed) or not isinstance(two, Placed):
+        raise VerificationFailed("two records that may both exist", why="they do not fill one place")
+    if place[0] != proof.culprit or proof.culprit not in signed_one & signed_two:
+        raise VerificationFailed("an equivocation that its culprit did not sign")
+    return one, two

@@ -1,0 +1,158 @@
+"""The jury of tolerant work: nobody chooses it, nobody votes twice, and silence only brings the next juror."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from peer.jury import Jury
+from peer.messages import CheckRequest, JuryAsk
+from protocol.codec import blake
+from protocol.jury import jury_of
+from protocol.keys import SigningKey, peer_name
+from protocol.network import Deposit, Network, Rules
+from protocol.records import Verdict
+
+QUORUM = 3
+RULES = Rules(tolerant_quorum=QUORUM, dispute_replay_ms=60_000)
+STAKE = RULES.checker_stake_min_micro
+RANDOM = blake("test/random")
+KEYS = {name: SigningKey.from_seed(blake("test/jury", name.encode())).public for name in (
+    "alice", "bob", "victor", "notary0", "notary1", "notary2", "notary3", *(f"juror{n}" for n in range(12)), "poor",
+)}  # fmt: skip
+PARTIES = frozenset(KEYS[name] for name in ("alice", "bob", "victor"))
+SECOND = 10**9
+
+
+def network_of(**stakes: int) -> Network:
+    deposits = tuple(
+        Deposit(peer_name(key), 0, stakes.get(name, STAKE - 1 if name == "poor" else STAKE))
+        for name, key in KEYS.items()
+    )
+    return Network("jury", RULES, deposits, (), tuple(peer_name(KEYS[f"notary{n}"]) for n in range(4)))
+
+
+# --- who -----------------------------------------------------------------------------------------------------
+def test_neither_parties_nor_notaries_nor_the_unstaked_sit_on_it() -> None:
+    seen: set[bytes] = set()
+    for segment in range(40):
+        jury = jury_of(RANDOM, segment, network_of(), parties=PARTIES)
+        assert len(set(jury)) == len(jury) == 2 * QUORUM + 1
+        seen |= set(jury)
+    assert seen == {KEYS[f"juror{n}"] for n in range(12)}
+
+
+def test_the_deals_own_randomness_and_the_segment_decide_and_nobodys_list() -> None:
+    network = network_of()
+    shuffled = msgspec.structs.replace(network, deposits=tuple(reversed(network.deposits)))
+    jury = jury_of(RANDOM, 3, network, parties=PARTIES)
+    assert jury == jury_of(RANDOM, 3, shuffled, parties=PARTIES)
+    assert jury != jury_of(RANDOM, 4, network, parties=PARTIES)
+    assert jury != jury_of(blake("other"), 3, network, parties=PARTIES)
+    first = sum(
+        jury_of(RANDOM, s, network_of(juror0=11 * STAKE), parties=PARTIES)[0] == KEYS["juror0"] for s in range(200)
+    )
+    assert 70 < first < 130, "a stake of half of all is asked first in half of the cases"
+
+
+# --- what they say -------------------------------------------------------------------------------------------
+class Bench:
+    """A jury before one notary, the clock in hand, and what it sent and ruled."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[bytes, JuryAsk]] = []
+        self.ruled: list[str] = []
+        self.desk: Any = SimpleNamespace(
+            now_ns=SECOND, network=network_of(), emit=lambda *_, **__: None,
+            send=lambda peer, message: self.sent.append((peer, message)),
+        )  # fmt: skip
+        challenge = SimpleNamespace(segment=2, agreement=bytes(32), proof=bytes(32))
+        request = CheckRequest(
+            agreement=b"a", task=b"t", base_blob=b"", receipts=(b"r",), proof=b"p", reveals=(b"s",), segments=(1, 2),
+            role="verifier", doubt=b"d",
+        )  # fmt: skip
+        case = SimpleNamespace(random=RANDOM, request=request)
+        self.file: Any = SimpleNamespace(
+            challenge=challenge, case=case, parties=PARTIES, over=False, id=bytes(32),
+            kept=SimpleNamespace(challenge=b"challenge"),
+            jurors=lambda network: jury_of(RANDOM, 2, network, parties=PARTIES),
+        )  # fmt: skip
+        hearing: Any = SimpleNamespace(file=self.file)
+        self.jury = Jury(self.desk, hearing, lambda _, finding: self._rule(finding))
+
+    def _rule(self, finding: str) -> None:
+        self.ruled.append(finding)
+        self.file.over = True
+
+    def tick(self, seconds: int) -> list[bytes]:
+        """Time goes on; whom it asked."""
+        self.desk.now_ns += seconds * SECOND
+        before = len(self.sent)
+        self.jury.tick()
+        return [peer for peer, _ in self.sent[before:]]
+
+    def says(self, juror: bytes, word: str, **fields: Any) -> None:
+        verdict = Verdict(
+            network=self.desk.network.id, agreement=bytes(32), proof=bytes(32), checker=juror, role="juror",
+            segments=(2,), finding=word, wrong_segment=2, claimed_root=bytes(32), found_root=bytes(32), operations=1,
+            done_ns=1,
+        )  # type: ignore[arg-type]  # fmt: skip
+        self.jury.on_verdict(msgspec.structs.replace(verdict, **fields))
+
+
+def test_as_many_are_asked_as_are_missing_and_the_silent_are_replaced() -> None:
+    bench = Bench()
+    order = bench.jury.jurors
+    assert bench.tick(0) == sorted(order[:3])
+    assert all(ask.case.segments == (2,) and ask.case.doubt == b"" for _, ask in bench.sent)
+    assert bench.tick(0) == [], "not before it is time to say it again"
+    bench.says(order[0], "right")
+    assert bench.tick(10) == sorted(order[1:3])
+    bench.says(order[1], "wrong")
+    assert bench.tick(5) == sorted(order[2:4]), "they differ, so a fourth is needed"
+    assert set(bench.tick(40)) == set(order[2:6]), "two are silent: asked again, and two more"
+    for juror in order[2:4]:
+        bench.says(juror, "right")
+    assert bench.ruled == ["right"], "who comes late counts"
+
+
+@pytest.mark.parametrize("finding", ["right", "wrong"])
+def test_a_quorum_of_one_word_rules_once(finding: str) -> None:
+    bench = Bench()
+    for juror in bench.jury.jurors[: QUORUM - 1] * 2:
+        bench.says(juror, finding)
+    assert bench.ruled == [], "nobody counts twice"
+    for juror in bench.jury.jurors[QUORUM - 1 : QUORUM + 2]:
+        bench.says(juror, finding)
+    assert bench.ruled == [finding]
+
+
+def test_who_signs_two_words_has_none() -> None:
+    bench = Bench()
+    order = bench.jury.jurors
+    for finding in ("wrong", "right"):
+        bench.says(order[0], finding)
+    for juror in order[1:3]:
+        bench.says(juror, "wrong")
+    assert bench.ruled == []
+    bench.says(order[3], "wrong")
+    assert bench.ruled == ["wrong"]
+
+
+def test_no_other_word_counts() -> None:
+    bench = Bench()
+    order = bench.jury.jurors
+    for juror in order[:2]:
+        bench.says(juror, "wrong")
+    outsider = next(KEYS[f"juror{n}"] for n in range(12) if KEYS[f"juror{n}"] not in order)
+    bench.says(outsider, "wrong")
+    bench.says(KEYS["victor"], "wrong")
+    for fields in ({"role": "verifier"}, {"segments": (1,)}, {"segments": (1, 2)}, {"proof": b"p" * 32},
+                   {"agreement": b"a" * 32}, {"finding": "unsure"}):  # fmt: skip
+        bench.says(order[2], "wrong", **fields)
+    assert bench.ruled == []
+    bench.says(order[2], "wrong")
+    assert bench.ruled == ["wrong"]
