@@ -6,8 +6,12 @@ arrival order, so nothing here depends on it. It knows neither peers' connection
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 
+from market.ask_index import AskIndex
 from protocol import params
 from protocol.errors import LimitExceeded, MalformedRecord, VerificationFailed
 from protocol.records import Ask, Bid, Offer
@@ -32,14 +36,19 @@ def check_times(*, created_ns: int, expires_ns: int, now_ns: int) -> None:
 
 @dataclass
 class OrderBook:
-    """Offers by id, asks by (peer, slot), bids by offer and solver."""
+    """Offers by id, asks by (peer, slot), bids by offer and solver.
+
+    A record costs the same whatever the number of others, and so does a tick in which nothing ends.
+    """
 
     offers: dict[bytes, Offer] = field(default_factory=dict)
-    asks: dict[tuple[bytes, int], Ask] = field(default_factory=dict)
+    asks: AskIndex = field(default_factory=AskIndex)
     bids: dict[bytes, dict[bytes, tuple[bytes, Bid]]] = field(default_factory=dict)
     envelopes: dict[bytes, bytes] = field(default_factory=dict)  # of the bids, by their ids: an audit shows them
     taken: dict[bytes, int] = field(default_factory=dict)  # offers that became agreements -> when they may be forgotten
     equivocations: dict[bytes, int] = field(default_factory=dict)  # author -> times caught
+    _offers_of: Counter[bytes] = field(default_factory=Counter)  # submitter -> its live offers
+    _ends: list[tuple[int, bytes]] = field(default_factory=list)  # heap: when an offer, or its taking, is past its time
 
     def add_offer(self, offer_id: bytes, offer: Offer, *, now_ns: int) -> bool:
         """True if the offer is new. Raises VerificationFailed, MalformedRecord or LimitExceeded."""
@@ -48,30 +57,30 @@ class OrderBook:
             raise MalformedRecord("offer of no work")
         if offer_id in self.offers or offer_id in self.taken:
             return False
-        mine = sum(1 for other in self.offers.values() if other.submitter == offer.submitter)
-        if mine >= params.BOOK_OFFERS_PER_AUTHOR_MAX:
+        if self._offers_of[offer.submitter] >= params.BOOK_OFFERS_PER_AUTHOR_MAX:
             raise LimitExceeded(f"more than {params.BOOK_OFFERS_PER_AUTHOR_MAX} live offers of one submitter")
         if len(self.offers) >= params.BOOK_OFFERS_MAX:
             raise LimitExceeded("the book is full of offers")
         self.offers[offer_id] = offer
+        self._offers_of[offer.submitter] += 1
+        self._ends_at(offer.expires_ns, offer_id)
         return True
 
     def add_ask(self, ask: Ask, *, now_ns: int) -> bool:
         """True if the ask replaces what stood in its slot. Raises as `add_offer`."""
         check_times(created_ns=ask.created_ns, expires_ns=ask.expires_ns, now_ns=now_ns)
-        key = (ask.peer, ask.slot)
-        old = self.asks.get(key)
+        old = self.asks.get(ask.peer, ask.slot)
         if old is not None and old.sequence >= ask.sequence:
             if old.sequence == ask.sequence and old != ask:
                 self.equivocations[ask.peer] = self.equivocations.get(ask.peer, 0) + 1
                 raise VerificationFailed("two asks of one slot and sequence number", why="the peer equivocates")
             return False
         if old is None:
-            if sum(1 for peer, _ in self.asks if peer == ask.peer) >= params.BOOK_ASKS_PER_AUTHOR_MAX:
+            if self.asks.count_of(ask.peer) >= params.BOOK_ASKS_PER_AUTHOR_MAX:
                 raise LimitExceeded(f"more than {params.BOOK_ASKS_PER_AUTHOR_MAX} asks of one peer")
             if len(self.asks) >= params.BOOK_ASKS_MAX:
                 raise LimitExceeded("the book is full of asks")
-        self.asks[key] = ask
+        self.asks.put(ask)
         return True
 
     def add_bid(self, bid_id: bytes, bid: Bid, *, now_ns: int, envelope: bytes = b"") -> bool:
@@ -88,6 +97,8 @@ class OrderBook:
                 raise VerificationFailed("two bids of one nonce", why="the peer equivocates")
             return False
         if old is None and len(on_offer) >= params.BOOK_BIDS_PER_OFFER_MAX:
+            self._drop_bids(on_offer, [s for s, (_, other) in on_offer.items() if other.expires_ns <= now_ns])
+        if old is None and len(on_offer) >= params.BOOK_BIDS_PER_OFFER_MAX:
             raise LimitExceeded("too many bids on one offer")
         if old is not None:
             self.envelopes.pop(old[0], None)
@@ -98,49 +109,59 @@ class OrderBook:
 
     def remove_offer(self, offer_id: bytes) -> None:
         """Forget an offer and its bids."""
-        self.offers.pop(offer_id, None)
-        for bid_id, _ in self.bids.pop(offer_id, {}).values():
-            self.envelopes.pop(bid_id, None)
+        offer = self.offers.pop(offer_id, None)
+        if offer is not None:
+            self._offers_of[offer.submitter] -= 1
+            if not self._offers_of[offer.submitter]:
+                del self._offers_of[offer.submitter]
+        on_offer = self.bids.pop(offer_id, {})
+        self._drop_bids(on_offer, list(on_offer))
 
     def remove_peer(self, peer: bytes) -> None:
         """Forget a peer's offers, asks and bids."""
         for offer_id in [i for i, offer in self.offers.items() if offer.submitter == peer]:
             self.remove_offer(offer_id)
-        for key in [key for key in self.asks if key[0] == peer]:
-            del self.asks[key]
+        self.asks.remove_peer(peer)
         for on_offer in self.bids.values():
-            if peer in on_offer:
-                self.envelopes.pop(on_offer.pop(peer)[0], None)
+            self._drop_bids(on_offer, [peer] if peer in on_offer else [])
+
+    def _drop_bids(self, on_offer: dict[bytes, tuple[bytes, Bid]], solvers: list[bytes]) -> None:
+        for solver in solvers:
+            self.envelopes.pop(on_offer.pop(solver)[0], None)
 
     def take_offer(self, offer_id: bytes, *, now_ns: int) -> None:
         """The offer became an agreement: drop it, and refuse late copies for as long as any could live."""
         self.remove_offer(offer_id)
         self.taken[offer_id] = now_ns + params.RECORD_LIFETIME_NS_MAX
+        self._ends_at(self.taken[offer_id], offer_id)
 
     def live_bids(self, offer_id: bytes, *, now_ns: int) -> list[tuple[bytes, Bid]]:
         """The unexpired bids on an offer as (id, bid), in order of their ids."""
         return sorted((i, b) for i, b in self.bids.get(offer_id, {}).values() if now_ns < b.expires_ns)
 
-    def live_asks(self, *, role: int, now_ns: int) -> list[Ask]:
-        """The unexpired asks of peers in `role`, in order of their keys."""
-        live = [a for a in self.asks.values() if a.roles & role and now_ns < a.expires_ns]
-        return sorted(live, key=lambda a: (a.peer, a.slot))
+    def live_asks(self, *, role: int, now_ns: int, peers: Collection[bytes] | None = None) -> list[Ask]:
+        """The unexpired asks of peers in `role`, in order of their keys; of `peers` only, if given."""
+        return self.asks.live(role=role, now_ns=now_ns, peers=peers)
 
     def expire(self, *, now_ns: int) -> list[bytes]:
-        """Drop what is past its time. Returns the ids of expired offers."""
-        gone = [i for i, offer in self.offers.items() if offer.expires_ns <= now_ns]
-        for offer_id in gone:
-            self.remove_offer(offer_id)
-        for offer_id in [i for i, until in self.taken.items() if until <= now_ns]:
-            del self.taken[offer_id]
-        for key in [k for k, ask in self.asks.items() if ask.expires_ns <= now_ns]:
-            del self.asks[key]
-        for offer_id in list(self.bids):
-            live = {s: pair for s, pair in self.bids[offer_id].items() if pair[1].expires_ns > now_ns}
-            for solver in self.bids[offer_id].keys() - live.keys():
-                self.envelopes.pop(self.bids[offer_id][solver][0], None)
-            if live:
-                self.bids[offer_id] = live
-            else:
-                del self.bids[offer_id]
+        """Drop what is past its time. Returns the ids of expired offers. Bids stay with their offer, for what is past
+        its time is never handed out; they leave when there is no room for others."""
+        gone = []
+        while self._ends and self._ends[0][0] <= now_ns:
+            _, offer_id = heappop(self._ends)
+            offer = self.offers.get(offer_id)
+            if offer is not None and offer.expires_ns <= now_ns:
+                self.remove_offer(offer_id)
+                gone.append(offer_id)
+            if self.taken.get(offer_id, now_ns + 1) <= now_ns:
+                del self.taken[offer_id]
+        self.asks.expire(now_ns=now_ns)
         return gone
+
+    def _ends_at(self, time_ns: int, offer_id: bytes) -> None:
+        """Look at this offer again then. What stands no more leaves the heap at the latest when it is half of it."""
+        heappush(self._ends, (time_ns, offer_id))
+        if len(self._ends) > 2 * (len(self.offers) + len(self.taken)) + 64:
+            self._ends = [(offer.expires_ns, i) for i, offer in self.offers.items()]
+            self._ends += [(until_ns, i) for i, until_ns in self.taken.items()]
+            heapify(self._ends)

@@ -1,17 +1,30 @@
-"""Whether the peer behind a standing ask could take an offer at all, judged from what both say in public."""
+"""Whether the peer behind a standing ask could take an offer at all, judged from what both say in public.
+
+The rule twice: `refuse_ask` for one ask, in words; `refused_rows` for columns of them, without. A property test holds
+one against the other.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
 
 from market.matching import Refusal, required_level
 from protocol.params import SANDBOX_LEVELS as LEVELS
 from protocol.records import ROLE_SOLVER, ROLE_VERIFIER, Ask, Offer
 
-__all__ = ["refuse_ask"]
+__all__ = ["Columns", "refuse_ask", "refused_rows"]
+
+_DEVICES: Final = ("cpu", "gpu")
+_INT64_MAX: Final = 2**63 - 1
 
 
 def refuse_ask(offer: Offer, ask: Ask, *, now_ns: int, reachable: bool, free_stake_micro: int) -> Refusal | None:
     """Why `ask` cannot serve `offer`, or None. now_ns: for the deadline."""
-    role = ROLE_VERIFIER if offer.mode == "profile" else ROLE_SOLVER
+    role = _role(offer)
     price = ask.unit_price
     if offer.mode == "script":  # its giga-operation is a second (peer/bidding.py)
         price = -(-price * ask.operations_per_second // 10**9)
@@ -45,3 +58,91 @@ def refuse_ask(offer: Offer, ask: Ask, *, now_ns: int, reachable: bool, free_sta
 def run_ns(offer: Offer, ask: Ask) -> int:
     """How long the work takes at the speed that `ask` says; of a script its operations are nanoseconds."""
     return offer.operations if offer.mode == "script" else offer.operations * 10**9 // max(1, ask.operations_per_second)
+
+
+def _role(offer: Offer) -> int:
+    return ROLE_VERIFIER if offer.mode == "profile" else ROLE_SOLVER
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What asks say, a row each. All of one length, of which the first rows are in use. Units as in `Ask`."""
+
+    expires_ns: npt.NDArray[np.int64]
+    unit_price: npt.NDArray[np.int64]
+    memory_bytes: npt.NDArray[np.int64]
+    device_memory_bytes: npt.NDArray[np.int64]
+    operations_per_second: npt.NDArray[np.int64]
+    roles: npt.NDArray[np.int8]
+    sandbox: npt.NDArray[np.int8]
+    device: npt.NDArray[np.int8]  # its place in _DEVICES
+    slot: npt.NDArray[np.int64]
+    key_head: npt.NDArray[np.uint64]  # the first eight bytes of the peer's key: keys in order have theirs in order
+
+    @classmethod
+    def empty(cls, capacity: int) -> Columns:
+        """Room for so many rows."""
+        kinds = {"roles": np.int8, "sandbox": np.int8, "device": np.int8, "key_head": np.uint64}
+        return cls(**{one.name: np.zeros(capacity, kinds.get(one.name, np.int64)) for one in fields(cls)})
+
+    @property
+    def capacity(self) -> int:
+        """How many rows fit."""
+        return len(self.expires_ns)
+
+    def grown(self, capacity: int) -> Columns:
+        """The same rows with room for more."""
+        more = Columns.empty(capacity)
+        for one in fields(self):
+            getattr(more, one.name)[: self.capacity] = getattr(self, one.name)
+        return more
+
+    def write(self, row: int, ask: Ask) -> None:
+        """Let `row` be of this ask."""
+        self.expires_ns[row] = ask.expires_ns
+        self.unit_price[row] = ask.unit_price
+        self.memory_bytes[row] = ask.memory_bytes
+        self.device_memory_bytes[row] = ask.device_memory_bytes
+        self.operations_per_second[row] = ask.operations_per_second
+        self.roles[row] = ask.roles
+        self.sandbox[row] = ask.sandbox
+        self.device[row] = _DEVICES.index(ask.device)
+        self.slot[row] = ask.slot
+        self.key_head[row] = int.from_bytes(ask.peer[:8], "big")
+
+
+def refused_rows(columns: Columns, size: int, offer: Offer, *, now_ns: int) -> list[tuple[str, npt.NDArray[np.bool_]]]:
+    """For each reason of `refuse_ask`, in its order, which of the first `size` rows it holds for. Left out are those
+    that a column does not tell: "self", "unreachable" and "stake"."""
+    speed = columns.operations_per_second[:size]
+    found = [("role", (columns.roles[:size] & _role(offer)) == 0)]
+    if offer.device != "any":
+        found.append(("device", columns.device[:size] != _DEVICES.index(offer.device)))
+    found.append(("device-memory", columns.device_memory_bytes[:size] < offer.device_memory_bytes))
+    found.append(("memory", columns.memory_bytes[:size] < offer.memory_bytes))
+    found.append(("sandbox", columns.sandbox[:size] < required_level(offer)))
+    if offer.deadline_ns:
+        found.append(("deadline", speed <= _too_slow(offer, offer.deadline_ns - now_ns)))
+    found.append(("price", _too_dear(columns.unit_price[:size], speed, offer)))
+    return found
+
+
+def _too_slow(offer: Offer, left_ns: int) -> int:
+    """The highest speed at which the work takes longer than is left; -1 if none does, as a script's does not change."""
+    if offer.mode == "script" or left_ns < 0:
+        return _INT64_MAX if left_ns < 0 or offer.operations > left_ns else -1
+    # ops * 10^9 // speed > left exactly where speed <= ops * 10^9 // (left + 1); a speed of 0 counts as 1.
+    limit = offer.operations * 10**9 // (left_ns + 1)
+    return min(limit, _INT64_MAX) if limit else -1
+
+
+def _too_dear(prices: npt.NDArray[np.int64], speeds: npt.NDArray[np.int64], offer: Offer) -> npt.NDArray[np.bool_]:
+    if offer.mode != "script":
+        return prices > offer.unit_price_max
+    # ceil(price * speed / 10^9) > limit exactly where price > limit * 10^9 // speed, which needs no more than 64 bits
+    # for limits up to 9,200 credits; whoever pays more for a second is served by exact integers of any size.
+    most = offer.unit_price_max * 10**9
+    if most > _INT64_MAX:
+        return np.array([p * s > most for p, s in zip(prices.tolist(), speeds.tolist(), strict=True)], np.bool_)
+    dear: npt.NDArray[np.bool_] = (speeds > 0) & (prices > most // np.maximum(speeds, 1))
+    return dear

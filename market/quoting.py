@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from market.ask_index import Shelf
 from protocol.incentives import lock_needed
 from protocol.network import Rules
-from protocol.records import Ask, amount_for
+from protocol.records import amount_for
 
 __all__ = ["Quote", "channel_micro", "lock_micro", "quote", "sampled_segments"]
 
@@ -47,19 +49,19 @@ class Quote:
     limit_for_all: int  # the unit price at which every one of them could bid
 
 
-def quote(
-    asks: Sequence[Ask], *, operations: int, memory_bytes: int, sandbox: int, unit_price_max: int | None
-) -> Quote:
+def quote(able: Shelf, *, operations: int, unit_price_max: int | None) -> Quote:
     """Summarise the live solver asks that could run the job. Zero solvers is an answer, not an error."""
-    able = [a for a in asks if a.memory_bytes >= memory_bytes and a.sandbox >= sandbox]
-    prices = sorted(amount_for(operations, a.unit_price) for a in able)
-    speeds = [a.operations_per_second for a in able if a.operations_per_second]
+    prices = np.sort(able.unit_prices)
+    solvers = len(prices)
+    # An amount never falls as its price rises, so the middle amount is that of the middle price.
+    low, median, high = (int(prices[place]) if solvers else 0 for place in (0, solvers // 2, solvers - 1))
+    fastest = int(able.speeds.max(initial=0))
     return Quote(
-        solvers=len(able),
-        low_micro=prices[0] if prices else 0,
-        median_micro=prices[len(prices) // 2] if prices else 0,
-        high_micro=prices[-1] if prices else 0,
-        fastest_seconds=operations / max(speeds) if speeds else 0.0,
-        too_dear=sum(1 for a in able if unit_price_max is not None and a.unit_price > unit_price_max),
-        limit_for_all=max((a.unit_price for a in able), default=0),
+        solvers=solvers,
+        low_micro=amount_for(operations, low),
+        median_micro=amount_for(operations, median),
+        high_micro=amount_for(operations, high),
+        fastest_seconds=operations / fastest if fastest else 0.0,
+        too_dear=0 if unit_price_max is None else int(np.count_nonzero(prices > unit_price_max)),
+        limit_for_all=high,
     )

@@ -261,21 +261,28 @@ class Answers:
         offer = self.desk.book.offers.get(job.offer_id)
         if offer is None:
             return 0, 0, [Reason("offer", "renewing", 1, "its offer ran out and is made again in a moment")], []
-        now = self.desk.now_ns
+        now, book = self.desk.now_ns, self.desk.book
         role = ROLE_VERIFIER if offer.mode == "profile" else ROLE_SOLVER
         barred = self.jobs.excluded(job)
-        asks = [a for a in self.desk.book.live_asks(role=role, now_ns=now) if a.peer != self.desk.me]
-        asks.sort(key=lambda a: (a.peer not in self.desk.peers, a.unit_price))
+        asks = book.asks.shelf(role=role, now_ns=now, without=self.desk.me)
+        here = book.live_asks(role=role, now_ns=now, peers=self.desk.peers)
+        here = sorted((a for a in here if a.peer != self.desk.me), key=lambda a: a.unit_price)
+        others = (a for a in asks.cheapest(len(here) + params.WHY_ASKS_MAX) if a.peer not in self.desk.peers)
         capacities = [
             Capacity(
                 a, a.peer in self.desk.peers, self.settler.free_stake(a.peer), "excluded" if a.peer in barred else ""
             )
-            for a in asks[: params.WHY_ASKS_MAX]
+            for a in [*here, *others][: params.WHY_ASKS_MAX]
         ]
         able, reasons, advice = explain_offer(offer, capacities, now_ns=now, relock=self._relock)
         heard = len({one.ask.peer for one in capacities})
         if len(asks) > len(capacities):
-            words = f"asks are not looked at: the first {len(capacities)} are connected or cheaper"
+            survey = book.asks.survey(offer, now_ns=now)
+            words = (
+                f"asks are not tried with other terms, for {len(capacities)} are connected or cheaper; of all "
+                f"{survey.heard} heard, {survey.able} would take it by their words, and so many would not: "
+                + ", ".join(f"{code} {count}" for code, count in survey.refused.most_common())
+            )
             reasons.append(Reason("offer", "left-out", len(asks) - len(capacities), words, severity=3))
         if not capacities:
             words = f"no {'verifier' if role == ROLE_VERIFIER else 'solver'} has told what it takes"
@@ -389,7 +396,7 @@ class Answers:
         ]
         if deal.lifecycle == State.DISPUTED:
             found.append(Reason("check", "dispute", 1, "notaries judge its work", "ichiba dispute list", severity=1))
-        verifiers = self.desk.book.live_asks(role=ROLE_VERIFIER, now_ns=self.desk.now_ns)
+        verifiers = len(self.desk.book.asks.shelf(role=ROLE_VERIFIER, now_ns=self.desk.now_ns))
         if not any(counted[state] for state in ("asked", "accepted")) and not verifiers:
             words = "no verifier is heard of, so nobody can check it"
             found.append(Reason("check", "no-verifier", 0, words, "`ichiba earn` on another machine", severity=1))

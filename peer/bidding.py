@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import islice
+from typing import Any
 
 from market.matching import Refusal, refuse_offer
 from peer.desk import MARKET, Desk
@@ -40,6 +43,10 @@ class Bidder:
     ask_again_ns: int = 0
     ask: bytes = b""
     operations_per_second: int = 0
+    _looks: dict[bytes, None] = field(default_factory=dict)  # offers to look at again, in turn
+    _brought: Any = None  # what this peer brought when they were queued
+    _renewals: list[tuple[int, bytes]] = field(default_factory=list)  # heap: when a bid on an offer is due again
+    _seed_ends: list[tuple[int, bytes]] = field(default_factory=list)  # heap: when the bid of a seed is past its time
 
     def consider(self, offer_id: bytes, offer: Offer) -> None:
         """Bid on an offer, or note why not."""
@@ -47,6 +54,8 @@ class Bidder:
         solves, verifies = bool(means.roles & ROLE_SOLVER), bool(means.roles & ROLE_VERIFIER)
         if not (solves or (verifies and offer.mode == "profile")) or offer.submitter == self.desk.me:
             return
+        if self._brings() != self._brought:
+            self._looks[offer_id] = None  # what changed since the last tick may have changed back by the next
         refusal = self._paused() or refuse_offer(
             offer,
             unit_price=self.price_of(offer),
@@ -64,11 +73,12 @@ class Bidder:
                 self.desk.emit("no-bid", offer=offer_id, code=refusal.code, why=refusal.why)
             return
         self.refusals.pop(offer_id, None)
-        rules = self.desk.network.rules
-        if self.bid_on.get(offer_id, 0) > now + rules.bid_lifetime_ms * 10**6 // 2:
+        lifetime_ns = self.desk.network.rules.bid_lifetime_ms * 10**6
+        standing_ns = self.bid_on.get(offer_id, 0)
+        if standing_ns > now + lifetime_ns // 2 or standing_ns >= offer.expires_ns:
             return
         seed, secret = self.desk.rng.randbytes(32), self.desk.rng.randbytes(32)
-        expires = min(now + rules.bid_lifetime_ms * 10**6, offer.expires_ns)
+        expires = min(now + lifetime_ns, offer.expires_ns)
         bid = Bid(
             network=self.desk.network.id,
             offer=offer_id,
@@ -88,6 +98,8 @@ class Bidder:
         bid_id = open_record(envelope, network=self.desk.network.id)[1]
         self.seeds[bid_id] = (seed, secret, bid)
         self.bid_on[offer_id] = expires
+        heappush(self._seed_ends, (expires, bid_id))
+        heappush(self._renewals, (expires - lifetime_ns // 2, offer_id))
         self.desk.book.add_bid(bid_id, bid, now_ns=now)
         self.desk.publish(MARKET, envelope)
         self.desk.emit("bid", offer=offer_id, unit_price=bid.unit_price, eta_s=bid.eta_ns // 10**9)
@@ -234,9 +246,33 @@ class Bidder:
         now = self.desk.now_ns
         if self.desk.means.roles and now >= self.ask_again_ns:
             self.publish_ask()
-        for offer_id, offer in list(self.desk.book.offers.items()):
-            self.consider(offer_id, offer)
+        self._look_again()
         for table in (self.bid_on, self.refusals):
-            for offer_id in [i for i in table if i not in self.desk.book.offers]:
+            for offer_id in table.keys() - self.desk.book.offers.keys():
                 del table[offer_id]
-        self.seeds = {i: kept for i, kept in self.seeds.items() if kept[2].expires_ns > now}
+        while self._seed_ends and self._seed_ends[0][0] <= now:
+            self.seeds.pop(heappop(self._seed_ends)[1], None)
+
+    def _brings(self) -> Any:
+        """All that `refuse_offer` knows of this peer: while it stays, an offer that was refused would be again."""
+        return (
+            self.desk.means,
+            self.speed(),
+            self.settler.free_stake(self.desk.me),
+            self.slots_free() > 0,
+            self.desk.resting(),
+        )
+
+    def _look_again(self) -> None:
+        """Consider every offer again after a change of what this peer brings, and one whose bid runs out; but no more
+        in a tick than it has time for."""
+        offers, brings = self.desk.book.offers, self._brings()
+        if brings != self._brought:
+            self._brought = brings
+            self._looks.update(dict.fromkeys(offers))
+        while self._renewals and self._renewals[0][0] <= self.desk.now_ns:
+            self._looks[heappop(self._renewals)[1]] = None
+        for offer_id in list(islice(self._looks, params.OFFERS_LOOKED_AT_MAX)):
+            del self._looks[offer_id]
+            if offer_id in offers:
+                self.consider(offer_id, offers[offer_id])

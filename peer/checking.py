@@ -96,10 +96,8 @@ class CheckDesk:
         }
         able = {
             ask.peer
-            for ask in self.desk.book.live_asks(role=bit, now_ns=self.desk.now_ns)
-            if ask.peer not in asked
-            and ask.peer not in (agreement.submitter, agreement.solver)
-            and ask.peer in self.desk.peers
+            for ask in self.desk.book.live_asks(role=bit, now_ns=self.desk.now_ns, peers=self.desk.peers)
+            if ask.peer not in asked and ask.peer not in (agreement.submitter, agreement.solver)
         }
         weights = {peer: weight for peer in able if (weight := self._weight(peer))}
         return next(draw_weighted(self._randomness(deal, agreement), role.encode(), weights), None)

@@ -302,8 +302,8 @@ class Commands:
 
     def challenge(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Invite peers, all connected solvers if none is named, to be challenged by this one."""
-        book = self.desk.book.live_asks(role=ROLE_SOLVER, now_ns=self.desk.now_ns)
-        solvers = {a.peer for a in book if a.peer in self.desk.peers}
+        here = self.desk.book.live_asks(role=ROLE_SOLVER, now_ns=self.desk.now_ns, peers=self.desk.peers)
+        solvers = {a.peer for a in here}
         named = {peer_key(str(name)) for name in arguments.get("peers", [])}
         for peer in sorted(named or solvers):
             self.challenger.invite(peer)

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from market.ask_index import Shelf
 from market.filters import ASK_KEYS, OFFER_KEYS, TRADE_KEYS, Key, pick
 from market.matching import believed_ns, trust_ppm
 from market.prints import Print, power_floor, print_of, statistics, suggest_ask, suggest_limit
@@ -193,19 +194,11 @@ class MarketView:
         """Price and speed of a job of `operations` from the asks heard, and price against waiting: `rungs`."""
         given = _read(arguments, _Quote, "quote")
         rules, book, now = self.desk.network.rules, self.desk.book, self.desk.now_ns
-        asks = [a for a in book.live_asks(role=ROLE_SOLVER, now_ns=now) if a.peer != self.desk.me]
-        made = quote(
-            asks,
-            operations=given.operations,
-            memory_bytes=given.memory_bytes,
-            sandbox=given.sandbox,
-            unit_price_max=given.unit_price_max,
-        )
+        able = self._able(given)
+        made = quote(able, operations=given.operations, unit_price_max=given.unit_price_max)
         busy = self.busy()
-        able = [a for a in asks if a.memory_bytes >= given.memory_bytes and a.sandbox >= given.sandbox]
-        able = sorted(able, key=lambda a: a.unit_price)[: params.ROWS_SHOWN_MAX]
         rungs = ladder(
-            [self._supply(a, busy) for a in able],
+            [self._supply(a, busy) for a in able.cheapest(params.QUOTE_ASKS_MAX)],
             operations=given.operations,
             limit=given.unit_price_max,
             rivals=[o.unit_price_max for o in book.offers.values() if o.mode in ("exact", "tolerant")],
@@ -221,6 +214,16 @@ class MarketView:
             "checks_included": bool(given.segments),
             "rungs": [asdict(rung) for rung in rungs],
         }
+
+    def _able(self, given: _Quote | _Price) -> Shelf:
+        """The asks of other solvers that have the memory and the sandbox."""
+        return self.desk.book.asks.shelf(
+            role=ROLE_SOLVER,
+            now_ns=self.desk.now_ns,
+            memory_bytes=given.memory_bytes,
+            sandbox=given.sandbox,
+            without=self.desk.me,
+        )
 
     def _cost(self, given: _Quote, unit_price: int) -> tuple[int, int]:
         """The work alone, and the most that it costs with its checks, where its segments are known."""
@@ -258,8 +261,7 @@ class MarketView:
             raise _Bad("price: watts and the price of a kilowatt-hour are not negative")
         own = () if given.with_own else (self.desk.me,)
         found = statistics(self.prints(), now_ns=now, without=own, within_ns=params.PRINTS_AGE_NS)
-        others = [a for a in self.desk.book.live_asks(role=ROLE_SOLVER, now_ns=now) if a.peer != self.desk.me]
-        able = [a.unit_price for a in others if a.memory_bytes >= given.memory_bytes and a.sandbox >= given.sandbox]
+        able = self._able(given).unit_prices.tolist()
         speed = self.bidder.speed()
         power = bool(given.watts and given.kwh_micro)
         floor = power_floor(watts=given.watts, kwh_micro=given.kwh_micro, operations_per_second=speed)

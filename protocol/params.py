@@ -59,6 +59,7 @@ BOOK_ASKS_MAX: Final = 100_000
 BOOK_BIDS_PER_OFFER_MAX: Final = 256
 BOOK_OFFERS_PER_AUTHOR_MAX: Final = 1_024  # a daemon has up to 256 jobs open, each with up to three profiles
 BOOK_ASKS_PER_AUTHOR_MAX: Final = 64
+OFFERS_LOOKED_AT_MAX: Final = 200  # offers a solver considers again in one tick: 2 ms, or 30 ms if it bids on all
 WITNESS_PLACES_MAX: Final = 10_000  # first records kept to prove a second one: some 5 MB
 BAR_NS: Final = 24 * 3600 * 10**9  # no business with who signed twice: longer than any record of it lives
 BARRED_MAX: Final = 10_000  # peers barred at a time; a key costs nothing, so the list must be bounded
@@ -345,6 +346,7 @@ PRINT_PAIRS_MIN: Final = 3  # and of so few pairs it says what they wish
 PRINTS_AGE_NS: Final = 7 * 86_400 * 10**9  # a price a week old is no price; also what statistics look back
 WHY_ASKS_MAX: Final = 2_000  # asks that `why` tries terms on: 0.1 s of the node's time; connected and cheap ones first
 WHY_JOBS_MAX: Final = 8  # waiting jobs that `why` looks into when it is asked about everything
+QUOTE_ASKS_MAX: Final = 2_000  # the cheapest that a quote's waiting times are reckoned from: 50 ms of the node's time
 QUOTE_ROWS_MAX: Final = 10  # price limits of a quote
 CLOCKS_NOTED_MAX: Final = 256  # authors whose clock seems wrong: 40 bytes each
 

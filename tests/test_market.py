@@ -217,6 +217,52 @@ def test_one_author_cannot_fill_the_book() -> None:
     book.add_offer(blake("another's"), offer(submitter=peer(5)), now_ns=NOW)
 
 
+def test_an_author_whose_offers_and_asks_left_may_bring_others() -> None:
+    """The counts follow what stands, whichever way it leaves: by its time, by an award, or with its author."""
+    book = OrderBook()
+    for i in range(params.BOOK_OFFERS_PER_AUTHOR_MAX):
+        book.add_offer(blake("o", i.to_bytes(2, "big")), offer(nonce=i, expires_ns=NOW + 1 + i % 2), now_ns=NOW)
+    half = params.BOOK_OFFERS_PER_AUTHOR_MAX // 2
+    assert len(book.expire(now_ns=NOW + 1)) == half
+    for i in range(half):
+        book.add_offer(blake("p", i.to_bytes(2, "big")), offer(nonce=i), now_ns=NOW + 1)
+    with pytest.raises(LimitExceeded):
+        book.add_offer(blake("one more"), offer(), now_ns=NOW + 1)
+    book.take_offer(blake("p", bytes(2)), now_ns=NOW + 1)
+    assert book.add_offer(blake("one more"), offer(), now_ns=NOW + 1)
+    for slot in range(params.BOOK_ASKS_PER_AUTHOR_MAX):
+        book.add_ask(ask(2, slot=slot), now_ns=NOW)
+    with pytest.raises(LimitExceeded):
+        book.add_ask(ask(2, slot=99), now_ns=NOW)
+    book.remove_peer(peer(2))
+    assert book.add_ask(ask(2, slot=99), now_ns=NOW)
+
+
+def test_an_award_is_remembered_as_long_as_a_copy_of_its_offer_could_live() -> None:
+    book = OrderBook()
+    book.add_offer(b"a", offer(), now_ns=NOW)
+    book.take_offer(b"a", now_ns=NOW)
+    for other in range(500):  # offers that come and go do not make it forgotten
+        book.add_offer(bytes([other % 256, other // 256]), offer(nonce=other), now_ns=NOW)
+        book.remove_offer(bytes([other % 256, other // 256]))
+    book.expire(now_ns=NOW + params.RECORD_LIFETIME_NS_MAX - 1)
+    assert book.taken
+    book.expire(now_ns=NOW + params.RECORD_LIFETIME_NS_MAX)
+    assert not book.taken
+
+
+def test_a_place_for_a_bid_is_taken_from_one_past_its_time() -> None:
+    book = OrderBook()
+    book.add_offer(blake("offer"), offer(), now_ns=NOW)
+    for number in range(params.BOOK_BIDS_PER_OFFER_MAX):
+        book.add_bid(*bid(number + 2, expires_ns=NOW + 1 + (number > 0)), now_ns=NOW, envelope=b"e")
+    with pytest.raises(LimitExceeded):
+        book.add_bid(*bid(999), now_ns=NOW)
+    assert book.add_bid(*bid(999), now_ns=NOW + 1, envelope=b"e")
+    assert len(book.live_bids(blake("offer"), now_ns=NOW + 1)) == params.BOOK_BIDS_PER_OFFER_MAX
+    assert len(book.envelopes) == params.BOOK_BIDS_PER_OFFER_MAX
+
+
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
@@ -260,7 +306,11 @@ def test_a_channel_always_covers_the_work_and_twice_its_checks(segments: int, pe
 
 
 def test_a_quote_tells_price_speed_and_who_is_too_dear() -> None:
-    made = quote([ask(2), ask(3), ask(9)], operations=10**12, memory_bytes=1, sandbox=2, unit_price_max=500)
+    book = OrderBook()
+    for number in (2, 3, 9):
+        book.add_ask(ask(number), now_ns=NOW)
+    made = quote(book.asks.shelf(role=1, now_ns=NOW), operations=10**12, unit_price_max=500)
     assert (made.solvers, made.low_micro, made.median_micro, made.high_micro) == (3, 200_000, 300_000, 900_000)
     assert (made.too_dear, made.limit_for_all, made.fastest_seconds) == (1, 900, 1000.0)
-    assert quote([], operations=1, memory_bytes=1, sandbox=2, unit_price_max=None).solvers == 0
+    nobody = book.asks.shelf(role=1, now_ns=NOW, memory_bytes=2**40)
+    assert quote(nobody, operations=1, unit_price_max=None).solvers == 0

@@ -385,7 +385,7 @@ def test_a_wrong_clock_is_named_when_most_of_the_others_disagree(off_s: int, wor
     others = [peer for name, peer in simulation.peers.items() if name != "bob"]
     for other in others:
         assert other.node is not None
-        asks = [a for a in other.node.desk.book.asks.values() if a.peer == other.key.public]
+        asks = [a for a in other.node.desk.book.asks if a.peer == other.key.public]
         for one in asks:
             bob.node.commands.answers.clocks.note(one, simulation.now_ns + off_s * 10**9)
     found = asked(simulation, "bob", "why", of="me")
