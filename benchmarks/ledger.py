@@ -191,8 +191,8 @@ def history(network: Network, receipts: int) -> Iterator[Batch]:
             seed=bytes(32), created_ns=1, receipts=PER_CHANNEL, settlement=settled, paid_out=True,
         )  # fmt: skip
         puts: list[tuple[str, bytes, bytes | None]] = [("deals", channel, msgspec.msgpack.encode(deal))]
-        for at, envelope in enumerate((opened, settled)):
-            order = (2 * n + at).to_bytes(8, "big") + (2 * n + at + 1).to_bytes(4, "big") + bytes([at])
+        for at, envelope in enumerate((opened, settled)):  # peer.settler: time, number, stage: each came in its turn
+            order = (2 * n + at).to_bytes(8, "big") + (2 * n + at + 1).to_bytes(4, "big") + bytes([0])
             puts.append(("settlement", open_record(envelope, network=network.id)[1], order + envelope))
         for sequence in range(PER_CHANNEL):
             key = receipt_key(channel, sequence)

@@ -74,7 +74,7 @@ class Disputes:
         self.disputant.tick()
         self.whistleblower.tick()
         for role in (self.submitter, self.solver):
-            for deal in [d for d in role.deals.values() if d.lifecycle == State.DISPUTED and not self._disputed(d)]:
+            for deal in [d for d in role.deals.values() if d.state == State.DISPUTED and not self._disputed(d)]:
                 move(self.desk, deal, Event.LAPSED)  # no dispute of it goes on here any more
 
     def message(self, peer: bytes, message: m.DisputeMessage) -> None:

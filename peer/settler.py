@@ -59,6 +59,7 @@ class Settler:
     pending: dict[bytes, bytes] = field(default_factory=dict)
     sequences: dict[tuple[bytes, int], bytes] = field(default_factory=dict)
     histories: dict[bytes, History] = field(default_factory=dict)
+    _live: dict[bytes, Channel] = field(default_factory=dict)  # those whose time still matters, in order of opening
     _opened: list[bytes] = field(default_factory=list)
     _closed: list[tuple[bytes, str]] = field(default_factory=list)
     _retrying: bool = False
@@ -234,7 +235,7 @@ class Settler:
         except InsufficientFunds as error:
             raise NotYet(str(error)) from None
         self.sequences[agreement.submitter, agreement.sequence] = record_id
-        self.channels[record_id] = Channel(agreement)
+        self.channels[record_id] = self._live[record_id] = Channel(agreement)
         self._opened.append(record_id)
 
     def _channel(self, agreement_id: bytes) -> Channel:
@@ -398,8 +399,12 @@ class Settler:
 
     # --- time ----------------------------------------------------------------------------------------------
     def tick(self) -> None:
-        """Close claims, and free the locks, whose windows have passed."""
-        for agreement_id, channel in list(self.channels.items()):
+        """Close claims, and free the locks, whose windows have passed. What is closed and holds no lock leaves the
+        walk for good: the log may hold a hundred times more of those than of open ones."""
+        for agreement_id, channel in list(self._live.items()):
+            if channel.closed and not channel.locked:
+                del self._live[agreement_id]
+                continue
             over_ns = max(self._claim_over_ns(channel), channel.held_until_ns)  # and while a challenge is open
             if not channel.closed and channel.claim_ends_ns and self.desk.now_ns >= over_ns:
                 self.desk.attempt(self._close_claim, agreement_id, channel)

@@ -426,7 +426,7 @@ class Solver:
     def tick(self) -> None:
         """Repeat what is unanswered, free what was never opened, claim what is never settled."""
         for deal in list(self.deals.values()):
-            if deal.lifecycle not in TERMINAL:
+            if deal.state not in TERMINAL:  # not `lifecycle`: thousands of finished deals are passed over
                 self.desk.attempt(self._tick_deal, deal)
 
     def _tick_deal(self, deal: Deal) -> None:

@@ -414,7 +414,7 @@ class Submitter:
     def tick(self) -> None:
         """Everything about a deal that is overdue."""
         for deal in list(self.deals.values()):
-            if deal.lifecycle not in TERMINAL:
+            if deal.state not in TERMINAL:  # not `lifecycle`: thousands of finished deals are passed over
                 self.desk.attempt(self._tick_deal, deal)
 
     def _tick_deal(self, deal: Deal) -> None:

@@ -117,3 +117,19 @@ def test_the_end_of_one_dispute_does_not_free_the_lock_of_another_after_a_restar
     disk.give(arbitration("right", by="verifier", segment=1))
     disk.wait(100)
     assert disk.stake("solver") == STAKE_MICRO - LOCK_MICRO
+
+
+def test_a_channel_leaves_the_walk_of_the_clock_with_its_lock_and_not_before(disk: Disk) -> None:
+    """Each tick looks at the channels whose time still matters, also after a restart: a log is mostly closed ones."""
+    disk.give(settlement())
+    disk.wait(1)
+    assert list(disk.settler._live) == [ID], "its lock has its window still"
+    disk.settler = disk.start()
+    disk.wait(59)
+    assert disk.stake("solver") == STAKE_MICRO, "the window passed, and the restarted settler saw it"
+    disk.wait(1)
+    assert disk.settler._live == {}
+    disk.settler = disk.start()
+    disk.wait(1)
+    assert disk.settler._live == {}
+    assert disk.settler.channels[ID].closed == "settled"
