@@ -23,7 +23,8 @@ from market.assignment import Costs, assign
 from market.book import OrderBook
 from market.feasibility import refuse_ask
 from market.ledger import Ledger
-from market.matching import Proven, Record
+from market.matching import Proven
+from market.reputation import Reputation
 from market.rounds import Candidate, match_offers
 from peer.bidding import Bidder
 from peer.desk import Desk, Means
@@ -83,7 +84,8 @@ def signed_round(offers: int, bids: int) -> float:
         made.append(Candidate(blake("offer", number.to_bytes(4, "big")), offer, answers, 0))
     start = time.perf_counter()
     match_offers(
-        made, free_stake_micro=lambda _: 10**9, record_of=lambda _: Record(20, 0), reachable=lambda _: True,
+        made, free_stake_micro=lambda _: 10**9, reputation_of=lambda _: Reputation.known(20, 0),
+        reachable=lambda _: True,
         proven=lambda _: Proven("none", 0),
     )  # fmt: skip
     return (time.perf_counter() - start) * 1e3

@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from market.matching import Choice, Proven, Record, Refusal, Scored, match_round
+from market.matching import Choice, Proven, Refusal, Scored, match_round
+from market.reputation import Reputation
 from market.rounds import TAKEN, Candidate
 from protocol import params
 from protocol.codec import Digest, PeerKey, Uint, decode
@@ -23,7 +24,11 @@ __all__ = ["Audit", "Known", "Match", "check_match", "note_match", "read_match"]
 
 
 class Known(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What the submitter knew of one bidder in that round. Stake in micro-credits."""
+    """What the submitter knew of one bidder in that round. Stake in micro-credits.
+
+    right, wrong, streak: the solver's bare history. right_ppm, wrong_ppm, deals: its Reputation on the UTC day
+    `evidence_day`, which is 0 in a match kept by an older program, that ranked by the bare history.
+    """
 
     solver: PeerKey
     free_stake_micro: Uint
@@ -35,6 +40,17 @@ class Known(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     reachable: bool
     excluded: bool
     taken: bool  # by another offer of the same submitter, in the same round
+    right_ppm: Uint = 0
+    wrong_ppm: Uint = 0
+    deals: Uint = 0
+    evidence_day: Uint = 0
+
+    @property
+    def reputation(self) -> Reputation:
+        """What it was ranked by."""
+        if not self.evidence_day:
+            return Reputation.known(self.right, self.wrong)
+        return Reputation(self.right_ppm, self.wrong_ppm, self.deals)
 
 
 class Match(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -106,7 +122,7 @@ def check_match(match: Match) -> Audit:
         bids,
         round_number=match.round_number,
         free_stake_micro=lambda peer: known[peer].free_stake_micro,
-        record_of=lambda peer: Record(known[peer].right, known[peer].wrong, known[peer].streak),
+        reputation_of=lambda peer: known[peer].reputation,
         excluded=[peer for peer, one in known.items() if one.excluded],
         reachable=lambda peer: known[peer].reachable,
         proven=lambda peer: Proven(known[peer].grade, known[peer].operations_per_second),

@@ -6,11 +6,11 @@ pessimistic probability, plus the price of waiting. Every bid that is passed ove
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from market.reputation import Reputation
 from protocol import params
 from protocol.codec import blake
 from protocol.params import SANDBOX_LEVELS as LEVELS
@@ -27,7 +27,6 @@ __all__ = [
     "match_round",
     "refuse_bid",
     "refuse_offer",
-    "trust_ppm",
 ]
 
 SANDBOX_CONTAINED: Final = LEVELS.index("CONTAINED")
@@ -36,7 +35,8 @@ SANDBOX_NAMESPACED: Final = LEVELS.index("NAMESPACED")
 
 @dataclass(frozen=True)
 class Record:
-    """A solver's history from co-signed evidence: deals that ended right, and deals that ended wrong or lost.
+    """A solver's bare history from co-signed evidence: deals that ended right, and deals that ended wrong. What it is
+    trusted by is its Reputation.
 
     streak: how many ended right since the last that did not; the rate of checks follows from it.
     """
@@ -117,18 +117,6 @@ class Choice:
     ranked: tuple[Scored, ...]
     refused: tuple[tuple[bytes, Refusal], ...]
     explored: bool = False
-
-
-def trust_ppm(record: Record) -> int:
-    """A pessimistic chance that the solver delivers, in parts per million.
-
-    The mean of the Beta(right + 1, wrong + 1) posterior less one standard deviation (Jøsang and Ismail, The Beta
-    Reputation System, 2002; the lower bound ranks an unknown peer below a proven one).
-    """
-    a, b = record.right + 1, record.wrong + 1
-    mean = a / (a + b)
-    deviation = math.sqrt(a * b / ((a + b) ** 2 * (a + b + 1)))
-    return max(0, int(1_000_000 * (mean - deviation)))
 
 
 def required_level(offer: Offer) -> int:
@@ -213,7 +201,7 @@ def match_round(
     *,
     round_number: int,
     free_stake_micro: Callable[[bytes], int],
-    record_of: Callable[[bytes], Record],
+    reputation_of: Callable[[bytes], Reputation],
     excluded: Collection[bytes],
     reachable: Callable[[bytes], bool],
     proven: Callable[[bytes], Proven] = lambda _: Proven("none", 0),
@@ -238,7 +226,7 @@ def match_round(
             refused.append((bid.solver, refusal))
             continue
         price = amount_for(offer.operations, bid.unit_price)
-        risk = price * (1_000_000 - trust_ppm(record_of(bid.solver))) // 1_000_000
+        risk = price * (1_000_000 - reputation_of(bid.solver).bound_ppm) // 1_000_000
         expected_ns = believed_ns(offer.operations, bid.eta_ns, proven(bid.solver))
         wait = amount_for(offer.operations, offer.unit_price_max) * expected_ns // (3600 * 10**9)
         scored.append(Scored(bid_id, bid.solver, price, risk, wait))
@@ -247,8 +235,7 @@ def match_round(
     drawn = int.from_bytes(blake("ichiba/explore", offer_id, round_number.to_bytes(8, "little"))[:8], "little")
     if drawn % 1000 < params.EXPLORATION_PERMILLE:
         for index, one in enumerate(scored):
-            record = record_of(one.solver)
-            if record.right + record.wrong < params.NEWCOMER_DEALS:
+            if reputation_of(one.solver).deals < params.NEWCOMER_DEALS:
                 scored.insert(0, scored.pop(index))
                 explored = True
                 break

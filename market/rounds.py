@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from market.assignment import NEVER, assign
-from market.matching import Choice, Proven, Record, Refusal, Scored, match_round
+from market.matching import Choice, Proven, Refusal, Scored, match_round
+from market.reputation import Reputation
 from protocol.records import Bid, Offer, amount_for
 
 __all__ = ["Candidate", "match_offers"]
@@ -34,7 +35,7 @@ def match_offers(
     candidates: Sequence[Candidate],
     *,
     free_stake_micro: Callable[[bytes], int],
-    record_of: Callable[[bytes], Record],
+    reputation_of: Callable[[bytes], Reputation],
     reachable: Callable[[bytes], bool],
     proven: Callable[[bytes], Proven],
 ) -> dict[bytes, Choice]:
@@ -51,7 +52,7 @@ def match_offers(
             one.bids,
             round_number=one.round_number,
             free_stake_micro=free_stake_micro,
-            record_of=record_of,
+            reputation_of=reputation_of,
             excluded=one.excluded,
             reachable=reachable,
             proven=proven,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from market.entries import NULL_KEY
+from market.reputation import Ending
 from protocol import params
 from protocol.arbitration import Judged
 from protocol.errors import LimitExceeded
@@ -31,7 +33,10 @@ class Channel:
     challenges: dict[bytes, bytes] = field(default_factory=dict)  # the latest id of each challenger that held the lock
     held_until_ns: int = 0  # for the notaries to judge them
     findings: dict[bytes, Judged] = field(default_factory=dict)  # what notaries found, by dispute
-    faults: set[bytes] = field(default_factory=set)  # right verdicts that cost their checkers a stake
+    faults: dict[bytes, bytes] = field(default_factory=dict)  # right verdicts that cost a stake -> their checkers
+    claimants: set[bytes] = field(default_factory=set)  # the parties that asked to close it alone
+    condemners: tuple[bytes, ...] = ()  # the checkers whose verdicts slashed its lock
+    records: list[bytes] = field(default_factory=list)  # ids of those that had an effect, in order; b"": a window ended
 
     def judged(self, network: Network) -> bool:
         """Whether notaries may judge the work: it is re-executed, and the network has some."""
@@ -47,6 +52,24 @@ class Channel:
         self.moot += 1
         if self.moot > params.MOOT_RECORDS_MAX:
             raise LimitExceeded(f"more than {params.MOOT_RECORDS_MAX} records of one channel that change nothing")
+
+    def ending(self, deal: bytes) -> Ending:
+        """How it ended, for market/reputation.py: from the records alone, so every peer with them says the same."""
+        assert self.closed, "an agreement that runs is no evidence"
+        return Ending(
+            deal,
+            self.agreement.submitter,
+            self.agreement.solver,
+            self.agreement.created_ns,
+            checked=bool(self.agreement.check_permille),
+            how=self.closed,
+            paid_micro=self.paid_micro,
+            wrong=self.closed == "slashed" or any(judged.finding == "wrong" for judged in self.findings.values()),
+            claimants=frozenset(self.claimants),
+            checkers=frozenset(peer for peer, _ in self.fees if peer != NULL_KEY),
+            condemners=frozenset(self.condemners),
+            faulty=frozenset(self.faults.values()),
+        )
 
     def open_challenges(self) -> set[bytes]:
         """The challengers whose latest challenge is not judged."""

@@ -174,6 +174,14 @@ class Client:
         """One dispute with its descent, by any unambiguous beginning of its id. Raises NotFound's error."""
         return self.command("dispute", dispute=dispute)
 
+    def reputation(self, peer: str = "", *, role: str = "") -> dict[str, Any]:
+        """What the settlement log says of a peer, or of all, with its reasons."""
+        return self.command("reputation", peer=peer, role=role)
+
+    def reputation_bundle(self, peer: str = "") -> dict[str, Any]:
+        """The co-signed evidence of a peer, bytes in hex; peer.reputation_bundle checks it."""
+        return self.command("reputation-bundle", peer=peer)
+
     def dispute_bundle(self, dispute: str) -> dict[str, Any]:
         """All signed evidence of one dispute, bytes in hex; peer.dispute_bundle checks it. `program` is a blob's id."""
         return self.command("dispute-bundle", dispute=dispute)

@@ -28,6 +28,7 @@ from peer.money_lines import line_over
 from peer.pausing import Pausing
 from peer.profiles import Profiles
 from peer.prover import Prover
+from peer.reputations import ReputationView
 from peer.sealing import Sealing
 from peer.settler import Settler
 from peer.solver import Solver
@@ -86,6 +87,7 @@ class Commands:
     sealing: Sealing
 
     def __post_init__(self) -> None:
+        self.reputations = ReputationView(self.settler)
         self.view = MarketView(self.desk, self.settler, self.bidder, self.challenger)
         self.answers = Answers(
             self.desk, self.settler, self.jobs, self.submitter, self.bidder, self.solver, self.prover, self.view,
@@ -119,6 +121,8 @@ class Commands:
             "disputes": self.disputes.list_disputes,
             "dispute": self.disputes.show_dispute,
             "dispute-bundle": self.disputes.export_dispute,
+            "reputation": self.reputations.describe,
+            "reputation-bundle": self.reputations.export,
         }
         try:
             if command.verb not in verbs:

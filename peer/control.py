@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final, Protocol
+from typing import Annotated, Any, Final, Literal, Protocol
 
 import msgspec
 import trio
@@ -47,6 +47,18 @@ class _OneJob(msgspec.Struct, forbid_unknown_fields=True):
     """Of job, cancel, bundle and matches: any unambiguous beginning of its id."""
 
     job: _Id
+
+
+class _OnePeer(msgspec.Struct, forbid_unknown_fields=True):
+    """Of reputation-bundle: whose; without a name this peer's own."""
+
+    peer: Annotated[str, msgspec.Meta(max_length=128)] = ""
+
+
+class _Reputation(_OnePeer, forbid_unknown_fields=True):
+    """Of reputation: of whom (all, without a name) and in which role (all)."""
+
+    role: Literal["", "solver", "verifier", "submitter"] = ""
 
 
 class _OneDispute(msgspec.Struct, forbid_unknown_fields=True):
@@ -170,6 +182,8 @@ VERBS: Final[dict[str, type[msgspec.Struct]]] = {
     "disputes": _Nothing,
     "dispute": _OneDispute,
     "dispute-bundle": _OneDispute,
+    "reputation": _Reputation,
+    "reputation-bundle": _OnePeer,
 }
 
 

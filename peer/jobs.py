@@ -203,7 +203,7 @@ class JobDesk:
         choices = match_offers(
             list(candidates.values()),
             free_stake_micro=self.settler.free_stake,
-            record_of=self.settler.history,
+            reputation_of=self.settler.reputation,
             reachable=lambda peer: peer in self.desk.peers,
             proven=self.speed_of,
         )

@@ -119,7 +119,7 @@ class Judgement:
         if verdict_id in channel.faults:
             channel.count_moot()  # two peers published the same
             return
-        channel.faults.add(verdict_id)
+        channel.faults[verdict_id] = verdict.checker
         if self.judging:
             # A solver and a challenger in league can lose a dispute on purpose, by a leaf they staged: a verdict of
             # somebody else must not cost more than what that burns of their lock.

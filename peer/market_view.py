@@ -14,7 +14,7 @@ import msgspec
 
 from market.ask_index import Shelf
 from market.filters import ASK_KEYS, OFFER_KEYS, TRADE_KEYS, Key, pick
-from market.matching import believed_ns, trust_ppm
+from market.matching import believed_ns
 from market.prints import Print, power_floor, print_of, statistics, suggest_ask, suggest_limit
 from market.quoting import channel_micro, quote
 from market.waiting import Supply, ladder
@@ -140,7 +140,7 @@ class MarketView:
             "proven": lambda a: asdict(speed_of(a.peer)),
             "proven_grade": lambda a: speed_of(a.peer).grade,
             "stake_micro": lambda a: settler.free_stake(a.peer),
-            "trust_ppm": lambda a: trust_ppm(settler.history(a.peer)),
+            "trust_ppm": lambda a: settler.reputation(a.peer).bound_ppm,
             "connected": lambda a: a.peer in desk.peers or a.peer == desk.me,
             "age_ns": lambda a: max(0, desk.now_ns - a.created_ns),
         }

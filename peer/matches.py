@@ -10,6 +10,7 @@ import msgspec
 
 from market.audit import Known, Match, note_match, taken_by_others
 from market.matching import Choice, Proven
+from market.reputation import DAY_NS
 from market.rounds import Candidate
 from peer.desk import Desk
 from peer.settler import Settler
@@ -45,7 +46,7 @@ class Matches:
     def _known(
         self, solver: bytes, candidate: Candidate, proven: Callable[[bytes], Proven], taken: set[bytes]
     ) -> Known:
-        history, speed = self.settler.history(solver), proven(solver)
+        history, speed, weighed = self.settler.history(solver), proven(solver), self.settler.reputation(solver)
         return Known(
             solver=solver,
             free_stake_micro=self.settler.free_stake(solver),
@@ -57,6 +58,10 @@ class Matches:
             reachable=solver in self.desk.peers,
             excluded=solver in candidate.excluded,
             taken=solver in taken,
+            right_ppm=weighed.right_ppm,
+            wrong_ppm=weighed.wrong_ppm,
+            deals=weighed.deals,
+            evidence_day=self.desk.now_ns // DAY_NS,
         )
 
     def proposed(self, deal_id: bytes, offer_id: bytes, agreement: bytes) -> None:

@@ -16,6 +16,7 @@ from market import entries as money
 from market.entries import NULL_KEY, Account, close_key
 from market.matching import Record as History
 from market.penalties import release_key
+from market.reputation import DAY_NS, Reputation, Reputations
 from peer.channel import Channel
 from peer.desk import SETTLEMENT, Desk
 from peer.evidence import open_seeds
@@ -24,6 +25,8 @@ from protocol import params
 from protocol.arbitration import Judged
 from protocol.codec import ids_digest
 from protocol.errors import CorruptStore, InsufficientFunds, LimitExceeded, RemoteProtocolError, VerificationFailed
+from protocol.keys import peer_key
+from protocol.network import Network
 from protocol.profile import EXACT
 from protocol.records import (
     Agreement,
@@ -46,6 +49,12 @@ from protocol.sampling import select_segments
 __all__ = ["Channel", "Settler"]
 
 
+def backed_by(network: Network) -> frozenset[bytes]:
+    """Who brought a deposit into the network that is worth a checker's stake: money, unlike a key, is not free."""
+    least = network.rules.checker_stake_min_micro
+    return frozenset(peer_key(d.peer) for d in network.deposits if d.free_micro + d.stake_micro >= least)
+
+
 @dataclass
 class Settler:
     """See the module docstring. `on_open` and `on_close` are the node's ears."""
@@ -66,6 +75,7 @@ class Settler:
 
     def __post_init__(self) -> None:
         self.judgement = Judgement(self.desk, self.channels, self.histories, self._slashed)
+        self.reputations = Reputations(backed_by(self.desk.network))
 
     # --- coming in -----------------------------------------------------------------------------------------
     def accept(self, envelope: bytes, *, publish: bool = False) -> bool:
@@ -198,6 +208,20 @@ class Settler:
 
     # --- the fold ------------------------------------------------------------------------------------------
     def _fold(self, record: Record, record_id: bytes, seen_ns: int) -> None:
+        about = record_id if isinstance(record, Agreement) else getattr(record, "agreement", b"")
+        moot = self.channels[about].moot if about in self.channels else 0
+        self._apply(record, record_id, seen_ns)
+        channel = self.channels[about]
+        if channel.moot == moot:
+            channel.records.append(record_id)
+        self._weigh(about, channel)
+
+    def _weigh(self, agreement_id: bytes, channel: Channel) -> None:
+        """What has ended is evidence of its parties and checkers."""
+        if channel.closed:
+            self.reputations.put(channel.ending(agreement_id))
+
+    def _apply(self, record: Record, record_id: bytes, seen_ns: int) -> None:
         match record:
             case Agreement():
                 self._open(record, record_id)
@@ -306,6 +330,7 @@ class Settler:
         if self._moot(channel):
             return
         channel.best_voucher_micro = max(channel.best_voucher_micro, worth)
+        channel.claimants.add(record.author)
         if record.fees:
             channel.fees = record.fees
         rules = self.desk.network.rules
@@ -338,6 +363,7 @@ class Settler:
             checker_costs=costs,
         )
         self.desk.post(entry)
+        channel.condemners = tuple(verdict.checker for verdict in verdicts)
         self._slashed(record.agreement, channel)
 
     def _slashed(self, agreement_id: bytes, channel: Channel) -> None:
@@ -404,12 +430,17 @@ class Settler:
         for agreement_id, channel in list(self._live.items()):
             if channel.closed and not channel.locked:
                 del self._live[agreement_id]
-                continue
-            over_ns = max(self._claim_over_ns(channel), channel.held_until_ns)  # and while a challenge is open
-            if not channel.closed and channel.claim_ends_ns and self.desk.now_ns >= over_ns:
-                self.desk.attempt(self._close_claim, agreement_id, channel)
-            self.judgement.tick(agreement_id, channel)
+            else:
+                self.lapse(agreement_id)
         self._tell()
+
+    def lapse(self, agreement_id: bytes) -> None:
+        """Close the claim on one channel, and free its lock, if the window has passed."""
+        channel = self.channels[agreement_id]
+        over_ns = max(self._claim_over_ns(channel), channel.held_until_ns)  # and while a challenge is open
+        if not channel.closed and channel.claim_ends_ns and self.desk.now_ns >= over_ns:
+            self.desk.attempt(self._close_claim, agreement_id, channel)
+        self.judgement.tick(agreement_id, channel)
 
     def _claim_over_ns(self, channel: Channel) -> int:
         """When a claim's window ends: later after a wrong verdict."""
@@ -421,6 +452,8 @@ class Settler:
         fees = channel.fees if sum(micro for _, micro in channel.fees) <= left else ()
         self._pay(agreement_id, channel, channel.best_voucher_micro, fees, "claimed")
         channel.closed_ns = self._claim_over_ns(channel)  # not when somebody looked: a restart may look later
+        channel.records.append(b"")  # the window's end is no record
+        self._weigh(agreement_id, channel)
 
     def freeze(self, verdict: Verdict) -> None:
         """A staked checker found work wrong: a one-sided claim on it waits longer, for a quorum to gather."""
@@ -439,8 +472,13 @@ class Settler:
         return len(self.log), ids_digest(self.log)
 
     def history(self, peer: bytes) -> History:
-        """What co-signed evidence says of a solver."""
+        """How a solver's deals ended, all of them: its rate of checks follows from the streak."""
         return self.histories.get(peer, History())
+
+    def reputation(self, peer: bytes) -> Reputation:
+        """What a solver is trusted by here and today (market/reputation.py)."""
+        today = self.desk.now_ns // DAY_NS
+        return self.reputations.of("solver", peer, today=today, viewer=self.desk.me).reputation
 
     def free_stake(self, peer: bytes) -> int:
         """The stake of `peer` that is not locked, in micro-credits."""

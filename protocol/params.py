@@ -350,6 +350,11 @@ QUOTE_ASKS_MAX: Final = 2_000  # the cheapest that a quote's waiting times are r
 QUOTE_ROWS_MAX: Final = 10  # price limits of a quote
 CLOCKS_NOTED_MAX: Final = 256  # authors whose clock seems wrong: 40 bytes each
 
+# --- reputation (market/reputation.py) ---------------------------------------------------------------------
+REPUTATION_DAY_ATTO: Final = 977_159_968_434_245_955  # 10^18 x 2^(-1/30): evidence halves in 30 days, a billing month
+REPUTATION_PAIR_DEALS: Final = 4  # what one counterparty says for a peer, at most: alone it brings a bound of 0.69
+REPUTATION_PAIR_LOSSES: Final = 1  # and against it: one-sided, so no more than one proved fault
+
 # --- a guest on its owner's machine (peer/guest.py) ---------------------------------------------------------
 GUEST_RULES_CHARS_MAX: Final = 16_384  # of earn.toml
 GUEST_READ_SECONDS: Final = 10.0  # between two looks at the sensors

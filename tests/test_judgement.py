@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from market.entries import BURNED, POOL, Account, deposit
 from market.ledger import Ledger
+from market.reputation import ROLES
 from peer.desk import Desk, Means
 from peer.events import Post, Save
 from peer.settler import Settler
@@ -443,6 +444,9 @@ class Judged(RuleBasedStateMachine):
         assert after.desk.ledger.balances() == before.desk.ledger.balances()
         assert set(after.log) == set(before.log)
         assert after.history(TERMS.solver) == before.history(TERMS.solver)
+        for role in ROLES:
+            for key in KEYS.values():
+                assert after.reputations.evidence(role, key.public) == before.reputations.evidence(role, key.public)
         mine, theirs = before.channels[ID], after.channels[ID]
         assert (mine.closed, mine.locked, mine.findings) == (theirs.closed, theirs.locked, theirs.findings)
         assert mine.closed_ns == theirs.closed_ns or not mine.closed or not mine.locked, "its window ends at one time"

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from market.book import OrderBook
-from market.matching import Proven, Record, match_round, refuse_offer, trust_ppm
+from market.matching import Proven, match_round, refuse_offer
 from market.quoting import channel_micro, quote, sampled_segments
+from market.reputation import Reputation
 from protocol import params
 from protocol.codec import blake
 from protocol.errors import LimitExceeded, MalformedRecord, VerificationFailed
@@ -93,7 +94,7 @@ def match(
     *,
     stake: int = 1000,
     round_number: int = 0,
-    records: dict[bytes, Record] | None = None,
+    records: dict[bytes, Reputation] | None = None,
     excluded: tuple[bytes, ...] = (),
     offer_id: bytes = b"o",
     proven: dict[bytes, Proven] | None = None,
@@ -104,7 +105,7 @@ def match(
         bids,
         round_number=round_number,
         free_stake_micro=lambda _: stake,
-        record_of=lambda p: (records or {}).get(p, Record(20, 0)),
+        reputation_of=lambda p: (records or {}).get(p, Reputation.known(20, 0)),
         excluded=excluded,
         reachable=lambda p: p != peer(99),
         proven=lambda p: (proven or {}).get(p, Proven("none", 0)),
@@ -135,7 +136,8 @@ def test_a_card_exposes_a_bid_that_promises_more_than_the_device_does() -> None:
 
 def test_a_bad_record_costs_more_than_a_small_discount() -> None:
     bids = [bid(2, unit_price=490), bid(3, unit_price=500)]
-    assert match(bids, records={peer(2): Record(3, 3), peer(3): Record(30, 0)}).winner.solver == peer(3)
+    records = {peer(2): Reputation.known(3, 3), peer(3): Reputation.known(30, 0)}
+    assert match(bids, records=records).winner.solver == peer(3)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +161,7 @@ def test_every_refused_bid_gets_its_reason(code: str, bids: list[tuple[bytes, Bi
 
 def test_newcomers_get_their_share_of_rounds_and_the_audit_sees_why() -> None:
     bids = [bid(2, unit_price=500), bid(3, unit_price=600)]
-    records = {peer(2): Record(50, 0), peer(3): Record(0, 0)}
+    records = {peer(2): Reputation.known(50, 0), peer(3): Reputation.known(0, 0)}
     explored = [match(bids, round_number=i, records=records) for i in range(2000)]
     share = sum(c.explored and c.winner.solver == peer(3) for c in explored) / 2000
     assert abs(share - params.EXPLORATION_PERMILLE / 1000) < 0.02
@@ -168,9 +170,9 @@ def test_newcomers_get_their_share_of_rounds_and_the_audit_sees_why() -> None:
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6))
 def test_trust_is_a_pessimistic_probability(right: int, wrong: int) -> None:
-    ppm = trust_ppm(Record(right, wrong))
+    ppm = Reputation.known(right, wrong).bound_ppm
     assert 0 <= ppm <= 1_000_000 * (right + 1) // (right + wrong + 2)
-    assert trust_ppm(Record(right + 1, wrong)) >= ppm
+    assert Reputation.known(right + 1, wrong).bound_ppm >= ppm
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from market.assignment import NEVER, assign
-from market.matching import Choice, Proven, Record, match_round
+from market.matching import Choice, Proven, match_round
+from market.reputation import Reputation
 from market.rounds import TAKEN, Candidate, match_offers
 from protocol.codec import blake
 from tests.test_market import bid, offer, peer
@@ -60,11 +61,11 @@ def of(number: int, **changes: object) -> Candidate:
     return Candidate(blake("offer", bytes([number])), made, [bid(s, unit_price=500 + 10 * s) for s in (2, 3, 4)], 0)
 
 
-def play(candidates: list[Candidate], records: dict[bytes, Record] | None = None) -> dict[bytes, Choice]:
+def play(candidates: list[Candidate], records: dict[bytes, Reputation] | None = None) -> dict[bytes, Choice]:
     return match_offers(
         candidates,
         free_stake_micro=lambda _: 1000,
-        record_of=lambda p: (records or {}).get(p, Record(20, 0)),
+        reputation_of=lambda p: (records or {}).get(p, Reputation.known(20, 0)),
         reachable=lambda _: True,
         proven=lambda _: Proven("none", 0),
     )
@@ -74,7 +75,8 @@ def test_one_offer_is_matched_as_ever() -> None:
     one = of(1)
     alone = match_round(
         one.offer, one.offer_id, one.bids, round_number=0, free_stake_micro=lambda _: 1000,
-        record_of=lambda _: Record(20, 0), excluded=(), reachable=lambda _: True, proven=lambda _: Proven("none", 0),
+        reputation_of=lambda _: Reputation.known(20, 0), excluded=(), reachable=lambda _: True,
+        proven=lambda _: Proven("none", 0),
     )  # fmt: skip
     assert play([one]) == {one.offer_id: alone}
 
@@ -111,7 +113,7 @@ def test_the_order_of_offers_and_bids_means_nothing() -> None:
 
 
 def test_a_newcomer_that_is_explored_goes_to_one_offer_only() -> None:
-    records = {peer(4): Record(0, 0)}
+    records = {peer(4): Reputation()}
     for number in range(30):
         choices = play([of(number), of(number + 30)], records)
         winners = [choice.winner.solver for choice in choices.values() if choice.winner is not None]
@@ -131,7 +133,7 @@ def test_no_offer_is_left_with_a_worse_bid_than_one_that_nobody_took(seed: int) 
         )
         for number in range(12)
     ]
-    for choice in play(candidates, {peer(s): Record(0, 0) for s in range(2, 5)}).values():
+    for choice in play(candidates, {peer(s): Reputation() for s in range(2, 5)}).values():
         taken = {solver for solver, why in choice.refused if why == TAKEN}
         free = [s for s in choice.ranked if s.solver not in taken]
         if choice.winner is None:

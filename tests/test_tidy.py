@@ -25,8 +25,8 @@ SANS_IO = {  # everything the simulator runs as the daemon does, and the simulat
         "answers", "arbiter", "beacon", "bidding", "challenger", "checker", "checking", "commands", "correcting",
         "deals", "delivery", "desk", "disputant", "dispute_file", "disputes", "drawing", "events", "forcing",
         "hearing", "jobs", "market_view", "matches", "messages", "node", "profiles", "prover", "receipt_rows",
-        "restored", "rulings", "sealing", "settler", "simulated_faults", "simulated_work", "simulator", "solver",
-        "submitter", "whistleblower", "witness",
+        "reputations", "restored", "rulings", "sealing", "settler", "simulated_faults", "simulated_work", "simulator",
+        "solver", "submitter", "whistleblower", "witness",
     )
 }  # fmt: skip
 BANNED_NAMES = {"utils", "helpers", "common", "misc"}
