@@ -114,7 +114,7 @@ class Answers:
 
     def _draws(self) -> Reason:
         """What a peer waits for that solves nothing: to be drawn, or to find what others missed."""
-        verifiers = {a.peer for a in self.desk.book.live_asks(role=ROLE_VERIFIER, now_ns=self.desk.now_ns)}
+        verifiers = {a.peer for a in self.desk.book.live_asks(role=ROLE_VERIFIER, now_ns=self.desk.wall_ns)}
         running = sum(1 for c in self.settler.channels.values() if not c.closed and c.agreement.check_permille)
         words = f"deals run that will be checked, by verifiers drawn of the {len(verifiers)} that are heard of"
         return Reason("check", "draws", running, words, severity=3)
@@ -137,7 +137,7 @@ class Answers:
             role = ROLE_VERIFIER if offer.mode == "profile" else ROLE_SOLVER
             if offer.submitter == self.desk.me or not self.desk.means.roles & role:
                 continue
-            bids = self.desk.book.live_bids(offer_id, now_ns=self.desk.now_ns)
+            bids = self.desk.book.live_bids(offer_id, now_ns=self.desk.wall_ns)
             others = tuple(bid.unit_price for _, bid in bids if bid.solver != self.desk.me)
             mine = offer_id in self.bidder.bid_on
             made.append(Demand(offer, self.bidder.price_of(offer), others, mine))
@@ -261,7 +261,7 @@ class Answers:
         offer = self.desk.book.offers.get(job.offer_id)
         if offer is None:
             return 0, 0, [Reason("offer", "renewing", 1, "its offer ran out and is made again in a moment")], []
-        now, book = self.desk.now_ns, self.desk.book
+        now, book = self.desk.wall_ns, self.desk.book
         role = ROLE_VERIFIER if offer.mode == "profile" else ROLE_SOLVER
         barred = self.jobs.excluded(job)
         asks = book.asks.shelf(role=role, now_ns=now, without=self.desk.me)
@@ -314,7 +314,7 @@ class Answers:
         """What became of the bids, and of those who could bid and did not."""
         found: list[Reason] = []
         choice, now = self.jobs.told.get(job.id), self.desk.now_ns
-        bids = self.desk.book.live_bids(job.offer_id, now_ns=now)
+        bids = self.desk.book.live_bids(job.offer_id, now_ns=self.desk.wall_ns)
         busy = (asked & self.view.busy().keys()) - {bid.solver for _, bid in bids}
         if not bids and able:
             words = "could take it by their asks and have not bid (yet)"
@@ -358,7 +358,8 @@ class Answers:
             found.append(Reason("work", "unreachable", 1, words, then, severity=1))
         match deal.lifecycle:
             case State.PROPOSED:
-                words = f"{solver} was proposed to and has {_ago(agreement.accept_before_ns - now)} left to answer"
+                left_ns = agreement.accept_before_ns - self.desk.wall_ns
+                words = f"{solver} was proposed to and has {_ago(left_ns)} left to answer"
                 found.append(Reason("proposal", "proposed", 1, words, severity=3))
             case State.AGREED | State.RUNNING:
                 silent, longest = now - deal.news_ns, agreement.segment_deadline_ns
@@ -396,7 +397,7 @@ class Answers:
         ]
         if deal.lifecycle == State.DISPUTED:
             found.append(Reason("check", "dispute", 1, "notaries judge its work", "ichiba dispute list", severity=1))
-        verifiers = len(self.desk.book.asks.shelf(role=ROLE_VERIFIER, now_ns=self.desk.now_ns))
+        verifiers = len(self.desk.book.asks.shelf(role=ROLE_VERIFIER, now_ns=self.desk.wall_ns))
         if not any(counted[state] for state in ("asked", "accepted")) and not verifiers:
             words = "no verifier is heard of, so nobody can check it"
             found.append(Reason("check", "no-verifier", 0, words, "`ichiba earn` on another machine", severity=1))

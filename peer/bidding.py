@@ -50,7 +50,7 @@ class Bidder:
 
     def consider(self, offer_id: bytes, offer: Offer) -> None:
         """Bid on an offer, or note why not."""
-        means, now = self.desk.means, self.desk.now_ns
+        means, now = self.desk.means, self.desk.wall_ns
         solves, verifies = bool(means.roles & ROLE_SOLVER), bool(means.roles & ROLE_VERIFIER)
         if not (solves or (verifies and offer.mode == "profile")) or offer.submitter == self.desk.me:
             return
@@ -90,7 +90,7 @@ class Bidder:
             sandbox=means.sandbox,
             seed_commitment=commitment(seed, agreement_salt=self.desk.me),
             forced_commitment=commitment(secret, agreement_salt=self.desk.me),
-            nonce=now,
+            nonce=self.desk.now_ns,
             created_ns=now,
             expires_ns=expires,
         )
@@ -149,11 +149,11 @@ class Bidder:
             memory_bytes=means.memory_bytes,
             sandbox=means.sandbox,
             operations_per_second=self.speed(),
-            created_ns=now,
-            expires_ns=now + rules.ask_lifetime_ms * 10**6,
+            created_ns=self.desk.wall_ns,
+            expires_ns=self.desk.wall_ns + rules.ask_lifetime_ms * 10**6,
         )
         self.ask = self.desk.seal(ask)
-        self.desk.book.add_ask(ask, now_ns=now)
+        self.desk.book.add_ask(ask, now_ns=self.desk.wall_ns)
         self.desk.publish(MARKET, self.ask)
 
     def refuse_proposal(
@@ -206,8 +206,8 @@ class Bidder:
         _, _, bid = self.seeds[agreement.bid]
         if not self.slots_free():
             return Refusal("busy", "every slot of this peer is taken")
-        latest_ns = self.desk.now_ns + 2 * self.desk.network.rules.proposal_ms * 10**6
-        if not self.desk.now_ns < agreement.accept_before_ns <= latest_ns or bid.expires_ns <= self.desk.now_ns:
+        latest_ns = self.desk.wall_ns + 2 * self.desk.network.rules.proposal_ms * 10**6
+        if not self.desk.wall_ns < agreement.accept_before_ns <= latest_ns or bid.expires_ns <= self.desk.wall_ns:
             return Refusal("expired", "the bid or the proposal is past its time")
         terms = (bid.offer, bid.unit_price, bid.lock_micro, bid.seed_commitment, bid.forced_commitment)
         if terms != (
@@ -243,14 +243,13 @@ class Bidder:
 
     def tick(self) -> None:
         """Repeat the ask, renew bids that run out, and look again at offers refused before."""
-        now = self.desk.now_ns
-        if self.desk.means.roles and now >= self.ask_again_ns:
+        if self.desk.means.roles and self.desk.now_ns >= self.ask_again_ns:
             self.publish_ask()
         self._look_again()
         for table in (self.bid_on, self.refusals):
             for offer_id in table.keys() - self.desk.book.offers.keys():
                 del table[offer_id]
-        while self._seed_ends and self._seed_ends[0][0] <= now:
+        while self._seed_ends and self._seed_ends[0][0] <= self.desk.wall_ns:
             self.seeds.pop(heappop(self._seed_ends)[1], None)
 
     def _brings(self) -> Any:
@@ -270,9 +269,16 @@ class Bidder:
         if brings != self._brought:
             self._brought = brings
             self._looks.update(dict.fromkeys(offers))
-        while self._renewals and self._renewals[0][0] <= self.desk.now_ns:
+        while self._renewals and self._renewals[0][0] <= self.desk.wall_ns:
             self._looks[heappop(self._renewals)[1]] = None
         for offer_id in list(islice(self._looks, params.OFFERS_LOOKED_AT_MAX)):
             del self._looks[offer_id]
             if offer_id in offers:
                 self.consider(offer_id, offers[offer_id])
+
+    def redate(self) -> None:
+        """The clock jumped: ask anew at once, and bid anew on what is offered."""
+        self.bid_on.clear()
+        self._renewals.clear()
+        self._looks.update(dict.fromkeys(self.desk.book.offers))
+        self.ask_again_ns = 0

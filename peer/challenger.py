@@ -88,7 +88,7 @@ class Challenger:
 
     def on_card(self, envelope: bytes) -> None:
         """A gossiped card. Kept if it is its peer's newest. Raises RemoteProtocolError."""
-        opened = open_card(envelope, network=self.desk.network.id, now_ns=self.desk.now_ns)
+        opened = open_card(envelope, network=self.desk.network.id, now_ns=self.desk.wall_ns)
         peer = opened.card.peer
         old = self.heard.pop(peer, None)
         self.heard[peer] = opened if old is None or opened.card.created_ns > old.card.created_ns else old
@@ -165,8 +165,8 @@ class Challenger:
             links=links,
             memory_blocks=blocks,
             window_ns=window_ns,
-            created_ns=now,
-            expires_ns=now + window_ns + self._fill_ns(blocks) + 2 * params.BENCH_PROBE_NS,
+            created_ns=self.desk.wall_ns,
+            expires_ns=self.desk.wall_ns + window_ns + self._fill_ns(blocks) + 2 * params.BENCH_PROBE_NS,
         )
         envelope = self.desk.seal(challenge)
         challenge_id = open_challenge(envelope, network=self.desk.network.id)[1]
@@ -220,7 +220,7 @@ class Challenger:
 
     def on_offer(self, peer: bytes, message: BenchOffer) -> None:
         """The card: it must say what we saw. Then probe its memory."""
-        opened = open_unwitnessed(message.card, network=self.desk.network.id, now_ns=self.desk.now_ns)
+        opened = open_unwitnessed(message.card, network=self.desk.network.id, now_ns=self.desk.wall_ns)
         one = self._of(opened.challenge_id, peer)
         if one is None:
             if opened.challenge_id in self.witnessed and opened.card.peer == peer:
@@ -253,7 +253,7 @@ class Challenger:
         if one is None or not one.card or one.probed:
             self._repeat(message.challenge, peer)
             return
-        opened = open_unwitnessed(one.card, network=self.desk.network.id, now_ns=self.desk.now_ns)
+        opened = open_unwitnessed(one.card, network=self.desk.network.id, now_ns=self.desk.wall_ns)
         try:
             if len(message.openings) != len(one.indices):
                 raise VerificationFailed(f"{len(message.openings)} blocks opened, {len(one.indices)} were probed")
@@ -297,7 +297,7 @@ class Challenger:
         if not (one.checked and one.probed and one.card):
             return
         envelope = add_signature(one.card, self.desk.key, network=self.desk.network.id)
-        opened = open_card(envelope, network=self.desk.network.id, now_ns=self.desk.now_ns)
+        opened = open_card(envelope, network=self.desk.network.id, now_ns=self.desk.wall_ns)
         peer = one.challenge.peer
         del self.open[one.id]
         self.proven[peer] = opened
@@ -356,7 +356,7 @@ class Challenger:
                 one.resend_ns = now + params.RESEND_NS
                 self.desk.send(one.challenge.peer, BenchStart(one.envelope))
         for table in (self.heard, self.proven):
-            for peer in [p for p, opened in table.items() if opened.card.expires_ns <= now]:
+            for peer in [p for p, opened in table.items() if opened.card.expires_ns <= self.desk.wall_ns]:
                 del table[peer]
                 if table is self.proven:
                     self.desk.save("proven", peer, None)
@@ -369,7 +369,7 @@ class Challenger:
         """The cards this peer signed before a restart, if they still hold."""
         for peer, envelope in rows("proven"):
             try:
-                self.proven[peer] = open_card(envelope, network=self.desk.network.id, now_ns=self.desk.now_ns)
+                self.proven[peer] = open_card(envelope, network=self.desk.network.id, now_ns=self.desk.wall_ns)
             except IchibaError:
                 continue  # expired meanwhile
 

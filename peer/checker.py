@@ -462,7 +462,7 @@ class Checker:
             claimed_root=at[1],
             found_root=at[2],
             operations=min(case.operations, 2**62),
-            done_ns=self.desk.now_ns,
+            done_ns=self.desk.wall_ns,
             l1_ppb=case.farthest[0],
             l2_ppb=case.farthest[1],
         )

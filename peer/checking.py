@@ -96,7 +96,7 @@ class CheckDesk:
         }
         able = {
             ask.peer
-            for ask in self.desk.book.live_asks(role=bit, now_ns=self.desk.now_ns, peers=self.desk.peers)
+            for ask in self.desk.book.live_asks(role=bit, now_ns=self.desk.wall_ns, peers=self.desk.peers)
             if ask.peer not in asked and ask.peer not in (agreement.submitter, agreement.solver)
         }
         weights = {peer: weight for peer in able if (weight := self._weight(peer))}

@@ -191,7 +191,7 @@ class Commands:
             segment=0,
             base_root=base_root,
             base_blob=task.initial.blob if isinstance(task, TaskSpec) and task.initial.kind == "state" else b"",
-            created_ns=self.desk.now_ns,
+            created_ns=self.desk.wall_ns,
             key=key,
         )
         self.sealing.protect(job)
@@ -306,7 +306,7 @@ class Commands:
 
     def challenge(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Invite peers, all connected solvers if none is named, to be challenged by this one."""
-        here = self.desk.book.live_asks(role=ROLE_SOLVER, now_ns=self.desk.now_ns, peers=self.desk.peers)
+        here = self.desk.book.live_asks(role=ROLE_SOLVER, now_ns=self.desk.wall_ns, peers=self.desk.peers)
         solvers = {a.peer for a in here}
         named = {peer_key(str(name)) for name in arguments.get("peers", [])}
         for peer in sorted(named or solvers):

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import trio
 
 from peer.blobs import PROTOCOL as BLOB_PROTOCOL
 from peer.blobs import BlobStore
+from peer.clock import Clock, Reading
 from peer.control import serve_control
 from peer.desk import MARKET, SETTLEMENT, Means
 from peer.effects import Performer
@@ -49,6 +51,7 @@ from worker.sandbox import Level, SandboxTooWeak, doctor_lines
 __all__ = ["CommandFailed", "Daemon", "DaemonConfig", "run_daemon"]
 
 log = logging.getLogger(__name__)
+CLOCK_TABLE, CLOCK_KEY = "clock", b"now"  # node time of the last commit, ns: 8 bytes, big-endian
 PEER_FIELDS = frozenset(("solver", "submitter", "checker", "challenger", "notary", "peer"))
 
 
@@ -91,6 +94,7 @@ class Daemon:
     performer: Performer
     inbox: trio.MemorySendChannel[Input]
     verifier: Verifier
+    clock: Clock
     sandbox_note: str = ""
     stopped: trio.Event = field(default_factory=trio.Event)
     replies: dict[int, tuple[trio.Event, list[Reply]]] = field(default_factory=dict)
@@ -98,6 +102,7 @@ class Daemon:
     general: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=1000))  # events of no job
     token: int = 0
     last_seq: int = 0
+    time: Reading = field(default_factory=partial(Reading, 0, 0))  # of the inputs that are handled
 
     # --- for the control socket ----------------------------------------------------------------------------
     async def command(self, verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -123,6 +128,7 @@ class Daemon:
                 "traffic": dict(self.performer.counters),
                 "signature_checks": checks,
                 "restored_listens": self.node.restored.listening,
+                "clock_off_ns": self.time.wall_ns - self.time.now_ns,
             }
         elif verb == "pause":
             result = result | await self.performer.suspended()
@@ -198,6 +204,7 @@ class Daemon:
             lines = [dict(zip(keys, map(str, line), strict=True)) for line in doctor_lines(self.workshop.report)]
         elif self.sandbox_note:
             lines = [{"what": "sandbox", "level": "bad", "explanation": self.sandbox_note, "fix": "see above"}]
+        lines.append(self._clock_line())
         peers = len(self.host.peers())
         lines.append(
             {
@@ -208,6 +215,16 @@ class Daemon:
             }
         )
         return lines
+
+    def _clock_line(self) -> dict[str, Any]:
+        """Whether a jump of the clock still shows."""
+        late_s = (self.time.wall_ns - self.time.now_ns) / 1e9
+        if abs(late_s) * 1e9 <= params.CLOCK_STEP_NS:
+            return {"what": "time", "level": "ok", "explanation": "deadlines run with the clock", "fix": ""}
+        where = "behind" if late_s > 0 else "ahead of"
+        words = f"since a jump of the clock deadlines run {abs(late_s):,.0f} s {where} it"
+        fix = "restart the daemon when no deal is open" if late_s > 0 else "none is needed: no deadline is cut short"
+        return {"what": "time", "level": "warn", "explanation": words, "fix": fix}
 
     def stop(self) -> None:
         """Ask the daemon to end cleanly."""
@@ -225,9 +242,10 @@ class Daemon:
                     break
             if len(batch) > 1:
                 await trio.to_thread.run_sync(self.verifier.ahead_of, batch)
-            effects: list[Effect] = []
+            time_is = self.time = read_clock(self.clock)
+            effects: list[Effect] = [Emit("problem", b"", {"what": time_is.words()})] if time_is.jumped_ns else []
             for one in batch:
-                effects += self.node.handle(one, time.time_ns())
+                effects += self.node.handle(one, time_is.now_ns, time_is.wall_ns)
             if effects:
                 await self._commit(effects)
                 for effect in effects:
@@ -251,6 +269,8 @@ class Daemon:
                 case _:
                     pass
         if puts or entries or lines:
+            # Whatever leaves after this commit bears no later time or number than the next life will begin with.
+            puts.append((CLOCK_TABLE, CLOCK_KEY, self.time.now_ns.to_bytes(8, "big")))
             one = Batch(puts=tuple(puts), entries=tuple(entries), events=tuple(lines))
             await trio.to_thread.run_sync(self.store.commit, [one])
         for event in events:  # only what is journalled is told
@@ -269,10 +289,9 @@ class Daemon:
 
     # --- events --------------------------------------------------------------------------------------------
     def _event(self, effect: Emit) -> dict[str, Any]:
-        now = time.time_ns()
-        self.last_seq = max(self.last_seq + 1, now)
-        job = effect.job.hex() if effect.job else None
-        return {"seq": self.last_seq, "time_ns": now, "kind": effect.kind, "job": job} | dict(readable(effect.data))
+        self.last_seq = max(self.last_seq + 1, self.time.now_ns)
+        head = {"seq": self.last_seq, "time_ns": self.time.wall_ns, "kind": effect.kind}
+        return head | {"job": effect.job.hex() if effect.job else None} | dict(readable(effect.data))
 
     def _tell(self, event: dict[str, Any]) -> None:
         if event["job"] is None:
@@ -285,6 +304,16 @@ class Daemon:
                     channel.send_nowait(event)
                 except trio.WouldBlock:
                     self.performer.counters["events-dropped"] += 1
+
+
+def steady_ns() -> int:
+    """A clock that nobody sets and that goes on while the machine sleeps, where the system has one."""
+    return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def read_clock(clock: Clock) -> Reading:
+    """What time it is now."""
+    return clock.read(wall_ns=time.time_ns(), steady_ns=steady_ns())
 
 
 def readable(data: Any, name: str = "") -> Any:
@@ -349,6 +378,8 @@ async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATU
                 )
             )
         )
+        last_ns = int.from_bytes(store.get(CLOCK_TABLE, CLOCK_KEY) or b"", "big")
+        clock = Clock(wall_ns=time.time_ns(), steady_ns=steady_ns(), last_ns=last_ns)
         node = Node(
             key=key,
             network=network,
@@ -356,14 +387,14 @@ async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATU
             means=means,
             ledger=store.ledger(),
             rows=lambda table, prefix=b"": list(store.rows(table, prefix)),
-            now_ns=time.time_ns(),
+            now_ns=clock.now_ns,
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
         send, receive = trio.open_memory_channel[Input](params.INBOX_MAX)
         states = SuspendedStates(config.data_dir / "suspended")
         performer = Performer(host, blobs, workshop, nursery, send, states)
         verifier = stack.enter_context(closing(Verifier(network.id)))
-        daemon = Daemon(config, network, store, blobs, host, node, workshop, performer, send, verifier, note)
+        daemon = Daemon(config, network, store, blobs, host, node, workshop, performer, send, verifier, clock, note)
         host.serve(BLOB_PROTOCOL, blobs.serve)
         nursery.start_soon(daemon.run, receive)
         nursery.start_soon(_pump, host, send)

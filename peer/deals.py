@@ -262,7 +262,7 @@ def check_receipt(deal: Deal, receipt: Receipt, network: bytes, now_ns: int) -> 
     segment = agreement.first_segment + deal.receipts
     operations = task.operations_per_step * len(task.steps_of(segment))
     if isinstance(task, ScriptSpec):
-        passed_ns = now_ns - agreement.created_ns
+        passed_ns = now_ns - deal.created_ns
         passed_ns += passed_ns * params.SCRIPT_CLOCK_SLACK_PERMILLE // 1000 + params.SCRIPT_CLOCK_SLACK_NS
         if not 0 < receipt.operations <= min(operations, passed_ns):
             raise VerificationFailed(
@@ -342,6 +342,6 @@ def make_receipt(
             losses_root=losses_root(end.losses),
             checkpoint=end.checkpoint,
             checkpoint_bytes=end.checkpoint_bytes,
-            done_ns=desk.now_ns,
+            done_ns=desk.wall_ns,
         )
     )

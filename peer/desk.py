@@ -53,7 +53,8 @@ class Desk:
     book: OrderBook = field(default_factory=OrderBook)
     peers: dict[bytes, int] = field(default_factory=dict)  # connected peers -> since when, ns
     lefts: dict[bytes, int] = field(default_factory=dict)  # peers gone -> since when, ns
-    now_ns: int = 0
+    now_ns: int = 0  # node time (peer/clock.py): of deadlines, windows and sequence numbers; never backwards
+    wall_off_ns: int = 0  # how far the time that records are dated by is ahead of it
     paused_ns: int = 0  # since when this peer is paused; 0: it is not
     paused_by: str = ""  # "owner", or the word of the guest rule that paused it (peer/guest.py)
     paused_why: str = ""
@@ -67,6 +68,18 @@ class Desk:
     def me(self) -> bytes:
         """This peer's key."""
         return self.key.public
+
+    @property
+    def wall_ns(self) -> int:
+        """The time that records are dated by, and that the dates of others are compared with."""
+        return self.now_ns + self.wall_off_ns
+
+    def set_time(self, now_ns: int, wall_ns: int | None) -> bool:
+        """It is `now_ns`, or later where that was said before; records are dated `wall_ns`, the same if None. True if
+        that jumped: what stands on the market bears dates which others refuse, or nobody lets run out."""
+        old_ns, self.now_ns = self.wall_off_ns, max(self.now_ns, now_ns)
+        self.wall_off_ns = 0 if wall_ns is None else wall_ns - now_ns
+        return abs(self.wall_off_ns - old_ns) > params.CLOCK_STEP_NS
 
     def resting(self) -> tuple[str, str] | None:
         """Why this peer takes no new work at all, as a typed reason; None if it does."""

@@ -136,7 +136,7 @@ class Disputant:
             claimed_root=case.receipt(case.segment).out_root,
             found_root=found_root,
             operations=min(case.operations, 2**62),
-            created_ns=self.desk.now_ns,
+            created_ns=self.desk.wall_ns,
         )
         self._begin(open_file(self.desk.seal(challenge), case.request, desk=self.desk, part="challenger"))
 

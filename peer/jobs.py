@@ -6,6 +6,7 @@ Sans-IO. What a job needs from a deal reaches it through `peer/submitter.py`; th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import msgspec
@@ -19,7 +20,7 @@ from peer.matches import Matches
 from peer.settler import Settler
 from protocol import params
 from protocol.codec import blake
-from protocol.errors import InsufficientFunds, LimitExceeded
+from protocol.errors import InsufficientFunds, LimitExceeded, VerificationFailed
 from protocol.incentives import rate_of_deal
 from protocol.profile_task import ProfileSpec
 from protocol.records import Agreement, Bid, Offer, amount_for, open_record
@@ -125,6 +126,7 @@ class JobDesk:
     def offer(self, job: Job) -> None:
         """Gossip the rest of the job under a new nonce, or fail it where the budget does not reach."""
         task, now, rules = task_of(job.task), self.desk.now_ns, self.desk.network.rules
+        dated_ns = self.desk.wall_ns
         if job.offer_id:
             self.desk.book.remove_offer(job.offer_id)
         job.nonce += 1
@@ -157,15 +159,15 @@ class JobDesk:
             # Nothing of a script or a profile is re-executed, so no stake could be lost over it: none is asked for.
             check_permille=rules.newcomer_permille if checked else 0,
             lock_micro=lock_micro(rules, amount_for(operations, job.unit_price_max)) if checked else 0,
-            created_ns=now,
-            expires_ns=now + rules.offer_lifetime_ms * 10**6,
+            created_ns=dated_ns,
+            expires_ns=dated_ns + rules.offer_lifetime_ms * 10**6,
             tolerance=job.tolerance,
             privacy="sealed" if job.key else "open",
         )
         job.offer = self.desk.seal(offer)
         job.offer_id = open_record(job.offer, network=self.desk.network.id)[1]
         job.offered_ns, job.state, job.deal = now, JobState.OFFERED, b""
-        self.desk.book.add_offer(job.offer_id, offer, now_ns=now)
+        self.desk.book.add_offer(job.offer_id, offer, now_ns=dated_ns)
         self.rounds[job.id] = now + rules.round_ms * 10**6
         self.repeats[job.id] = now + params.OFFER_REPEAT_NS
         self.save(job)
@@ -191,7 +193,7 @@ class JobDesk:
         return Candidate(
             offer_id=job.offer_id,
             offer=offer,
-            bids=book.live_bids(job.offer_id, now_ns=now),
+            bids=book.live_bids(job.offer_id, now_ns=self.desk.wall_ns),
             round_number=(now - job.offered_ns) // (rules.round_ms * 10**6),
             excluded=self.excluded(job),
             stake_min_micro=rules.checker_stake_min_micro if offer.mode == "profile" else 0,
@@ -247,9 +249,9 @@ class JobDesk:
 
     def agreement(self, job: Job, offer: Offer, bid: Bid, bid_id: bytes, seed_commitment: bytes) -> Agreement:
         """The terms of a deal on `bid`, from the job's next segment to its end."""
-        task, rules, now = task_of(job.task), self.desk.network.rules, self.desk.now_ns
+        task, rules, now = task_of(job.task), self.desk.network.rules, self.desk.wall_ns
         job.solvers.append(bid.solver)
-        self.sequence = max(self.sequence + 1, now)  # two deals of one moment are not one opened twice
+        self.sequence = max(self.sequence + 1, self.desk.now_ns)  # two deals of one moment are not one opened twice
         permille = offer.check_permille and rate_of_deal(
             rules,
             price_micro=amount_for(offer.operations, bid.unit_price),
@@ -328,6 +330,12 @@ class JobDesk:
                 self.repeats[job.id] = now + params.OFFER_REPEAT_NS
                 self.desk.publish(MARKET, job.offer)
 
+    def redate(self) -> None:
+        """The clock jumped: offers that bear the old time are made anew."""
+        for job in list(self.jobs.values()):
+            if job.state == JobState.OFFERED:
+                self.desk.attempt(self.offer, job)
+
     def live_offers(self) -> list[bytes]:
         """The envelopes a peer just met should hear of."""
         return [job.offer for job in self.jobs.values() if job.state == JobState.OFFERED and job.offer]
@@ -337,8 +345,9 @@ class JobDesk:
         for key, value in rows("jobs"):
             job = self.jobs[key] = msgspec.msgpack.decode(value, type=Job)
             offer = open_record(job.offer, network=self.desk.network.id)[0] if job.offer else None
-            if job.state == JobState.OFFERED and isinstance(offer, Offer) and offer.expires_ns > self.desk.now_ns:
-                self.desk.book.add_offer(job.offer_id, offer, now_ns=self.desk.now_ns)
+            if job.state == JobState.OFFERED and isinstance(offer, Offer):
+                with suppress(VerificationFailed):  # ran out, or the clock was set back: a round makes it anew
+                    self.desk.book.add_offer(job.offer_id, offer, now_ns=self.desk.wall_ns)
         self.matches.restore(rows)
 
     def save(self, job: Job) -> None:

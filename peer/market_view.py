@@ -100,7 +100,7 @@ class MarketView:
         """What this peer has heard: asks picked by a filter, and, without one, all offers too."""
         given = _read(arguments, _Pick, "book")
         fields = self._ask_fields()
-        asks = [_Row(a, fields) for a in self.desk.book.live_asks(role=7, now_ns=self.desk.now_ns)]
+        asks = [_Row(a, fields) for a in self.desk.book.live_asks(role=7, now_ns=self.desk.wall_ns)]
         answer, _ = self._picked("asks", asks, ASK_KEYS, given)
         return answer | ({"offers": []} if given.where else self.offers({"limit": given.limit}))
 
@@ -117,7 +117,7 @@ class MarketView:
         fields = self._trade_fields()
         rows = [_Row(one, fields) for one in sorted(self.prints(), key=lambda p: (-p.time_ns, p.agreement))]
         answer, passed = self._picked("trades", rows, TRADE_KEYS, given)
-        found = statistics((row.subject for row in passed), now_ns=self.desk.now_ns)
+        found = statistics((row.subject for row in passed), now_ns=self.desk.wall_ns)
         return answer | {"statistics": {**asdict(found), "enough": found.enough}}
 
     def _picked(
@@ -142,7 +142,7 @@ class MarketView:
             "stake_micro": lambda a: settler.free_stake(a.peer),
             "trust_ppm": lambda a: settler.reputation(a.peer).bound_ppm,
             "connected": lambda a: a.peer in desk.peers or a.peer == desk.me,
-            "age_ns": lambda a: max(0, desk.now_ns - a.created_ns),
+            "age_ns": lambda a: max(0, desk.wall_ns - a.created_ns),
         }
 
     def _offer_fields(self) -> _Fields:
@@ -156,7 +156,7 @@ class MarketView:
             return lambda pair: getattr(pair[1], name)
 
         def bids(pair: tuple[bytes, Offer]) -> list[dict[str, Any]]:
-            live = desk.book.live_bids(pair[0], now_ns=desk.now_ns)
+            live = desk.book.live_bids(pair[0], now_ns=desk.wall_ns)
             return [{"solver": peer_name(b.solver), "unit_price": b.unit_price, "eta_ns": b.eta_ns} for _, b in live]
 
         return {
@@ -164,10 +164,10 @@ class MarketView:
             "submitter": lambda pair: peer_name(pair[1].submitter),
             **{name: of_offer(name) for name in plain},
             "bids": bids,
-            "bid_count": lambda pair: len(desk.book.live_bids(pair[0], now_ns=desk.now_ns)),
+            "bid_count": lambda pair: len(desk.book.live_bids(pair[0], now_ns=desk.wall_ns)),
             "no_bid": lambda pair: asdict(refusals[pair[0]]) if pair[0] in refusals else None,
             "no_bid_code": lambda pair: refusals[pair[0]].code if pair[0] in refusals else "none",
-            "age_ns": lambda pair: max(0, desk.now_ns - pair[1].created_ns),
+            "age_ns": lambda pair: max(0, desk.wall_ns - pair[1].created_ns),
         }
 
     def _trade_fields(self) -> _Fields:
@@ -175,7 +175,7 @@ class MarketView:
         return {
             "agreement": lambda one: one.agreement.hex(),
             "time_ns": attrgetter("time_ns"),
-            "age_ns": lambda one: max(0, desk.now_ns - one.time_ns),
+            "age_ns": lambda one: max(0, desk.wall_ns - one.time_ns),
             "submitter": lambda one: peer_name(one.submitter),
             "solver": lambda one: peer_name(one.solver),
             "mode": attrgetter("mode"),
@@ -193,7 +193,7 @@ class MarketView:
     def quote(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Price and speed of a job of `operations` from the asks heard, and price against waiting: `rungs`."""
         given = _read(arguments, _Quote, "quote")
-        rules, book, now = self.desk.network.rules, self.desk.book, self.desk.now_ns
+        rules, book, now = self.desk.network.rules, self.desk.book, self.desk.wall_ns
         able = self._able(given)
         made = quote(able, operations=given.operations, unit_price_max=given.unit_price_max)
         busy = self.busy()
@@ -219,7 +219,7 @@ class MarketView:
         """The asks of other solvers that have the memory and the sandbox."""
         return self.desk.book.asks.shelf(
             role=ROLE_SOLVER,
-            now_ns=self.desk.now_ns,
+            now_ns=self.desk.wall_ns,
             memory_bytes=given.memory_bytes,
             sandbox=given.sandbox,
             without=self.desk.me,
@@ -250,13 +250,13 @@ class MarketView:
         left_ns = 0
         if work is not None:
             takes_ns = believed_ns(work.operations, work.operations * 10**9 // max(1, a.operations_per_second), proven)
-            left_ns = max(0, work.created_ns + takes_ns - self.desk.now_ns)
+            left_ns = max(0, work.created_ns + takes_ns - self.desk.wall_ns)
         return Supply(a, work is not None, left_ns, a.peer in self.desk.peers, proven)
 
     # --- what to ask, what to pay --------------------------------------------------------------------------
     def price(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """A limit for a submitter, or with `sell` an ask for a solver, and what it rests on."""
-        given, now = _read(arguments, _Price, "price"), self.desk.now_ns
+        given, now = _read(arguments, _Price, "price"), self.desk.wall_ns
         if given.watts < 0 or given.kwh_micro < 0:
             raise _Bad("price: watts and the price of a kilowatt-hour are not negative")
         own = () if given.with_own else (self.desk.me,)

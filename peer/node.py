@@ -178,7 +178,7 @@ class Node:
         agreement = self.settler.channels[agreement_id].agreement
         offer = self.desk.book.offers.get(agreement.offer)
         if offer is not None and offer.submitter == agreement.submitter:  # nobody takes another's offer off the market
-            self.desk.book.take_offer(agreement.offer, now_ns=self.desk.now_ns)
+            self.desk.book.take_offer(agreement.offer, now_ns=self.desk.wall_ns)
         self.submitter.opened(agreement_id)
         self.solver.opened(agreement_id)
 
@@ -193,9 +193,11 @@ class Node:
         return not self.desk.paused_ns and self.solver.slots_free() == self.desk.means.slots and not self.checker.cases
 
     # --- the one door --------------------------------------------------------------------------------------
-    def handle(self, event: Input, now_ns: int) -> list[Effect]:
-        """Take one input; return the effects, those of the store first. `now_ns` never goes backwards."""
-        self.desk.now_ns = max(self.desk.now_ns, now_ns)
+    def handle(self, event: Input, now_ns: int, wall_ns: int | None = None) -> list[Effect]:
+        """Take one input; return the effects, those of the store first. The times are those of peer/clock.py."""
+        if self.desk.set_time(now_ns, wall_ns) and not self.restored.listening:
+            self.jobs.redate()
+            self.bidder.redate()
         match event:
             case _ if self.restored.listening:
                 self.restored.handle(event)
@@ -283,7 +285,7 @@ class Node:
         self.challenger.tick()
         self.disputes.tick()
         self.witness.tick()
-        self.desk.book.expire(now_ns=self.desk.now_ns)
+        self.desk.book.expire(now_ns=self.desk.wall_ns)
         if self.desk.now_ns >= self.next_sync_ns and self.desk.peers:
             self.next_sync_ns = self.desk.now_ns + params.SYNC_NS
             count, digest = self.settler.digest()
@@ -308,7 +310,7 @@ class Node:
     def _record(self, sender: bytes, envelope: bytes) -> None:
         """One record, from gossip, from a peer just met, or from anti-entropy."""
         record, record_id, signers = open_record(envelope, network=self.desk.network.id)
-        book, now = self.desk.book, self.desk.now_ns
+        book, now = self.desk.book, self.desk.wall_ns
         self.witness.see(record, record_id, signers, envelope)
         if isinstance(record, Offer | Ask | Bid):
             self.commands.answers.clocks.note(record, now)

@@ -39,7 +39,7 @@ def profile_end(desk: Desk, deal: Deal, event: ProfileMade) -> SegmentMade:
         spec,
         verifier=desk.me,
         operations_per_second=event.operations_per_second,
-        now_ns=desk.now_ns,
+        now_ns=desk.wall_ns,
     )
     sealed = desk.seal(profile)
     deal.profiles, root = [sealed], profile_root(sealed)
@@ -169,7 +169,7 @@ class Profiles:
             segment=0,
             base_root=task_id(spec),
             base_blob=job.base_blob,
-            created_ns=self.desk.now_ns,
+            created_ns=self.desk.wall_ns,
         )
         self.desk.emit("profile", job.id, number=spec.number, operations=spec.operations_per_step, why=why)
         self.jobs.jobs[child.id] = child

@@ -138,7 +138,7 @@ class Prover:
         if challenge.memory_blocks * params.BENCH_MEMORY_BLOCK_BYTES > self.memory_bytes:
             self._decline(peer, challenge_id, "memory", "more memory than this peer asked to prove")
             return
-        if challenge.expires_ns <= self.desk.now_ns:
+        if challenge.expires_ns <= self.desk.wall_ns:
             self._decline(peer, challenge_id, "expired", "the challenge is past its time")
             return
         self.asking, self.wish = b"", None
@@ -183,7 +183,7 @@ class Prover:
     def _offer(self, bench: _Bench) -> None:
         if not bench.elapsed_ns or not bench.root:
             return
-        now, figures = self.desk.now_ns, self.figures
+        now, figures = self.desk.wall_ns, self.figures
         assert figures is not None, "warm before it was challenged"
         card = BenchCard(
             network=self.desk.network.id,
@@ -231,7 +231,7 @@ class Prover:
 
     def on_witness(self, peer: bytes, message: BenchWitness) -> None:
         """The card with both signatures: keep it and tell the market."""
-        opened = open_card(message.card, network=self.desk.network.id, now_ns=self.desk.now_ns)
+        opened = open_card(message.card, network=self.desk.network.id, now_ns=self.desk.wall_ns)
         bench = self._of(opened.challenge_id, peer)
         if bench is None or opened.card.peer != self.desk.me:
             return
@@ -282,11 +282,11 @@ class Prover:
             self._stop_asking("no-answer", "no challenge came in time")
         elif self.wish is not None and now >= self.ask_again_ns:
             self._ask()
-        if bench is not None and now >= bench.deadline_ns:
+        if bench is not None and self.desk.wall_ns >= bench.deadline_ns:
             self._end(bench, "expired", "the challenge is past its time")
         elif bench is not None and bench.say is not None and now >= bench.resend_ns:
             self._say(bench, bench.say)
-        if self.opened is not None and now >= self.opened.card.expires_ns:
+        if self.opened is not None and self.desk.wall_ns >= self.opened.card.expires_ns:
             self._release()
             self.card, self.opened = b"", None
             self.desk.save("bench", b"own", None)
@@ -300,7 +300,7 @@ class Prover:
         for key, value in rows("bench"):
             if key == b"own":
                 try:
-                    self.opened = open_card(value, network=self.desk.network.id, now_ns=self.desk.now_ns)
+                    self.opened = open_card(value, network=self.desk.network.id, now_ns=self.desk.wall_ns)
                 except IchibaError:
                     continue  # expired meanwhile
                 self.card = value

@@ -434,8 +434,7 @@ class Solver:
         again = now >= self.resend.get(deal.id, 0)
         match deal.lifecycle:
             case State.PROPOSED:
-                agreement = agreement_of(deal, self.desk.network.id)
-                if now >= agreement.accept_before_ns + 2 * rules.proposal_ms * 10**6:
+                if now - deal.entered_ns >= 3 * rules.proposal_ms * 10**6:
                     move(self.desk, deal, Event.REFUSED)
                     if deal.id in self.settler.channels:
                         self.opened(deal.id)

@@ -423,7 +423,7 @@ class Submitter:
         gone, grace_ns = agreement.solver not in self.desk.peers, rules.lost_grace_ms * 10**6
         match deal.lifecycle:
             case State.PROPOSED:
-                if now >= agreement.accept_before_ns:
+                if now - deal.entered_ns >= rules.proposal_ms * 10**6:  # when it says, unless the clock jumped
                     self._decline(deal, "expired", "no answer in time")
                     self.jobs.reoffer(self.jobs.jobs[deal.job], "the solver did not answer in time")
                 elif now >= self.proposals.get(deal.id, 0):

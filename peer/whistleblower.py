@@ -112,7 +112,7 @@ class Whistleblower:
     def prospect(self, agreement: Agreement) -> Prospect:
         """What a re-check of one segment of this deal promises now."""
         history = self.settler.history(agreement.solver)
-        asks = self.desk.book.live_asks(role=ROLE_WHISTLEBLOWER, now_ns=self.desk.now_ns)
+        asks = self.desk.book.live_asks(role=ROLE_WHISTLEBLOWER, now_ns=self.desk.wall_ns)
         parties = (self.desk.me, agreement.submitter, agreement.solver)
         return prospect_of(
             agreement,

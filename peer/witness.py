@@ -54,7 +54,8 @@ class Witness:
         if proof.culprit in self.barred:
             return
         one, two = check_equivocation(proof)
-        until_ns = min(self.desk.now_ns, max(one.created_ns, two.created_ns)) + params.BAR_NS
+        age_ns = max(0, self.desk.wall_ns - max(one.created_ns, two.created_ns))
+        until_ns = self.desk.now_ns + params.BAR_NS - age_ns
         if until_ns > self.desk.now_ns:
             self._bar(proof.culprit, type(one).__name__.lower(), until_ns)
 

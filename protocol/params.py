@@ -38,6 +38,9 @@ TILE_SIDE: Final = 32  # DESIGN §7: a tensor's root is over its 32x32 float32 t
 GOSSIP_RECORDS_PER_SECOND_MAX: Final = 200  # per author; above it the author's records are dropped and counted
 PEERS_MAX: Final = 1000  # connections; stock py-libp2p fills at 500 half-open ones
 CLOCK_SKEW_NS_MAX: Final = 300 * 10**9  # a record dated further ahead than this is refused
+CLOCK_STEP_NS: Final = 5 * 10**9  # a machine's clock that is set by more than this has jumped
+CLOCK_DOUBT_NS: Final = 10 * 10**9  # a jump is believed when it has lasted so long: some are taken back at once
+CLOCK_SLEW_PERMILLE: Final = 5  # by which deadlines run faster or slower until they agree with the clock again
 RECORD_LIFETIME_NS_MAX: Final = 24 * 3600 * 10**9  # nothing gossiped lives longer than a day
 
 SIGNATURES_REMEMBERED_MAX: Final = 32_768  # right ones not computed again, 10 MiB: a burst and the settlement log
