@@ -1,12 +1,13 @@
 """What a receipt costs this machine from its arrival to the disk, and what a million of them cost the next start.
 
 Run `python benchmarks/ledger.py [DIRECTORY] [--receipts N] [--old N] [--json]`; DIRECTORY should be on the disk the
-daemon will use (the default is the system's folder for temporary files). A signed receipt is one that a solver signed:
-its envelope is opened and its signature checked, the submitter signs it and the voucher that pays for it
-(peer.deals.cosign), and both rows are committed with SQLite's synchronous=FULL. Every channel of 250 receipts is opened
-and settled on the ledger in the same commits. Unsigned: the same rows and entries, handed in ready. Baseline: the
-unsigned ones through the same store, one commit each. Signatures are computed in as many threads as there are cores,
-while the group before is on its way to the disk.
+daemon will use (the default is the system's folder for temporary files). A signed receipt comes as its solver sends it
+and goes the daemon's way (peer/turns.py, with its threads, groups and memory of signatures): its signature is checked,
+the submitter signs it and the voucher that pays for it (peer.deals.cosign), both rows are committed with SQLite's
+synchronous=FULL, and then the answer leaves. What a node checks of a deal besides is not in it. Every channel of 250
+receipts is opened and settled on the ledger in the same commits. The solver signs in another process, for none computes
+what it signed itself; that each signature was computed is asserted. Unsigned: the same rows and entries, handed in
+ready, in groups. Baseline: the unsigned ones through the same store, one commit each.
 
 The start: `Store.open`, its ledger and `Node` over a store of `--old` receipts and vouchers with the agreements,
 settlements and deals they belong to. Caches of the system stay warm, as after a crash of the daemon. The last line
@@ -17,25 +18,33 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import msgspec
+import trio
 
 from market import ledger as money
 from market.ledger import Entry
 from peer.deals import Deal, cosign, receipt_key
 from peer.desk import Means
+from peer.events import Effect, Input, MessageIn, Post, Save, Send
+from peer.messages import ReceiptBack, ReceiptOffer, pack, unpack
 from peer.node import Node
 from peer.store import Batch, Store
 from peer.store_check import check
+from peer.turns import Turns, open_clock
+from peer.verifying import Verifier
+from protocol import keys, params
 from protocol.codec import blake
 from protocol.keys import SigningKey, peer_name
 from protocol.lifecycle import State
@@ -45,7 +54,7 @@ from protocol.records import Agreement, Receipt, Settlement, add_signature, open
 SOLVER, SUBMITTER = (SigningKey.from_seed(blake("benchmark", name)) for name in (b"solver", b"submitter"))
 PER_CHANNEL = 250  # receipts
 PRICE_MICRO = 1_000  # of a receipt
-GROUP = 1_000  # receipts that share a commit: 50 ms of them
+GROUP = 1_000  # unsigned receipts that share a commit: 50 ms of them
 ROUNDS = 3
 
 
@@ -132,21 +141,51 @@ def take(network: Network, envelopes: Sequence[bytes]) -> Batch:
     return Batch(tuple(puts), tuple(entries))
 
 
-def signed_per_second(network: Network, store: Store, groups: list[list[bytes]]) -> float:
-    """Receipts a second from their arrival until they are on the disk."""
-    threads = os.cpu_count() or 1
-    start = time.perf_counter()
-    with ThreadPoolExecutor(threads) as cores, ThreadPoolExecutor(1) as disk:
-        writing: Future[None] | None = None
-        for group in groups:
-            parts = [group[k * len(group) // threads : (k + 1) * len(group) // threads] for k in range(threads)]
-            taken = list(cores.map(lambda part: take(network, part), parts))
-            if writing is not None:
-                writing.result()
-            writing = disk.submit(store.commit, taken)
-        assert writing is not None
-        writing.result()
-    return sum(map(len, groups)) / (time.perf_counter() - start)
+def pay(network: Network, event: Input, _now_ns: int, _wall_ns: int) -> list[Effect]:
+    """What a submitter's node makes of a receipt in the end."""
+    assert isinstance(event, MessageIn)
+    offer = unpack(event.data)
+    assert isinstance(offer, ReceiptOffer)
+    batch = take(network, [offer.receipt])
+    (_, _, both), (_, _, voucher) = batch.puts
+    assert both and voucher
+    effects: list[Effect] = [Save(*put) for put in batch.puts]
+    return [*effects, *map(Post, batch.entries), Send(event.peer, pack(ReceiptBack(both, voucher)))]
+
+
+def signed_per_second(network: Network, store: Store, groups: list[list[bytes]]) -> tuple[float, float]:
+    """Receipts a second from their arrival until they are on the disk and answered, and CPU microseconds of each."""
+    inputs = [MessageIn(SOLVER.public, pack(ReceiptOffer(one))) for group in groups for one in group]
+    answers: list[Effect] = []
+
+    async def feed(inbox: trio.MemorySendChannel[Input]) -> None:
+        async with inbox:
+            for one in inputs:
+                try:
+                    inbox.send_nowait(one)
+                except trio.WouldBlock:
+                    await inbox.send(one)
+
+    async def drive(turns: Turns) -> None:
+        inbox, waiting = trio.open_memory_channel[Input](params.INBOX_MAX)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(feed, inbox)
+            nursery.start_soon(turns.run, waiting)
+
+    computed = keys.verified.computed
+    with closing(Verifier(network.id)) as verifier:
+        turns = Turns(
+            handle=partial(pay, network),
+            store=store,
+            verifier=verifier,
+            clock=open_clock(store),
+            perform=answers.append,
+        )
+        start, cpu = time.perf_counter(), time.process_time()
+        trio.run(drive, turns)
+        took, cpu = time.perf_counter() - start, time.process_time() - cpu
+    assert len(answers) == len(inputs) == keys.verified.computed - computed
+    return len(inputs) / took, 1e6 * cpu / len(inputs)
 
 
 def ready_per_second(store: Store, batches: Sequence[Batch]) -> float:
@@ -161,12 +200,16 @@ def rates(folder: Path, receipts: int) -> dict[str, float]:
     """The medians of interleaved rounds, so that a change of the machine's load falls on all three."""
     count = max(1, receipts // GROUP) * GROUP
     network = network_of(3 * ROUNDS * count // PER_CHANNEL)
-    found: dict[str, list[float]] = {"signed": [], "unsigned": [], "one": []}
-    with Store.open(folder / "rates", network.id, SUBMITTER.public) as store:
+    found: dict[str, list[float]] = {"signed": [], "cpu": [], "unsigned": [], "one": []}
+    with (
+        Store.open(folder / "rates", network.id, SUBMITTER.public) as store,
+        ProcessPoolExecutor(1, get_context("spawn")) as solver,
+    ):
         store.commit([genesis(network)])
         for turn in range(ROUNDS):
-            signed = offered(network, count, 3 * turn)
-            found["signed"].append(signed_per_second(network, store, signed))
+            signed = solver.submit(offered, network, count, 3 * turn).result()
+            for name, figure in zip(("signed", "cpu"), signed_per_second(network, store, signed), strict=True):
+                found[name].append(figure)
             ready = [take(network, group) for group in offered(network, count, 3 * turn + 1)]
             found["unsigned"].append(ready_per_second(store, ready))
             singles = [take(network, [one]) for one in offered(network, GROUP, 3 * turn + 2)[0]]
@@ -236,7 +279,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.directory) as folder:
         found = rates(Path(folder), options.receipts)
-        print(f"signed, groups of {GROUP}:    {found['signed']:>9,.0f} receipts/s")
+        print(f"signed, as they come:      {found['signed']:>9,.0f} receipts/s, {found['cpu']:.0f} us of CPU each")
         print(f"unsigned, groups of {GROUP}:  {found['unsigned']:>9,.0f} receipts/s")
         print(f"unsigned, one commit each: {found['one']:>9,.0f} receipts/s", flush=True)
         restart_s, size = restart_seconds(Path(folder), max(PER_CHANNEL, options.old))
@@ -247,6 +290,7 @@ def main() -> None:
             json.dumps(
                 {
                     "durable_signed_receipts_per_s": round(found["signed"]),
+                    "cpu_us_per_signed_receipt": round(found["cpu"]),
                     "durable_unsigned_receipts_per_s": round(found["unsigned"]),
                     "baseline_one_commit_each_per_s": round(found["one"]),
                     "restart_million_s": round(restart_s, 2),

@@ -1,8 +1,7 @@
 """The daemon: one node, its disk, its network and its workers, run by trio.
 
-The loop is the crash rule: take inputs, let the node handle them, commit everything they changed in one
-transaction, and only then perform what leaves the machine. A store that cannot commit stops the daemon, because a
-node that knows more than its disk would promise what it cannot keep.
+In which order the node is told, commits and sends stands in peer/turns.py. Here: what people ask of it, what they are
+told, and how it all starts and ends.
 """
 
 from __future__ import annotations
@@ -11,12 +10,10 @@ import json
 import logging
 import random
 import sys
-import time
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +21,24 @@ import trio
 
 from peer.blobs import PROTOCOL as BLOB_PROTOCOL
 from peer.blobs import BlobStore
-from peer.clock import Clock, Reading
+from peer.clock import Clock
 from peer.control import serve_control
 from peer.desk import MARKET, SETTLEMENT, Means
 from peer.effects import Performer
-from peer.events import Command, Effect, Emit, Input, Post, Reply, Save, Tick
+from peer.events import Command, Effect, Input, Reply, Tick
 from peer.guest_watch import RULES_FILE, GuestWatch
 from peer.home import Home
 from peer.host import Host, HostConfig, open_host
 from peer.invite import decode_invite, encode_invite
 from peer.node import Node
-from peer.store import Batch, Store
-from peer.store import Event as LogLine
+from peer.store import Store
 from peer.suspension import SuspendedStates
+from peer.turns import Turns, open_clock
 from peer.verifying import Verifier
 from peer.workshop import Workshop
 from protocol import keys, params
 from protocol.errors import CorruptStore, IchibaError, NotFound, RemoteProtocolError
-from protocol.keys import SigningKey, peer_name
+from protocol.keys import SigningKey
 from protocol.network import Network
 from protocol.script import blobs_of, read_task
 from protocol.sealing import check_sealable
@@ -51,8 +48,6 @@ from worker.sandbox import Level, SandboxTooWeak, doctor_lines
 __all__ = ["CommandFailed", "Daemon", "DaemonConfig", "run_daemon"]
 
 log = logging.getLogger(__name__)
-CLOCK_TABLE, CLOCK_KEY = "clock", b"now"  # node time of the last commit, ns: 8 bytes, big-endian
-PEER_FIELDS = frozenset(("solver", "submitter", "checker", "challenger", "notary", "peer"))
 
 
 class CommandFailed(IchibaError):
@@ -96,13 +91,18 @@ class Daemon:
     verifier: Verifier
     clock: Clock
     sandbox_note: str = ""
+    turns: Turns = field(init=False)
     stopped: trio.Event = field(default_factory=trio.Event)
     replies: dict[int, tuple[trio.Event, list[Reply]]] = field(default_factory=dict)
     listeners: dict[int, tuple[str | None, trio.MemorySendChannel[dict[str, Any]]]] = field(default_factory=dict)
     general: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=1000))  # events of no job
     token: int = 0
-    last_seq: int = 0
-    time: Reading = field(default_factory=partial(Reading, 0, 0))  # of the inputs that are handled
+
+    def __post_init__(self) -> None:
+        self.turns = Turns(
+            handle=self.node.handle, store=self.store, verifier=self.verifier, clock=self.clock,
+            perform=self._perform, tell=self._tell,
+        )  # fmt: skip
 
     # --- for the control socket ----------------------------------------------------------------------------
     async def command(self, verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Daemon:
                 "traffic": dict(self.performer.counters),
                 "signature_checks": checks,
                 "restored_listens": self.node.restored.listening,
-                "clock_off_ns": self.time.wall_ns - self.time.now_ns,
+                "clock_off_ns": self.turns.time.wall_ns - self.turns.time.now_ns,
             }
         elif verb == "pause":
             result = result | await self.performer.suspended()
@@ -218,7 +218,7 @@ class Daemon:
 
     def _clock_line(self) -> dict[str, Any]:
         """Whether a jump of the clock still shows."""
-        late_s = (self.time.wall_ns - self.time.now_ns) / 1e9
+        late_s = (self.turns.time.wall_ns - self.turns.time.now_ns) / 1e9
         if abs(late_s) * 1e9 <= params.CLOCK_STEP_NS:
             return {"what": "time", "level": "ok", "explanation": "deadlines run with the clock", "fix": ""}
         where = "behind" if late_s > 0 else "ahead of"
@@ -232,54 +232,11 @@ class Daemon:
 
     # --- the loop ------------------------------------------------------------------------------------------
     async def run(self, inputs: trio.MemoryReceiveChannel[Input]) -> None:
-        """Handle inputs until stopped; see the module docstring."""
-        while True:
-            batch = [await inputs.receive()]
-            while len(batch) < params.INPUTS_PER_COMMIT_MAX:
-                try:
-                    batch.append(inputs.receive_nowait())
-                except trio.WouldBlock:
-                    break
-            if len(batch) > 1:
-                await trio.to_thread.run_sync(self.verifier.ahead_of, batch)
-            time_is = self.time = read_clock(self.clock)
-            effects: list[Effect] = [Emit("problem", b"", {"what": time_is.words()})] if time_is.jumped_ns else []
-            for one in batch:
-                effects += self.node.handle(one, time_is.now_ns, time_is.wall_ns)
-            if effects:
-                await self._commit(effects)
-                for effect in effects:
-                    self._perform(effect)
-
-    async def _commit(self, effects: list[Effect]) -> None:
-        puts, entries, lines, events = [], [], [], []
-        for effect in effects:
-            match effect:
-                case Save(table=table, key=key, value=value):
-                    puts.append((table, key, value))
-                case Post(entry=entry):
-                    entries.append(entry)
-                case Emit():
-                    if effect.kind in ("bid", "case") and self.workshop is not None:
-                        self.workshop.prewarm()  # work is likely: have a worker ready when it comes
-                    event = self._event(effect)
-                    if effect.job:
-                        lines.append(LogLine(effect.job.hex(), event["time_ns"], json.dumps(event)))
-                    events.append(event)
-                case _:
-                    pass
-        if puts or entries or lines:
-            # Whatever leaves after this commit bears no later time or number than the next life will begin with.
-            puts.append((CLOCK_TABLE, CLOCK_KEY, self.time.now_ns.to_bytes(8, "big")))
-            one = Batch(puts=tuple(puts), entries=tuple(entries), events=tuple(lines))
-            await trio.to_thread.run_sync(self.store.commit, [one])
-        for event in events:  # only what is journalled is told
-            self._tell(event)
+        """Handle inputs until stopped. Raises what the store raises that cannot commit."""
+        await self.turns.run(inputs)
 
     def _perform(self, effect: Effect) -> None:
         match effect:
-            case Save() | Post() | Emit():
-                pass
             case Reply(token=token):
                 if token in self.replies:
                     self.replies[token][1].append(effect)
@@ -287,13 +244,9 @@ class Daemon:
             case _:
                 self.performer.perform(effect)
 
-    # --- events --------------------------------------------------------------------------------------------
-    def _event(self, effect: Emit) -> dict[str, Any]:
-        self.last_seq = max(self.last_seq + 1, self.time.now_ns)
-        head = {"seq": self.last_seq, "time_ns": self.time.wall_ns, "kind": effect.kind}
-        return head | {"job": effect.job.hex() if effect.job else None} | dict(readable(effect.data))
-
     def _tell(self, event: dict[str, Any]) -> None:
+        if event["kind"] in ("bid", "case") and self.workshop is not None:
+            self.workshop.prewarm()  # work is likely: have a worker ready when it comes
         if event["job"] is None:
             self.general.append(event)
             if event["kind"] not in ("offer-seen",):
@@ -304,27 +257,6 @@ class Daemon:
                     channel.send_nowait(event)
                 except trio.WouldBlock:
                     self.performer.counters["events-dropped"] += 1
-
-
-def steady_ns() -> int:
-    """A clock that nobody sets and that goes on while the machine sleeps, where the system has one."""
-    return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
-
-
-def read_clock(clock: Clock) -> Reading:
-    """What time it is now."""
-    return clock.read(wall_ns=time.time_ns(), steady_ns=steady_ns())
-
-
-def readable(data: Any, name: str = "") -> Any:
-    """Event data for people and JSON: peers by name, other bytes in hex."""
-    if isinstance(data, bytes):
-        return peer_name(data) if name in PEER_FIELDS else data.hex()
-    if isinstance(data, dict):
-        return {key: readable(value, key) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [readable(value, name) for value in data]
-    return data
 
 
 async def _open_workshop(stack: AsyncExitStack, config: DaemonConfig) -> tuple[Workshop | None, str]:
@@ -378,8 +310,7 @@ async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATU
                 )
             )
         )
-        last_ns = int.from_bytes(store.get(CLOCK_TABLE, CLOCK_KEY) or b"", "big")
-        clock = Clock(wall_ns=time.time_ns(), steady_ns=steady_ns(), last_ns=last_ns)
+        clock = open_clock(store)
         node = Node(
             key=key,
             network=network,

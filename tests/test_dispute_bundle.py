@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from peer.client import Client
-from peer.daemon import readable
 from peer.dispute_bundle import SCHEMA, verify
 from peer.simulated_work import PROGRAM
 from peer.simulator import Simulation
+from peer.turns import readable
 from protocol.errors import RemoteProtocolError
 from protocol.network import dump
 from tests.cli_scene import ichiba, lines

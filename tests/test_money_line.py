@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peer.daemon import readable
 from peer.simulator import Faults, Simulation
+from peer.turns import readable
 from protocol.bundle import make_bundle, verify_bundle
 from protocol.money_line import MoneyLine
 from protocol.network import dump

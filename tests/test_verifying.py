@@ -7,10 +7,11 @@ import pytest
 from peer.events import GossipIn, MessageIn, Tick
 from peer.messages import ReceiptOffer, Records, pack
 from peer.verifying import Verifier, envelopes_in
-from protocol import keys, params
+from protocol import keys, params, records
 from protocol.codec import blake, encode
-from protocol.errors import VerificationFailed
+from protocol.errors import RemoteProtocolError, VerificationFailed, WrongNetwork
 from protocol.keys import SigningKey, Verified, verify
+from protocol.lately import Lately
 from protocol.records import Ask, open_record, seal
 
 KEY, OTHER = SigningKey.from_seed(b"\3" * 32), SigningKey.from_seed(b"\4" * 32)
@@ -34,6 +35,7 @@ def asks(count: int) -> list[bytes]:
 def nothing_is_remembered(monkeypatch: pytest.MonkeyPatch) -> Verified:
     fresh = Verified()
     monkeypatch.setattr(keys, "verified", fresh)
+    records._opened.clear()
     return fresh
 
 
@@ -50,7 +52,7 @@ def test_each_signature_is_computed_once(nothing_is_remembered: Verified) -> Non
     assert nothing_is_remembered.computed == 20
     for envelope in envelopes:
         assert open_record(envelope, network=NETWORK)[2] == {KEY.public}
-    assert (nothing_is_remembered.computed, nothing_is_remembered.remembered) == (20, 20)
+    assert (nothing_is_remembered.computed, nothing_is_remembered.remembered) == (20, 0), "nor is one opened twice"
     with pytest.raises(VerificationFailed):
         open_record(envelopes[0][:-1] + bytes([envelopes[0][-1] ^ 1]), network=NETWORK)
     verifier.close()
@@ -80,6 +82,33 @@ def test_the_memory_is_bounded_and_the_latest_stay(
         assert len(nothing_is_remembered._new) + len(nothing_is_remembered._old) <= 10
     assert all(nothing_is_remembered.knows(check) for check in checks[-5:])
     assert not nothing_is_remembered.knows(checks[0])
+
+
+def test_what_is_opened_once_is_the_whole_envelope_of_one_network() -> None:
+    (envelope,) = asks(1)
+    once = open_record(envelope, network=NETWORK)
+    assert open_record(bytes(bytearray(envelope)), network=NETWORK) is once
+    with pytest.raises(WrongNetwork):
+        open_record(envelope, network=blake("test/verifying", b"another"))
+    for at in range(len(envelope)):
+        with pytest.raises(RemoteProtocolError):
+            open_record(envelope[:at] + bytes([envelope[at] ^ 1]) + envelope[at + 1 :], network=NETWORK)
+
+
+def test_a_large_envelope_is_opened_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(params, "OPENED_BYTES_MAX", 100)
+    (envelope,) = asks(1)
+    assert open_record(envelope, network=NETWORK) is not open_record(envelope, network=NETWORK)
+
+
+def test_the_latest_answers_stay_and_their_number_is_bounded() -> None:
+    lately: Lately[int, int] = Lately(10)
+    for n in range(100):
+        lately.note(n, -n)
+        assert [lately.get(k) for k in range(max(0, n - 4), n + 1)] == [-k for k in range(max(0, n - 4), n + 1)]
+        assert sum(lately.get(k) is not None for k in range(n + 1)) <= 10
+    lately.clear()
+    assert lately.get(99) is None
 
 
 def test_envelopes_are_found_where_they_come_in_crowds() -> None:
