@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from market.feasibility import Columns, refused_rows
+from market.feasibility import DEVICES, Columns, refused_rows
 from market.matching import Refusal
 from protocol.records import Ask, Offer
 
@@ -141,13 +141,26 @@ class AskIndex:
             np.flatnonzero((columns.expires_ns[:size] > now_ns) & ((columns.roles[:size] & role) != 0))
         )
 
-    def shelf(self, *, role: int, now_ns: int, memory_bytes: int = 0, sandbox: int = 0, without: bytes = b"") -> Shelf:
-        """The unexpired asks in `role` with so much memory and so strong a sandbox, but those of the peer `without`."""
+    def shelf(
+        self,
+        *,
+        role: int,
+        now_ns: int,
+        memory_bytes: int = 0,
+        sandbox: int = 0,
+        device: str = "any",
+        device_memory_bytes: int = 0,
+        without: bytes = b"",
+    ) -> Shelf:
+        """The unexpired asks in `role` that have all of this, but those of the peer `without`."""
         columns, size = self.columns, len(self)
         fit = columns.expires_ns[:size] > now_ns
         fit &= (columns.roles[:size] & role) != 0
         fit &= columns.memory_bytes[:size] >= memory_bytes
         fit &= columns.sandbox[:size] >= sandbox
+        fit &= columns.device_memory_bytes[:size] >= device_memory_bytes
+        if device != "any":
+            fit &= columns.device[:size] == DEVICES.index(device)
         fit[self._rows_of((without,))] = False
         return Shelf(self, np.flatnonzero(fit))
 

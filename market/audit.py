@@ -44,6 +44,7 @@ class Known(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     wrong_ppm: Uint = 0
     deals: Uint = 0
     evidence_day: Uint = 0
+    bytes_per_second: Uint = params.LINK_BYTES_PER_SECOND  # of the link between the two
 
     @property
     def reputation(self) -> Reputation:
@@ -65,6 +66,7 @@ class Match(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     offers: Uint  # matched together in that round
     winner: Digest  # the id of the bid
     agreement: bytes = b""  # the proposal it led to, with the signatures it has
+    now_ns: Uint = 0  # when the round was
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def note_match(
         known=tuple(known),
         round_number=candidate.round_number,
         stake_min_micro=candidate.stake_min_micro,
+        now_ns=candidate.now_ns,
         offers=offers,
         winner=choice.winner.bid_id,
     )
@@ -126,7 +129,9 @@ def check_match(match: Match) -> Audit:
         excluded=[peer for peer, one in known.items() if one.excluded],
         reachable=lambda peer: known[peer].reachable,
         proven=lambda peer: Proven(known[peer].grade, known[peer].operations_per_second),
+        link=lambda peer: known[peer].bytes_per_second,
         stake_min_micro=match.stake_min_micro,
+        now_ns=match.now_ns,
     )
     winner = next((scored for scored in choice.ranked if scored.bid_id == match.winner), None)
     if winner is None:

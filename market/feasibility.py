@@ -12,18 +12,39 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from market.matching import Refusal, required_level
+from market.matching import (
+    UNKNOWN,
+    Proven,
+    Refusal,
+    believed_ns,
+    eta_ns,
+    refuse_device,
+    refuse_time,
+    required_level,
+    transfer_ns,
+)
+from protocol import params
 from protocol.params import SANDBOX_LEVELS as LEVELS
 from protocol.records import ROLE_SOLVER, ROLE_VERIFIER, Ask, Offer
 
-__all__ = ["Columns", "refuse_ask", "refused_rows"]
+__all__ = ["DEVICES", "Columns", "refuse_ask", "refused_rows", "work_ns"]
 
-_DEVICES: Final = ("cpu", "gpu")
+DEVICES: Final = ("cpu", "gpu")
 _INT64_MAX: Final = 2**63 - 1
 
 
-def refuse_ask(offer: Offer, ask: Ask, *, now_ns: int, reachable: bool, free_stake_micro: int) -> Refusal | None:
-    """Why `ask` cannot serve `offer`, or None. now_ns: for the deadline."""
+def refuse_ask(
+    offer: Offer,
+    ask: Ask,
+    *,
+    now_ns: int,
+    reachable: bool,
+    free_stake_micro: int,
+    proven: Proven = UNKNOWN,
+    bytes_per_second: int = params.LINK_BYTES_PER_SECOND,
+) -> Refusal | None:
+    """Why `ask` cannot serve `offer`, or None. now_ns: for the deadline. proven, bytes_per_second: how fast its peer
+    and the link to it are known to be."""
     role = _role(offer)
     price = ask.unit_price
     if offer.mode == "script":  # its giga-operation is a second (peer/bidding.py)
@@ -35,19 +56,15 @@ def refuse_ask(offer: Offer, ask: Ask, *, now_ns: int, reachable: bool, free_sta
         return Refusal("role", f"is no {'verifier' if offer.mode == 'profile' else 'solver'}")
     if not reachable:
         return Refusal("unreachable", "no connection to the solver at present")
-    if offer.device != "any" and ask.device != offer.device:
-        return Refusal("device", f"has a {ask.device}, a {offer.device} is needed")
-    if ask.device_memory_bytes < offer.device_memory_bytes:
-        return Refusal(
-            "device-memory",
-            f"{ask.device_memory_bytes >> 20} MiB on its card, {offer.device_memory_bytes >> 20} needed",
-        )
+    if refusal := refuse_device(offer, ask.device, ask.device_memory_bytes):
+        return refusal
     if ask.memory_bytes < offer.memory_bytes:
         return Refusal("memory", f"allows {ask.memory_bytes >> 20} MiB, {offer.memory_bytes >> 20} MiB are needed")
     if ask.sandbox < needed:
         return Refusal("sandbox", f"has sandbox level {LEVELS[ask.sandbox]}, {LEVELS[needed]} is needed")
-    if offer.deadline_ns and now_ns + run_ns(offer, ask) > offer.deadline_ns:
-        return Refusal("deadline", f"takes {run_ns(offer, ask) // 10**9} s, longer than there is")
+    takes_ns = work_ns(offer, ask, proven=proven, bytes_per_second=bytes_per_second)
+    if refusal := refuse_time(offer, now_ns=now_ns, takes_ns=takes_ns):
+        return refusal
     if price > offer.unit_price_max:
         return Refusal("price", f"asks {price} per Gop, limit {offer.unit_price_max}")
     if free_stake_micro < offer.lock_micro:
@@ -55,9 +72,10 @@ def refuse_ask(offer: Offer, ask: Ask, *, now_ns: int, reachable: bool, free_sta
     return None
 
 
-def run_ns(offer: Offer, ask: Ask) -> int:
-    """How long the work takes at the speed that `ask` says; of a script its operations are nanoseconds."""
-    return offer.operations if offer.mode == "script" else offer.operations * 10**9 // max(1, ask.operations_per_second)
+def work_ns(offer: Offer, ask: Ask, *, proven: Proven, bytes_per_second: int) -> int:
+    """How long the work is believed to take at the speed that `ask` says, with all transfers."""
+    run_ns = eta_ns(offer, ask.operations_per_second)
+    return believed_ns(offer.operations, run_ns, proven) + transfer_ns(offer, bytes_per_second)
 
 
 def _role(offer: Offer) -> int:
@@ -75,7 +93,7 @@ class Columns:
     operations_per_second: npt.NDArray[np.int64]
     roles: npt.NDArray[np.int8]
     sandbox: npt.NDArray[np.int8]
-    device: npt.NDArray[np.int8]  # its place in _DEVICES
+    device: npt.NDArray[np.int8]  # its place in DEVICES
     slot: npt.NDArray[np.int64]
     key_head: npt.NDArray[np.uint64]  # the first eight bytes of the peer's key: keys in order have theirs in order
 
@@ -106,7 +124,7 @@ class Columns:
         self.operations_per_second[row] = ask.operations_per_second
         self.roles[row] = ask.roles
         self.sandbox[row] = ask.sandbox
-        self.device[row] = _DEVICES.index(ask.device)
+        self.device[row] = DEVICES.index(ask.device)
         self.slot[row] = ask.slot
         self.key_head[row] = int.from_bytes(ask.peer[:8], "big")
 
@@ -117,8 +135,8 @@ def refused_rows(columns: Columns, size: int, offer: Offer, *, now_ns: int) -> l
     speed = columns.operations_per_second[:size]
     found = [("role", (columns.roles[:size] & _role(offer)) == 0)]
     if offer.device != "any":
-        found.append(("device", columns.device[:size] != _DEVICES.index(offer.device)))
-    found.append(("device-memory", columns.device_memory_bytes[:size] < offer.device_memory_bytes))
+        found.append(("device", columns.device[:size] != DEVICES.index(offer.device)))
+    found.append(("vram", columns.device_memory_bytes[:size] < offer.device_memory_bytes))
     found.append(("memory", columns.memory_bytes[:size] < offer.memory_bytes))
     found.append(("sandbox", columns.sandbox[:size] < required_level(offer)))
     if offer.deadline_ns:
@@ -128,11 +146,17 @@ def refused_rows(columns: Columns, size: int, offer: Offer, *, now_ns: int) -> l
 
 
 def _too_slow(offer: Offer, left_ns: int) -> int:
-    """The highest speed at which the work takes longer than is left; -1 if none does, as a script's does not change."""
-    if offer.mode == "script" or left_ns < 0:
-        return _INT64_MAX if left_ns < 0 or offer.operations > left_ns else -1
-    # ops * 10^9 // speed > left exactly where speed <= ops * 10^9 // (left + 1); a speed of 0 counts as 1.
-    limit = offer.operations * 10**9 // (left_ns + 1)
+    """The highest speed at which a stranger is too late; -1 if none is. `work_ns` > left, solved for the speed."""
+    left_ns -= transfer_ns(offer, params.LINK_BYTES_PER_SECOND)
+    if left_ns < 0 or believed_ns(offer.operations, 0, UNKNOWN) > left_ns:
+        return _INT64_MAX
+    # believed > left exactly where eta * permille // 1000 > left, where eta is at least this:
+    late_ns = -(-(left_ns + 1) * 1000 // params.UNPROVEN_SLOWDOWN_PERMILLE)
+    if offer.mode == "script":  # takes what it takes, at any speed
+        return _INT64_MAX if offer.operations >= late_ns else -1
+    # eta = operations * 10^9 // speed is at least `late` exactly where speed <= operations * 10^9 // late, for late
+    # from 1 up; a speed of 0 counts as 1.
+    limit = offer.operations * 10**9 // late_ns
     return min(limit, _INT64_MAX) if limit else -1
 
 

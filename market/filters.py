@@ -91,6 +91,7 @@ OFFER_KEYS: Final[dict[str, Key]] = {
     "lock": Key("credits", "lock_micro", "credits of stake it asks"),
     "budget": Key("credits", "budget_micro", "credits for it with its checks"),
     "privacy": Key("word", "privacy", "whether who does not win may read it", ("open", "sealed")),
+    "deadline": Key("time", "left_ns", "the time left until it must be done; without one it is endless"),
     "bids": Key("count", "bid_count", "how many bids on it are heard"),
     "refused": Key("name", "no_bid_code", "why this peer does not bid: price, memory, ...; none if it does"),
     "peer": Key("name", "submitter", "a part of the submitter's name"),

@@ -1,7 +1,8 @@
 """Who gets the work: a deterministic rule over signed bids, so that anyone holding them can audit a match.
 
 Score, in micro-credits, smaller is better: the price of the work, plus what a failure would cost times its
-pessimistic probability, plus the price of waiting. Every bid that is passed over gets a typed reason. DESIGN §9.
+pessimistic probability, plus the price of waiting for it, and for what moves between the two peers. Every bid that is
+passed over gets a typed reason. DESIGN §9.
 """
 
 from __future__ import annotations
@@ -18,17 +19,23 @@ from protocol.profile import EXACT
 from protocol.records import Bid, Offer, amount_for
 
 __all__ = [
+    "UNKNOWN",
     "Choice",
     "Proven",
     "Record",
     "Refusal",
     "Scored",
     "believed_ns",
+    "eta_ns",
     "match_round",
     "refuse_bid",
+    "refuse_device",
     "refuse_offer",
+    "refuse_time",
+    "transfer_ns",
 ]
 
+_HOUR_NS: Final = 3600 * 10**9
 SANDBOX_CONTAINED: Final = LEVELS.index("CONTAINED")
 SANDBOX_NAMESPACED: Final = LEVELS.index("NAMESPACED")
 
@@ -65,6 +72,9 @@ class Proven:
     operations_per_second: int
 
 
+UNKNOWN: Final = Proven("none", 0)
+"""What is known of the speed of a stranger."""
+
 _SLOWDOWN: Final = {
     "witnessed": 1000,
     "self-timed": params.SELF_TIMED_SLOWDOWN_PERMILLE,
@@ -85,6 +95,18 @@ def believed_ns(operations: int, eta_ns: int, proven: Proven) -> int:
     return max(eta_ns * _SLOWDOWN[proven.grade] // 1000, operations * 10**9 // fastest)
 
 
+def transfer_ns(offer: Offer, bytes_per_second: int) -> int:
+    """How long all that moves between the two peers takes, in ns, rounded down: program, data and first state to the
+    solver, the checkpoint of each segment back. A profile comes back in a message."""
+    checkpoints = 0 if offer.mode == "profile" else offer.checkpoint_bytes * (offer.last_segment - offer.first_segment)
+    return (offer.content_bytes + checkpoints) * 10**9 // max(1, bytes_per_second)
+
+
+def eta_ns(offer: Offer, operations_per_second: int) -> int:
+    """How long the work takes at such a speed, in ns, rounded down; of a script its operations are nanoseconds."""
+    return offer.operations if offer.mode == "script" else offer.operations * 10**9 // max(1, operations_per_second)
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Why not: a stable code, and a sentence with the values that decided."""
@@ -102,11 +124,12 @@ class Scored:
     price_micro: int
     risk_micro: int
     wait_micro: int
+    transfer_micro: int = 0
 
     @property
     def score_micro(self) -> int:
         """The sum that is minimised."""
-        return self.price_micro + self.risk_micro + self.wait_micro
+        return self.price_micro + self.risk_micro + self.wait_micro + self.transfer_micro
 
 
 @dataclass(frozen=True)
@@ -126,6 +149,24 @@ def required_level(offer: Offer) -> int:
     return max(offer.sandbox, SANDBOX_CONTAINED if offer.mode == "script" else sealed)
 
 
+def refuse_device(offer: Offer, device: str, device_memory_bytes: int) -> Refusal | None:
+    """Why work on this device is not what `offer` wants, or None."""
+    if offer.device not in ("any", device):
+        return Refusal("device", f"a {offer.device} is needed, this is a {device}")
+    if device_memory_bytes < offer.device_memory_bytes:
+        needed, has = offer.device_memory_bytes >> 20, device_memory_bytes >> 20
+        return Refusal("vram", f"needs {needed} MiB on the graphics card, there are {has}")
+    return None
+
+
+def refuse_time(offer: Offer, *, now_ns: int, takes_ns: int) -> Refusal | None:
+    """Why work that takes so long from now, with its transfer, is not done in time, or None."""
+    if not offer.deadline_ns or now_ns + takes_ns <= offer.deadline_ns:
+        return None
+    left_s = max(0, offer.deadline_ns - now_ns) // 10**9
+    return Refusal("deadline", f"takes {-(-takes_ns // 10**9)} s with its transfer, {left_s} s are left")
+
+
 def refuse_offer(
     offer: Offer,
     *,
@@ -137,9 +178,13 @@ def refuse_offer(
     solves: bool = True,
     verifies: bool = False,
     checker_stake_min_micro: int = 0,
+    device: str = "cpu",
+    device_memory_bytes: int = 0,
+    now_ns: int = 0,
+    takes_ns: int = 0,
 ) -> Refusal | None:
     """Why a peer with these means does not bid on `offer`, or None. Profiles are for verifiers with a stake, all else
-    is for solvers."""
+    is for solvers. takes_ns: from now to the end of its work, with all transfers."""
     profile = offer.mode == "profile"
     if not (verifies if profile else solves):
         return Refusal("role", f"this peer is no {'verifier' if profile else 'solver'}")
@@ -152,6 +197,10 @@ def refuse_offer(
     needed = required_level(offer)
     if needed > sandbox:
         return Refusal("sandbox", f"needs sandbox level {LEVELS[needed]}, this machine has {LEVELS[sandbox]}")
+    if refusal := refuse_device(offer, device, device_memory_bytes):
+        return refusal
+    if refusal := refuse_time(offer, now_ns=now_ns, takes_ns=takes_ns):
+        return refusal
     if (offer.mode == "tolerant") != (offer.tolerance != EXACT):
         return Refusal("mode", "a tolerance belongs to tolerant work, and tolerant work needs one")
     if offer.lock_micro > stake_micro:
@@ -169,8 +218,11 @@ def refuse_bid(
     excluded: Collection[bytes],
     reachable: bool,
     stake_min_micro: int = 0,
+    now_ns: int = 0,
+    takes_ns: int = 0,
 ) -> Refusal | None:
-    """Why `bid` cannot win `offer`, or None. stake_min_micro: what its peer must hold, beside what it locks."""
+    """Why `bid` cannot win `offer`, or None. stake_min_micro: what its peer must hold, beside what it locks. takes_ns:
+    from now to the end of its work as it is believed, with all transfers."""
     if bid.solver in excluded:
         return Refusal("excluded", "this solver failed this job, and others go first")
     if bid.solver == offer.submitter:
@@ -185,6 +237,10 @@ def refuse_bid(
     needed = required_level(offer)
     if bid.sandbox < needed:
         return Refusal("sandbox", f"has sandbox level {LEVELS[bid.sandbox]}, {LEVELS[needed]} is needed")
+    if refusal := refuse_device(offer, bid.device, bid.device_memory_bytes):
+        return refusal
+    if refusal := refuse_time(offer, now_ns=now_ns, takes_ns=takes_ns):
+        return refusal
     if bid.lock_micro < offer.lock_micro:
         return Refusal("lock", f"locks {bid.lock_micro}, {offer.lock_micro} micro-credits are asked")
     if free_stake_micro < stake_min_micro:
@@ -204,16 +260,22 @@ def match_round(
     reputation_of: Callable[[bytes], Reputation],
     excluded: Collection[bytes],
     reachable: Callable[[bytes], bool],
-    proven: Callable[[bytes], Proven] = lambda _: Proven("none", 0),
+    proven: Callable[[bytes], Proven] = lambda _: UNKNOWN,
+    link: Callable[[bytes], int] = lambda _: params.LINK_BYTES_PER_SECOND,
     stake_min_micro: int = 0,
+    now_ns: int = 0,
 ) -> Choice:
     """The best bid for one offer in one round. Ties go to the smaller bid id; nothing depends on arrival.
 
     In EXPLORATION_PERMILLE of rounds, drawn by the hash of offer and round, the best newcomer goes first.
-    Waiting is priced so that an hour costs as much as the work itself.
+    Waiting is priced so that an hour costs as much as the work itself. link: bytes per second to and from a peer.
+    now_ns: when the round is, for the deadline.
     """
     scored, refused = [], []
+    hour_micro = amount_for(offer.operations, offer.unit_price_max)
     for bid_id, bid in bids:
+        run_ns = believed_ns(offer.operations, bid.eta_ns, proven(bid.solver))
+        moving_ns = transfer_ns(offer, link(bid.solver))
         refusal = refuse_bid(
             offer,
             bid,
@@ -221,15 +283,16 @@ def match_round(
             excluded=excluded,
             reachable=reachable(bid.solver),
             stake_min_micro=stake_min_micro,
+            now_ns=now_ns,
+            takes_ns=run_ns + moving_ns,
         )
         if refusal is not None:
             refused.append((bid.solver, refusal))
             continue
         price = amount_for(offer.operations, bid.unit_price)
         risk = price * (1_000_000 - reputation_of(bid.solver).bound_ppm) // 1_000_000
-        expected_ns = believed_ns(offer.operations, bid.eta_ns, proven(bid.solver))
-        wait = amount_for(offer.operations, offer.unit_price_max) * expected_ns // (3600 * 10**9)
-        scored.append(Scored(bid_id, bid.solver, price, risk, wait))
+        wait, moving = (hour_micro * each_ns // _HOUR_NS for each_ns in (run_ns, moving_ns))
+        scored.append(Scored(bid_id, bid.solver, price, risk, wait, moving))
     scored.sort(key=lambda s: (s.score_micro, s.bid_id))
     explored = False
     drawn = int.from_bytes(blake("ichiba/explore", offer_id, round_number.to_bytes(8, "little"))[:8], "little")

@@ -31,6 +31,8 @@ class Demand:
     price: int
     bids: tuple[int, ...] = ()
     bid_on: bool = False
+    now_ns: int = 0
+    takes_ns: int = 0  # this peer, from now to the end of the work, with all transfers
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Own:
     stake_micro: int
     slots_free: int
     checker_stake_min_micro: int = 0
+    device: str = "cpu"
+    device_memory_bytes: int = 0
 
     def refuse(self, demand: Demand, price: int) -> Refusal | None:
         """As the market's own rule."""
@@ -57,6 +61,10 @@ class Own:
             solves=bool(self.roles & ROLE_SOLVER),
             verifies=bool(self.roles & ROLE_VERIFIER),
             checker_stake_min_micro=self.checker_stake_min_micro,
+            device=self.device,
+            device_memory_bytes=self.device_memory_bytes,
+            now_ns=demand.now_ns,
+            takes_ns=demand.takes_ns,
         )
 
 
@@ -68,6 +76,9 @@ _OWN_WORDS: Final = {
     "busy": "would fit, but every slot is taken",
     "role": "are for another role",
     "mode": "contradict themselves",
+    "device": "need another kind of device",
+    "vram": "need more memory on the graphics card than there is",
+    "deadline": "must be done sooner than this peer can",
     "outbid": "have a lower bid of somebody else",
 }
 

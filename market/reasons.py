@@ -15,8 +15,9 @@ from typing import Final, Literal
 
 import msgspec
 
-from market.feasibility import refuse_ask
-from market.matching import required_level
+from market.feasibility import refuse_ask, work_ns
+from market.matching import UNKNOWN, Proven, Refusal, required_level
+from protocol import params
 from protocol.credits import credits_of
 from protocol.params import SANDBOX_LEVELS as LEVELS
 from protocol.records import Ask, Offer
@@ -63,6 +64,20 @@ class Capacity:
     reachable: bool
     free_stake_micro: int
     barred: str = ""
+    proven: Proven = UNKNOWN
+    bytes_per_second: int = params.LINK_BYTES_PER_SECOND
+
+    def refuse(self, offer: Offer, *, now_ns: int, connected: bool = False) -> Refusal | None:
+        """Why it cannot take `offer`, by the rule of the market. connected: as if it were."""
+        return refuse_ask(
+            offer,
+            self.ask,
+            now_ns=now_ns,
+            reachable=self.reachable or connected,
+            free_stake_micro=self.free_stake_micro,
+            proven=self.proven,
+            bytes_per_second=self.bytes_per_second,
+        )
 
 
 @dataclass
@@ -112,7 +127,7 @@ def explain_offer(
 _OFFER_WORDS: Final = {
     "price": "ask more than the limit",
     "memory": "allow less memory than the job needs",
-    "device-memory": "have too little memory on their graphics card",
+    "vram": "have too little memory on their graphics card",
     "device": "have another kind of device",
     "sandbox": "have too weak a sandbox",
     "deadline": "are too slow for the deadline",
@@ -126,11 +141,7 @@ _OFFER_WORDS: Final = {
 
 
 def _takes(offer: Offer, one: Capacity, now_ns: int, connected: bool) -> bool:
-    if one.barred:
-        return False
-    reachable = one.reachable or connected
-    stake = one.free_stake_micro
-    return refuse_ask(offer, one.ask, now_ns=now_ns, reachable=reachable, free_stake_micro=stake) is None
+    return not one.barred and one.refuse(offer, now_ns=now_ns, connected=connected) is None
 
 
 def _moved(offer: Offer, one: Capacity, now_ns: int, relock: _Relock) -> _Change | None:
@@ -139,16 +150,16 @@ def _moved(offer: Offer, one: Capacity, now_ns: int, relock: _Relock) -> _Change
         return _Change((one.barred,), None)
     codes: list[str] = []
     moved: Offer | None = offer
-    reachable = one.reachable
+    connected = False
     for _ in range(_MOVES_MAX):
         assert moved is not None
-        refusal = refuse_ask(moved, one.ask, now_ns=now_ns, reachable=reachable, free_stake_micro=one.free_stake_micro)
+        refusal = one.refuse(moved, now_ns=now_ns, connected=connected)
         if refusal is None:
             return _Change(tuple(codes), moved) if codes else None
         if refusal.code in codes:
             return _Change(tuple(codes), None)  # it moved already and that did not help
         codes.append(refusal.code)
-        reachable = reachable or refusal.code == "unreachable"
+        connected = connected or refusal.code == "unreachable"
         moved = _move(moved, one, refusal.code, now_ns, relock)
         if moved is None:
             return _Change(tuple(codes), None)
@@ -175,13 +186,13 @@ def _move(offer: Offer, one: Capacity, code: str, now_ns: int, relock: _Relock) 
             return msgspec.structs.replace(offer, memory_bytes=ask.memory_bytes) if ask.memory_bytes else None
         case "device":
             return msgspec.structs.replace(offer, device="any")
-        case "device-memory":
+        case "vram":
             return msgspec.structs.replace(offer, device_memory_bytes=ask.device_memory_bytes)
         case "sandbox":
             weaker = msgspec.structs.replace(offer, sandbox=ask.sandbox)
             return weaker if required_level(weaker) < required_level(offer) else None
         case "deadline":
-            takes_ns = offer.operations * 10**9 // max(1, ask.operations_per_second)
+            takes_ns = work_ns(offer, ask, proven=one.proven, bytes_per_second=one.bytes_per_second)
             return msgspec.structs.replace(offer, deadline_ns=now_ns + takes_ns * 5 // 4 + 60 * 10**9)
         case _:
             return None
@@ -264,7 +275,8 @@ def _words(offer: Offer, far: Offer, terms: frozenset[str], now_ns: int) -> str:
     if far.sandbox != offer.sandbox:
         parts.append(f"accept sandbox level {LEVELS[far.sandbox]}")
     if far.deadline_ns != offer.deadline_ns:
-        parts.append(f"give it {max(0, far.deadline_ns - now_ns) // 10**9} s from now")
+        minutes = -(-(far.deadline_ns - max(now_ns, offer.deadline_ns)) // (60 * 10**9))
+        parts.append(f"extend the deadline by {minutes} min")
     return " and ".join(parts)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from market.assignment import NEVER, assign
 from market.matching import Choice, Proven, Refusal, Scored, match_round
 from market.reputation import Reputation
+from protocol import params
 from protocol.records import Bid, Offer, amount_for
 
 __all__ = ["Candidate", "match_offers"]
@@ -29,6 +30,7 @@ class Candidate:
     round_number: int
     excluded: Collection[bytes] = ()
     stake_min_micro: int = 0
+    now_ns: int = 0
 
 
 def match_offers(
@@ -38,6 +40,7 @@ def match_offers(
     reputation_of: Callable[[bytes], Reputation],
     reachable: Callable[[bytes], bool],
     proven: Callable[[bytes], Proven],
+    link: Callable[[bytes], int] = lambda _: params.LINK_BYTES_PER_SECOND,
 ) -> dict[bytes, Choice]:
     """The choice for each offer, by its id; the winners are distinct solvers.
 
@@ -56,7 +59,9 @@ def match_offers(
             excluded=one.excluded,
             reachable=reachable,
             proven=proven,
+            link=link,
             stake_min_micro=one.stake_min_micro,
+            now_ns=one.now_ns,
         )
         for one in sorted(candidates, key=lambda one: one.offer_id)
     }

@@ -129,6 +129,8 @@ class Answers:
             stake_micro=self.settler.free_stake(self.desk.me),
             slots_free=1,  # a taken slot is work, and told as that: what else is in the way counts when it is free
             checker_stake_min_micro=self.desk.network.rules.checker_stake_min_micro,
+            device=means.device,
+            device_memory_bytes=means.device_memory_bytes,
         )
 
     def _demands(self) -> list[Demand]:
@@ -140,7 +142,8 @@ class Answers:
             bids = self.desk.book.live_bids(offer_id, now_ns=self.desk.wall_ns)
             others = tuple(bid.unit_price for _, bid in bids if bid.solver != self.desk.me)
             mine = offer_id in self.bidder.bid_on
-            made.append(Demand(offer, self.bidder.price_of(offer), others, mine))
+            takes_ns = self.bidder.takes_ns(offer)
+            made.append(Demand(offer, self.bidder.price_of(offer), others, mine, self.desk.wall_ns, takes_ns))
         return made
 
     def _peer_reasons(self) -> list[Reason]:
@@ -270,7 +273,12 @@ class Answers:
         others = (a for a in asks.cheapest(len(here) + params.WHY_ASKS_MAX) if a.peer not in self.desk.peers)
         capacities = [
             Capacity(
-                a, a.peer in self.desk.peers, self.settler.free_stake(a.peer), "excluded" if a.peer in barred else ""
+                a,
+                a.peer in self.desk.peers,
+                self.settler.free_stake(a.peer),
+                "excluded" if a.peer in barred else "",
+                self.jobs.speed_of(a.peer),
+                self.desk.link_speed(a.peer),
             )
             for a in [*here, *others][: params.WHY_ASKS_MAX]
         ]

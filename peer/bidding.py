@@ -12,7 +12,7 @@ from heapq import heappop, heappush
 from itertools import islice
 from typing import Any
 
-from market.matching import Refusal, refuse_offer
+from market.matching import Refusal, eta_ns, refuse_offer, transfer_ns
 from peer.desk import MARKET, Desk
 from peer.profiles import tolerance_for
 from peer.settler import Settler
@@ -66,6 +66,10 @@ class Bidder:
             solves=solves,
             verifies=verifies,
             checker_stake_min_micro=self.desk.network.rules.checker_stake_min_micro,
+            device=means.device,
+            device_memory_bytes=means.device_memory_bytes,
+            now_ns=now,
+            takes_ns=self.takes_ns(offer),
         )
         if refusal is not None:
             if self.refusals.get(offer_id) != refusal:
@@ -86,13 +90,15 @@ class Bidder:
             unit_price=self.price_of(offer),
             operations_cap=offer.operations,
             lock_micro=self._lock(offer),
-            eta_ns=offer.operations if offer.mode == "script" else offer.operations * 10**9 // max(1, self.speed()),
+            eta_ns=eta_ns(offer, self.speed()),
             sandbox=means.sandbox,
             seed_commitment=commitment(seed, agreement_salt=self.desk.me),
             forced_commitment=commitment(secret, agreement_salt=self.desk.me),
             nonce=self.desk.now_ns,
             created_ns=now,
             expires_ns=expires,
+            device=means.device,
+            device_memory_bytes=means.device_memory_bytes,
         )
         envelope = self.desk.seal(bid)
         bid_id = open_record(envelope, network=self.desk.network.id)[1]
@@ -123,6 +129,10 @@ class Bidder:
         price = self.desk.means.unit_price
         return -(-price * self.speed() // 10**9) if offer.mode == "script" else price
 
+    def takes_ns(self, offer: Offer) -> int:
+        """How long the work would take this peer from now on, with all transfers."""
+        return eta_ns(offer, self.speed()) + transfer_ns(offer, self.desk.link_speed(offer.submitter))
+
     def speed(self) -> int:
         """Operations per second: measured on this peer's own segments, else by its card, else the configured guess."""
         by_card = self.carded() // params.BENCH_JOB_SHARE
@@ -151,6 +161,8 @@ class Bidder:
             operations_per_second=self.speed(),
             created_ns=self.desk.wall_ns,
             expires_ns=self.desk.wall_ns + rules.ask_lifetime_ms * 10**6,
+            device=means.device,
+            device_memory_bytes=means.device_memory_bytes,
         )
         self.ask = self.desk.seal(ask)
         self.desk.book.add_ask(ask, now_ns=self.desk.wall_ns)
@@ -253,13 +265,15 @@ class Bidder:
             self.seeds.pop(heappop(self._seed_ends)[1], None)
 
     def _brings(self) -> Any:
-        """All that `refuse_offer` knows of this peer: while it stays, an offer that was refused would be again."""
+        """All that `refuse_offer` knows of this peer: while it stays, an offer that was refused would be again (time
+        only brings a deadline nearer)."""
         return (
             self.desk.means,
             self.speed(),
             self.settler.free_stake(self.desk.me),
             self.slots_free() > 0,
             self.desk.resting(),
+            tuple(self.desk.link_speeds.items()),
         )
 
     def _look_again(self) -> None:

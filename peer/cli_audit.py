@@ -70,6 +70,7 @@ def _show(terminal: Terminal, deal: str, made: Audit) -> None:
             "price_micro": scored.price_micro,
             "risk_micro": scored.risk_micro,
             "wait_micro": scored.wait_micro,
+            "transfer_micro": scored.transfer_micro,
             "won": scored == made.winner,
         }
         for scored in made.choice.ranked
@@ -84,7 +85,7 @@ def _show(terminal: Terminal, deal: str, made: Audit) -> None:
     )  # fmt: skip
     terminal.table(
         f"match of offer {short_id(made.offer_id.hex())}" + (f", deal {short_id(deal)}" if deal else ""),
-        ("solver", ">score", ">price", ">risk", ">wait", ""),
+        ("solver", ">score", ">price", ">risk", ">wait", ">transfer", ""),
         [
             (
                 short_id(one["solver"]),
@@ -92,6 +93,7 @@ def _show(terminal: Terminal, deal: str, made: Audit) -> None:
                 one["price_micro"],
                 one["risk_micro"],
                 one["wait_micro"],
+                one["transfer_micro"],
                 "won" if one["won"] else "",
             )
             for one in ranked

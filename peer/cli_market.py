@@ -79,12 +79,14 @@ def offers(terminal: Terminal, where: tuple[str, ...], sort: str, limit: int | N
     """Show the offers of work this peer has heard of.
 
     For each that this peer would not bid on, the reason. The keys of a FILTER: price, operations, memory, vram, device,
-    sandbox, mode, lock, budget, privacy, bids, refused, peer, age; how it is written: `ichiba book --help`.
+    sandbox, mode, lock, budget, privacy, deadline (the time left), bids, refused, peer, age; how it is written:
+    `ichiba book --help`.
 
     \b
     ichiba offers
     ichiba offers 'price>=0.001 memory<8 mode=exact' --sort -price
     ichiba offers refused=price --json
+    ichiba offers 'deadline<2h device=gpu'
     ichiba offers bids=0 --watch
     """
     text = _checked(where, OFFER_KEYS)

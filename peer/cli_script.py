@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,14 @@ __all__ = ["collect_script", "offer_script"]
 
 
 def offer_script(
-    terminal: Terminal, client: Client, given: ScriptFile, network: bytes, *, budget_micro: int, unit_price_max: int
+    terminal: Terminal,
+    client: Client,
+    given: ScriptFile,
+    network: bytes,
+    terms: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """Put the inputs into the daemon's store and offer the script, once for each replica. The jobs."""
+    """Put the inputs into the daemon's store and offer the script, once for each replica. The jobs. terms:
+    money and needs, as `Client.submit` has them."""
     from protocol.codec import encode
     from protocol.script import FileRef, ScriptSpec
     from protocol.task import task_id
@@ -37,9 +43,9 @@ def offer_script(
     most = given.outputs_bytes + params.SANDBOX_LOG_KEPT_BYTES + params.SCRIPT_RESULT_BYTES_MAX + 8
     jobs = [
         client.command(
-            "submit", task=encode(script).hex(), budget_micro=budget_micro, unit_price_max=unit_price_max,
-            base_root=task_id(script).hex(), checkpoint_bytes=most, memory_bytes=given.memory_bytes, sandbox=4,
-            group=group, replica=replica,
+            "submit", task=encode(script).hex(), base_root=task_id(script).hex(), checkpoint_bytes=most,
+            memory_bytes=given.memory_bytes, sandbox=4,
+            group=group, replica=replica, **terms,
         )
         for replica in range(given.replicas)
     ]  # fmt: skip
@@ -47,7 +53,7 @@ def offer_script(
         terminal.record("ichiba.job/1", job)
         terminal.say(
             f"job {short_id(job['job'])} is offered: a script of at most {given.seconds} s at up to "
-            f"{credits_of(unit_price_max)} credits a second ({job['assurance']})"
+            f"{credits_of(terms['unit_price_max'])} credits a second ({job['assurance']})"
         )
     return jobs
 

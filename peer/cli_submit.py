@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,11 @@ class _NoTerms(IchibaError):
 @click.argument("job", type=_JOB_PATH)
 @click.option("--budget", type=CREDITS, help="The most you pay for all of it, in credits; else what job.toml says.")
 @click.option("--price", type=CREDITS, help="The most you pay per giga-operation, in credits; else what job.toml says.")
+@click.option(
+    "--device", type=click.Choice(["any", "cpu", "gpu"]), help="What it must run on; else what job.toml says."
+)
+@click.option("--vram", type=SIZE, help="The memory its graphics card must have, as in 24G.")
+@click.option("--deadline", metavar="SPAN|TIME", help="When it must be done: 2h, 90m, or a time with its zone.")
 @click.option("--sealed", is_flag=True, help="Show terms only; who wins it gets the keys to the rest.")
 @click.option("--wait/--detach", default=True, help="Follow the job to its end (the default), or return at once.")
 @click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Follow no longer than this.")
@@ -40,6 +46,9 @@ def submit(
     job: Path,
     budget: int | None,
     price: int | None,
+    device: str | None,
+    vram: int | None,
+    deadline: str | None,
     sealed: bool,
     wait: bool,
     timeout: float | None,
@@ -54,49 +63,55 @@ def submit(
     ichiba submit examples/char_gpt --budget 5 --price 0.002 --timeout 3600
     ichiba submit examples/cnn --detach --json
     ichiba submit examples/mlp --sealed
+    ichiba submit examples/mlp --deadline 2h --device cpu
     """
     with terminal.client() as client:
         network = bytes.fromhex(client.status()["network_id"])  # before seconds of torch: is the daemon there?
         from peer.cli_script import offer_script
-        from worker.script_file import ScriptFile, is_script, read_script_file
+        from worker.job_file import JobFile
+        from worker.script_file import read_any
 
-        prepared = None if is_script(job) else prepare_job(terminal, client, job, network)
-        terms = read_script_file(job) if prepared is None else prepared.job
-        budget_micro = budget if budget is not None else terms.budget_micro
-        unit_price_max = price if price is not None else terms.unit_price_max
+        written = read_any(job)
+        required = written.require.overridden(device=device, device_memory_bytes=vram, deadline=deadline)
+        required.terms(time.time_ns())  # a deadline that is past is told before seconds of torch
+        graph = prepare_job(terminal, client, job, network) if isinstance(written, JobFile) else None
+        budget_micro = budget if budget is not None else written.budget_micro
+        unit_price_max = price if price is not None else written.unit_price_max
         if not budget_micro or not unit_price_max:
             raise _NoTerms(
                 f"{'no budget' if not budget_micro else 'no price limit'} is given",
                 why="there is no unlimited default",
                 next_step="add --budget and --price, or set them in job.toml; `ichiba quote` shows the market",
             )
-        if prepared is None and sealed:
+        if not isinstance(written, JobFile) and sealed:
             raise click.UsageError("A script cannot be sealed: nothing of it is checked by its task.")
-        if prepared is None:
-            assert isinstance(terms, ScriptFile), "it is a script's"
-            jobs = offer_script(
-                terminal, client, terms, network, budget_micro=budget_micro, unit_price_max=unit_price_max
-            )
-            _follow_all(terminal, client, jobs, wait=wait, timeout=timeout)
-            return
-        sealed = sealed or prepared.job.sealed
-        task = _upload(terminal, client, prepared, sealed=sealed)
-        made = client.submit(
-            task=task,
-            budget_micro=budget_micro,
-            unit_price_max=unit_price_max,
-            base_root=prepared.base_root,
-            checkpoint_bytes=prepared.checkpoint_bytes,
-            memory_bytes=prepared.memory_bytes,
-            sandbox=prepared.job.sandbox,
-            sealed=sealed,
-        )
-        name = short_id(made["job"])
-        terminal.record("ichiba.job/1", made)
-        terminal.say(f"job {name} is offered: {made['steps']} steps in {made['segments']} segments")
-        if sealed:
-            terminal.say("it is sealed: peers see its terms; `ichiba job show` says who holds its keys")
-        _follow_all(terminal, client, [made], wait=wait, timeout=timeout)
+        terms = {"budget_micro": budget_micro, "unit_price_max": unit_price_max} | required.terms(time.time_ns())
+        if graph is not None:
+            made = [_offer_graph(terminal, client, graph, terms, sealed=sealed or graph.job.sealed)]
+        else:
+            assert not isinstance(written, JobFile), "a graph was prepared"
+            made = offer_script(terminal, client, written, network, terms)
+        _follow_all(terminal, client, made, wait=wait, timeout=timeout)
+
+
+def _offer_graph(
+    terminal: Terminal, client: Client, prepared: Prepared, terms: dict[str, Any], *, sealed: bool
+) -> dict[str, Any]:
+    """Upload what a graph job is made of and offer it. terms: money and needs, as `Client.submit` has them."""
+    made = client.submit(
+        task=_upload(terminal, client, prepared, sealed=sealed),
+        base_root=prepared.base_root,
+        checkpoint_bytes=prepared.checkpoint_bytes,
+        memory_bytes=max(prepared.memory_bytes, prepared.job.require.memory_bytes),
+        sandbox=prepared.job.sandbox,
+        sealed=sealed,
+        **terms,
+    )
+    terminal.record("ichiba.job/1", made)
+    terminal.say(f"job {short_id(made['job'])} is offered: {made['steps']} steps in {made['segments']} segments")
+    if sealed:
+        terminal.say("it is sealed: peers see its terms; `ichiba job show` says who holds its keys")
+    return made
 
 
 def _follow_all(
@@ -166,8 +181,20 @@ def _upload(terminal: Terminal, client: Client, prepared: Prepared, *, sealed: b
 @click.option("--operations", type=click.IntRange(min=1), help="Instead of a job: its number of operations.")
 @click.option("--price", type=CREDITS, help="Your limit per giga-operation, in credits: who is left out by it.")
 @click.option("--memory", type=SIZE, default=0, help="With --operations: the memory a solver must have, as in 2G.")
+@click.option(
+    "--device", type=click.Choice(["any", "cpu", "gpu"]), help="What it must run on; else what job.toml says."
+)
+@click.option("--vram", type=SIZE, help="The memory its graphics card must have, as in 24G.")
 @common
-def quote(terminal: Terminal, job: Path | None, operations: int | None, price: int | None, memory: int) -> None:
+def quote(
+    terminal: Terminal,
+    job: Path | None,
+    operations: int | None,
+    price: int | None,
+    memory: int,
+    device: str | None,
+    vram: int | None,
+) -> None:
     """Show what a job would cost, and how long it would take.
 
     From the asks this peer has heard; nothing is offered and nothing is spent. For several price limits: how many
@@ -180,18 +207,25 @@ def quote(terminal: Terminal, job: Path | None, operations: int | None, price: i
     """
     if (job is None) == (operations is None):
         raise click.UsageError("Give a JOB or --operations, one of them.")
+    from worker.require import Require
+
     sandbox, segments, per_segment = 2, 0, 0  # FILTERED, what any graph needs
+    required = Require()
     with terminal.client() as client:
         if job is not None:
             prepared = prepare_job(terminal, client, job, bytes.fromhex(client.status()["network_id"]))
-            operations, memory, sandbox = prepared.operations, prepared.memory_bytes, prepared.job.sandbox
+            required = prepared.job.require
+            memory = max(prepared.memory_bytes, required.memory_bytes)
+            operations, sandbox = prepared.operations, prepared.job.sandbox
             price = price if price is not None else prepared.job.unit_price_max
             segments = -(-prepared.job.steps // prepared.job.steps_per_segment)
             per_segment = prepared.operations_per_step * prepared.job.steps_per_segment
         assert operations is not None
+        required = required.overridden(device=device, device_memory_bytes=vram, deadline=None)
         found = client.quote(
             operations=operations, unit_price_max=price, memory_bytes=memory, sandbox=sandbox,
             segments=segments, operations_per_segment=per_segment,
+            device=required.device, device_memory_bytes=required.device_memory_bytes,
         )  # fmt: skip
     terminal.record("ichiba.quote/1", {**found, "unit_price_max": price, "memory_bytes": memory})
     _show_quote(terminal, found, price)

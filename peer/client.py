@@ -92,6 +92,9 @@ class Client:
         memory_bytes: int,
         sandbox: int = 2,
         sealed: bool = False,
+        device: str = "any",
+        device_memory_bytes: int = 0,
+        deadline_ns: int = 0,
     ) -> dict[str, Any]:
         """Open a job; `task` is an encoded TaskSpec whose blobs were put before (if the job is sealed, sealed). Returns
         the job."""
@@ -105,6 +108,9 @@ class Client:
             memory_bytes=memory_bytes,
             sandbox=sandbox,
             sealed=sealed,
+            device=device,
+            device_memory_bytes=device_memory_bytes,
+            deadline_ns=deadline_ns,
         )
 
     def cancel(self, job: str) -> dict[str, Any]:
@@ -139,10 +145,11 @@ class Client:
         """The trades of the settlement log, newest first, and the statistics of those picked."""
         return self.command("trades", where=where, sort=sort, limit=limit)
 
-    def quote(self, *, operations: int, unit_price_max: int | None = None, **needs: int) -> dict[str, Any]:
+    def quote(self, *, operations: int, unit_price_max: int | None = None, **needs: int | str) -> dict[str, Any]:
         """Price and speed of a job of `operations`, and price against waiting, from the asks heard.
 
-        needs: memory_bytes, sandbox, and for the cost of its checks segments and operations_per_segment.
+        needs: memory_bytes, sandbox, device, device_memory_bytes, and for the cost of its checks segments and
+        operations_per_segment.
         """
         return self.command("quote", operations=operations, unit_price_max=unit_price_max, **needs)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -33,6 +33,7 @@ from peer.sealing import Sealing
 from peer.settler import Settler
 from peer.solver import Solver
 from peer.submitter import Submitter
+from protocol import params
 from protocol.bench_card import Figures
 from protocol.codec import blake
 from protocol.errors import IchibaError, LocalProtocolError, NotFound
@@ -67,6 +68,9 @@ class SubmitArguments(msgspec.Struct, forbid_unknown_fields=True):
     group: str = ""  # of replicas of one script
     replica: int = 0
     sealed: bool = False  # the offer shows terms only; the winner alone gets the keys to the rest
+    device: Literal["any", "cpu", "gpu"] = "any"
+    device_memory_bytes: int = 0
+    deadline_ns: int = 0  # when the work must be done; 0: whenever
 
 
 @dataclass
@@ -175,6 +179,7 @@ class Commands:
             raise BadArguments("a script starts from its own id", next_step="give base_root the id of the task")
         if given.budget_micro <= 0 or given.unit_price_max <= 0:
             raise BadArguments("budget and price limit must be positive")
+        self._check_terms(given)
         task, encoded, key = self.sealing.submitted(task, encoded, sealed=given.sealed)
         other = [bytes([given.replica])] if given.replica else []
         job = Job(
@@ -193,9 +198,29 @@ class Commands:
             base_blob=task.initial.blob if isinstance(task, TaskSpec) and task.initial.kind == "state" else b"",
             created_ns=self.desk.wall_ns,
             key=key,
+            device=given.device,
+            device_memory_bytes=given.device_memory_bytes,
+            deadline_ns=given.deadline_ns,
         )
         self.sealing.protect(job)
         return self._job(self.jobs.submit(job))
+
+    def _check_terms(self, given: SubmitArguments) -> None:
+        """Refuse what no solver can meet, before anybody hears of it. Raises BadArguments."""
+        if given.device_memory_bytes < 0 or (given.device_memory_bytes and given.device != "gpu"):
+            raise BadArguments(
+                f"{given.device_memory_bytes} bytes on the card of a device {given.device!r}",
+                why="only a graphics card has memory of its own",
+                next_step="ask for the device gpu, or for no such memory",
+            )
+        left_ns = given.deadline_ns - self.desk.wall_ns
+        if given.deadline_ns and not 0 < left_ns <= params.DEADLINE_NS_MAX:
+            when = f"{-left_ns // 10**9} s ago" if left_ns <= 0 else f"in {left_ns // (86_400 * 10**9)} days"
+            raise BadArguments(
+                f"the deadline is {when}",
+                why=f"it must be ahead, by {params.DEADLINE_NS_MAX // (86_400 * 10**9)} days at most",
+                next_step="--deadline 2h, or a time with its zone as in 2027-01-31T18:00+01:00",
+            )
 
     def cancel(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Stop a job."""
@@ -251,6 +276,9 @@ class Commands:
             "retried": job.retried,
             "created_ns": job.created_ns,
             "ended_ns": job.ended_ns,
+            "device": job.device,
+            "device_memory_bytes": job.device_memory_bytes,
+            "deadline_ns": job.deadline_ns,
             "final_root": job.base_root.hex() if job.state == JobState.DONE else "",
             "checkpoint": job.base_blob.hex() if job.state == JobState.DONE else "",
         }

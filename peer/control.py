@@ -80,6 +80,9 @@ class _Submit(msgspec.Struct, forbid_unknown_fields=True):
     group: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{32})?$")] = ""
     replica: Annotated[int, msgspec.Meta(ge=0, lt=params.SCRIPT_REPLICAS_MAX)] = 0
     sealed: bool = False
+    device: Literal["any", "cpu", "gpu"] = "any"
+    device_memory_bytes: _Count = 0
+    deadline_ns: _Count = 0
 
 
 class _Since(msgspec.Struct, forbid_unknown_fields=True):
@@ -101,6 +104,8 @@ class _Quote(msgspec.Struct, forbid_unknown_fields=True):
     unit_price_max: _Price | None = None
     memory_bytes: _Count = 0
     sandbox: _Level = 2
+    device: Literal["any", "cpu", "gpu"] = "any"
+    device_memory_bytes: _Count = 0
     segments: Annotated[int, msgspec.Meta(ge=0, le=params.TASK_SEGMENTS_MAX)] = 0
     operations_per_segment: _Count = 0
 

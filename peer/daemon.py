@@ -24,6 +24,7 @@ from peer.blobs import BlobStore
 from peer.clock import Clock
 from peer.control import serve_control
 from peer.desk import MARKET, SETTLEMENT, Means
+from peer.device import Device, find_device
 from peer.effects import Performer
 from peer.events import Command, Effect, Input, Reply, Tick
 from peer.guest_watch import RULES_FILE, GuestWatch
@@ -92,6 +93,7 @@ class Daemon:
     clock: Clock
     sandbox_note: str = ""
     turns: Turns = field(init=False)
+    device: Device = field(default_factory=Device)
     stopped: trio.Event = field(default_factory=trio.Event)
     replies: dict[int, tuple[trio.Event, list[Reply]]] = field(default_factory=dict)
     listeners: dict[int, tuple[str | None, trio.MemorySendChannel[dict[str, Any]]]] = field(default_factory=dict)
@@ -205,6 +207,10 @@ class Daemon:
         elif self.sandbox_note:
             lines = [{"what": "sandbox", "level": "bad", "explanation": self.sandbox_note, "fix": "see above"}]
         lines.append(self._clock_line())
+        if self.workshop is not None:
+            name = f"a graphics card: {self.device.name}" if self.device.kind == "gpu" else "the processor"
+            level, words = ("warn", self.device.note) if self.device.note else ("ok", f"work runs on {name}")
+            lines.append({"what": "device", "level": level, "explanation": words, "fix": ""})
         peers = len(self.host.peers())
         lines.append(
             {
@@ -290,6 +296,7 @@ async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATU
         blobs = BlobStore(config.data_dir / "blobs", params.BLOB_STORE_BYTES_MAX)
         workshop, note = await _open_workshop(stack, config)
         level = workshop.report.level if workshop is not None else Level.NONE
+        device = await trio.to_thread.run_sync(find_device, workshop.devices) if workshop is not None else Device()
         means = Means(
             roles=config.roles if workshop is not None else 0,
             unit_price=config.unit_price,
@@ -297,6 +304,8 @@ async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATU
             sandbox=int(level),
             slots=config.slots,
             cheat=config.cheat,
+            device=device.kind,
+            device_memory_bytes=device.memory_bytes,
         )
         host = await stack.enter_async_context(
             open_host(
@@ -325,7 +334,9 @@ async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATU
         states = SuspendedStates(config.data_dir / "suspended")
         performer = Performer(host, blobs, workshop, nursery, send, states)
         verifier = stack.enter_context(closing(Verifier(network.id)))
-        daemon = Daemon(config, network, store, blobs, host, node, workshop, performer, send, verifier, clock, note)
+        daemon = Daemon(
+            config, network, store, blobs, host, node, workshop, performer, send, verifier, clock, note, device
+        )
         host.serve(BLOB_PROTOCOL, blobs.serve)
         nursery.start_soon(daemon.run, receive)
         nursery.start_soon(_pump, host, send)

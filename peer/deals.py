@@ -112,6 +112,9 @@ class Job(msgspec.Struct, kw_only=True):
     solvers: list[bytes] = msgspec.field(default_factory=list)  # of its deals, in their order
     key: bytes = b""  # of a sealed job: what its blobs are sealed under
     ended_ns: int = 0
+    device: Literal["any", "cpu", "gpu"] = "any"
+    device_memory_bytes: int = 0
+    deadline_ns: int = 0  # when its work must be done; 0: whenever
 
     @property
     def tolerant(self) -> bool:

@@ -132,7 +132,7 @@ class Story:
     def _on_round(self, event: Event) -> list[str]:
         lines = []
         for place, bid in enumerate(event["ranked"]):
-            score = bid["price"] + bid["risk"] + bid["wait"]
+            score = bid["price"] + bid["risk"] + bid["wait"] + bid["transfer"]
             lines.append(
                 f"bid        {self._name(bid['solver'])}: price {credits_of(bid['price'])} + risk "
                 f"{credits_of(bid['risk'])} + waiting {credits_of(bid['wait'])} = {credits_of(score)}"

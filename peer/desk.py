@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from market.book import OrderBook
 from market.entries import Entry
@@ -36,6 +36,8 @@ class Means:
     unit_price: int = 0  # micro-credits per giga-operation, the least it works for
     memory_bytes: int = 0
     sandbox: int = 0
+    device: Literal["cpu", "gpu"] = "cpu"  # what its workers compute on
+    device_memory_bytes: int = 0  # of its graphics card
     operations_per_second: int = 10**9  # first guess; replaced by what finished segments measured
     slots: int = 1
     cheat: str = ""  # the demo's fraudulent solver; see worker/cheats.py
@@ -60,6 +62,7 @@ class Desk:
     paused_why: str = ""
     finishing_ns: int = 0  # since when it takes no new work; 0: it does
     effects: list[Effect] = field(default_factory=list)
+    link_speeds: dict[bytes, int] = field(default_factory=dict)  # peer -> bytes per second, as downloads went
     outbox: dict[str, list[bytes]] = field(default_factory=dict)
     # What a peer may be sent of a message that speaks of a sealed job, or nothing (peer/sealing.py).
     sealer: Callable[[bytes, Message], Message | None] = lambda _, message: message
@@ -94,6 +97,17 @@ class Desk:
     def left_ns(self, peer: bytes) -> int:
         """When `peer` was last seen leaving; for one never seen since the start, when this node started."""
         return self.lefts.setdefault(peer, self.now_ns)
+
+    def link_speed(self, peer: bytes) -> int:
+        """Bytes per second between this peer and `peer`: measured, else what is usual."""
+        return self.link_speeds.get(peer, params.LINK_BYTES_PER_SECOND)
+
+    def measured(self, peer: bytes, bytes_per_second: int) -> None:
+        """A download from `peer` went so fast. One sample moves what is believed by a quarter."""
+        before = self.link_speeds.pop(peer, bytes_per_second)
+        if len(self.link_speeds) >= params.LINK_SPEEDS_MAX:
+            del self.link_speeds[next(iter(self.link_speeds))]
+        self.link_speeds[peer] = (3 * before + bytes_per_second) // 4
 
     def save(self, table: str, key: bytes, value: Any) -> None:
         """Journal a row (a Struct, bytes, or None to delete it)."""

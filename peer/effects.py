@@ -45,6 +45,7 @@ from peer.events import (
     WorkEnded,
 )
 from peer.host import Host, PeerUnreachable
+from peer.link_meter import LinkMeter
 from peer.profile_run import run_profile
 from peer.scripting import ScriptOrder, run_script
 from peer.suspension import SuspendedStates
@@ -203,10 +204,12 @@ class Performer:
 
     # --- blobs ---------------------------------------------------------------------------------------------
     async def _fetch(self, effect: Fetch) -> None:
-        error, forged, note = "", False, ""
+        error, forged, note, meter = "", False, "", LinkMeter(effect.peers)
         try:
             if not self.blobs.has(effect.blob):
-                await self.blobs.fetch(self.host, effect.blob, effect.peers, size_max=effect.size_max, keys=effect.keys)
+                await self.blobs.fetch(
+                    self.host, effect.blob, effect.peers, size_max=effect.size_max, progress=meter, keys=effect.keys
+                )
             self.blobs.pin(effect.blob, effect.token.hex())
             if effect.state_root and not effect.program:
                 check_result = partial(check_script_result, self.blobs.path(effect.blob), effect.state_root)
@@ -224,7 +227,7 @@ class Performer:
             error, forged = str(failure), True
         except (IchibaError, OSError) as failure:
             error = str(failure)
-        await self.inbox.send(Fetched(effect.blob, effect.token, error, forged, note))
+        await self.inbox.send(Fetched(effect.blob, effect.token, error, forged, note, *meter.told()))
 
     async def _read(self, effect: ReadBlob) -> None:
         data, error = b"", ""

@@ -110,6 +110,8 @@ class Fetched:
     error: str = ""
     forged: bool = False
     note: str = ""  # how the script ended whose outputs these are; empty if well
+    peer: bytes = b""  # whose link it measured, with the bytes per second; 0: it tells nothing
+    bytes_per_second: int = 0
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,9 @@ class JobDesk:
         dated_ns = self.desk.wall_ns
         if job.offer_id:
             self.desk.book.remove_offer(job.offer_id)
+        if self.late(job):
+            self.end(job, JobState.FAILED, self.missed(job))
+            return
         job.nonce += 1
         operations, checked = self._operations(job), bool(operations_per_check(task))
         needed, left = self.channel_for(job, task.segments), job.budget_micro - self.spent(job)
@@ -160,8 +163,12 @@ class JobDesk:
             check_permille=rules.newcomer_permille if checked else 0,
             lock_micro=lock_micro(rules, amount_for(operations, job.unit_price_max)) if checked else 0,
             created_ns=dated_ns,
-            expires_ns=dated_ns + rules.offer_lifetime_ms * 10**6,
+            expires_ns=min(dated_ns + rules.offer_lifetime_ms * 10**6, job.deadline_ns or params.FOREVER_NS),
             tolerance=job.tolerance,
+            device=job.device,
+            device_memory_bytes=job.device_memory_bytes,
+            deadline_ns=job.deadline_ns,
+            content_bytes=sum(blobs_of(task).values()) + (job.checkpoint_bytes if job.base_blob else 0),
             privacy="sealed" if job.key else "open",
         )
         job.offer = self.desk.seal(offer)
@@ -182,6 +189,18 @@ class JobDesk:
             budget_micro=job.budget_micro,
         )
 
+    def late(self, job: Job) -> bool:
+        """Whether the job's deadline has passed."""
+        return 0 < job.deadline_ns <= self.desk.wall_ns
+
+    def missed(self, job: Job) -> str:
+        """Why a late job fails, and what its submitter can do."""
+        ago_s, segments = (self.desk.wall_ns - job.deadline_ns) // 10**9, task_of(job.task).segments
+        return (
+            f"its deadline passed {ago_s} s ago with {job.segment} of {segments} segments done; what is done is paid; "
+            "submit it again with a later --deadline or a higher --price (`ichiba quote` shows how fast solvers are)"
+        )
+
     def _candidate(self, job: Job) -> Candidate | None:
         """The job's offer for the round that is due, or None if it had to be offered anew."""
         rules, now, book = self.desk.network.rules, self.desk.now_ns, self.desk.book
@@ -197,6 +216,7 @@ class JobDesk:
             round_number=(now - job.offered_ns) // (rules.round_ms * 10**6),
             excluded=self.excluded(job),
             stake_min_micro=rules.checker_stake_min_micro if offer.mode == "profile" else 0,
+            now_ns=self.desk.wall_ns,
         )
 
     def _match(self, due: list[Job]) -> None:
@@ -208,6 +228,7 @@ class JobDesk:
             reputation_of=self.settler.reputation,
             reachable=lambda peer: peer in self.desk.peers,
             proven=self.speed_of,
+            link=self.desk.link_speed,
         )
         for job in due:
             if job.id in candidates:
@@ -227,7 +248,13 @@ class JobDesk:
             "round",
             job.id,
             ranked=[
-                {"solver": s.solver, "price": s.price_micro, "risk": s.risk_micro, "wait": s.wait_micro}
+                {
+                    "solver": s.solver,
+                    "price": s.price_micro,
+                    "risk": s.risk_micro,
+                    "wait": s.wait_micro,
+                    "transfer": s.transfer_micro,
+                }
                 for s in choice.ranked
             ],
             refused=[{"solver": peer, "code": r.code, "why": r.why} for peer, r in choice.refused],
@@ -299,6 +326,9 @@ class JobDesk:
         if job.cancelled:
             self.end(job, JobState.CANCELLED, why)
             return
+        if self.late(job):
+            self.end(job, JobState.FAILED, self.missed(job))
+            return
         if job.fruitless >= params.FRUITLESS_DEALS_MAX:
             self.end(job, JobState.FAILED, f"{job.fruitless} deals brought the job no further; the last: {why}")
             return
@@ -321,6 +351,10 @@ class JobDesk:
         """Matching rounds, and offers gossiped again."""
         now = self.desk.now_ns
         offered = [job for job in self.jobs.values() if job.state == JobState.OFFERED]
+        for job in [job for job in self.jobs.values() if job.deadline_ns and self.late(job)]:
+            if job.state in (JobState.OFFERED, JobState.PROFILING):
+                self.end(job, JobState.FAILED, self.missed(job))
+        offered = [job for job in offered if job.open]
         if any(now >= self.rounds.setdefault(job.id, now) for job in offered):
             # Those that would be due soon come along: together they are matched better than one after the other.
             soon = now + self.desk.network.rules.round_ms * 10**6 // 2

@@ -48,6 +48,8 @@ class _Quote(msgspec.Struct, forbid_unknown_fields=True):
     unit_price_max: int | None = None
     memory_bytes: int = 0
     sandbox: int = 2
+    device: str = "any"
+    device_memory_bytes: int = 0
     segments: int = 0  # of the job, and the operations of one: what its checks cost. 0: not known
     operations_per_segment: int = 0
 
@@ -56,6 +58,8 @@ class _Price(msgspec.Struct, forbid_unknown_fields=True):
     sell: bool = False
     memory_bytes: int = 0
     sandbox: int = 2
+    device: str = "any"
+    device_memory_bytes: int = 0
     watts: int = 0
     kwh_micro: int = 0
     with_own: bool = False
@@ -149,7 +153,7 @@ class MarketView:
         desk, refusals = self.desk, self.bidder.refusals
         plain = (
             "mode", "operations", "unit_price_max", "budget_micro", "memory_bytes", "device", "device_memory_bytes",
-            "sandbox", "privacy", "deadline_ns", "lock_micro",
+            "sandbox", "privacy", "deadline_ns", "lock_micro", "content_bytes", "checkpoint_bytes",
         )  # fmt: skip
 
         def of_offer(name: str) -> Callable[[tuple[bytes, Offer]], Any]:
@@ -168,6 +172,9 @@ class MarketView:
             "no_bid": lambda pair: asdict(refusals[pair[0]]) if pair[0] in refusals else None,
             "no_bid_code": lambda pair: refusals[pair[0]].code if pair[0] in refusals else "none",
             "age_ns": lambda pair: max(0, desk.wall_ns - pair[1].created_ns),
+            "left_ns": lambda pair: (
+                max(0, pair[1].deadline_ns - desk.wall_ns) if pair[1].deadline_ns else params.FOREVER_NS
+            ),
         }
 
     def _trade_fields(self) -> _Fields:
@@ -222,6 +229,8 @@ class MarketView:
             now_ns=self.desk.wall_ns,
             memory_bytes=given.memory_bytes,
             sandbox=given.sandbox,
+            device=given.device,
+            device_memory_bytes=given.device_memory_bytes,
             without=self.desk.me,
         )
 

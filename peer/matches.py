@@ -55,6 +55,7 @@ class Matches:
             streak=history.streak,
             grade=speed.grade,
             operations_per_second=speed.operations_per_second,
+            bytes_per_second=self.desk.link_speed(solver),
             reachable=solver in self.desk.peers,
             excluded=solver in candidate.excluded,
             taken=solver in taken,

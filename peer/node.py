@@ -213,6 +213,8 @@ class Node:
                 self.desk.peers.pop(peer, None)
                 self.desk.lefts[peer] = self.desk.now_ns
             case Fetched():
+                if event.bytes_per_second:
+                    self.desk.measured(event.peer, event.bytes_per_second)
                 deal = self.submitter.deals.get(event.token)
                 if deal is not None and event.note:
                     self.jobs.note(deal.job, event.note)

@@ -170,6 +170,9 @@ class Profiles:
             base_root=task_id(spec),
             base_blob=job.base_blob,
             created_ns=self.desk.wall_ns,
+            device=job.device,
+            device_memory_bytes=job.device_memory_bytes,
+            deadline_ns=job.deadline_ns,
         )
         self.desk.emit("profile", job.id, number=spec.number, operations=spec.operations_per_step, why=why)
         self.jobs.jobs[child.id] = child

@@ -429,7 +429,9 @@ class Submitter:
                 elif now >= self.proposals.get(deal.id, 0):
                     self._send_proposal(deal)
             case State.RUNNING:
-                if now - deal.news_ns > agreement.segment_deadline_ns:
+                if self.jobs.late(self.jobs.jobs[deal.job]):
+                    self._solver_lost(deal, "the deadline of the job passed")
+                elif now - deal.news_ns > agreement.segment_deadline_ns:
                     self._solver_lost(deal, f"no receipt for {(now - deal.news_ns) // 10**9} s")
                 elif gone and now - max(deal.news_ns, self.desk.left_ns(agreement.solver)) > grace_ns:
                     self._solver_lost(deal, "the connection to the solver is gone")

@@ -177,6 +177,8 @@ class Workshop:
     about 350 MB. minimum: entering raises SandboxTooWeak below it, and below what graph jobs need in any case.
     """
 
+    devices: Final = ("cpu",)  # what workers compute on: the sandbox gives none a graphics card
+
     def __init__(self, scratch_dir: Path, pool: int = 1, minimum: Level = Level.FILTERED) -> None:
         if not 0 <= pool <= params.SANDBOX_POOL_MAX:
             raise LocalProtocolError(f"a pool of {pool} workers, 0 to {params.SANDBOX_POOL_MAX} are kept")

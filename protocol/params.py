@@ -267,6 +267,9 @@ BENCH_CARDS_MAX: Final = 10_000  # cards of others that are remembered; the olde
 BENCH_FILE_BYTES_MAX: Final = 33 * 1024 * 1024  # a card and the largest results, twice 4,096 x 4,096 bytes
 UNPROVEN_SPEED_MAX: Final = 50 * 10**9  # operations a second a peer is believed without our own challenge: one core
 UNPROVEN_SLOWDOWN_PERMILLE: Final = 2000  # what nobody proved is expected to take twice as long as it says
+LINK_BYTES_PER_SECOND: Final = 1_250_000  # 10 Mbit/s, a usual uplink at home: of a link that was not measured
+LINK_SAMPLE_BYTES_MIN: Final = 256 * 1024  # a smaller download tells the delay of a link, not its speed
+LINK_SPEEDS_MAX: Final = 1_024  # peers whose links were measured: those connected and some that were
 SELF_TIMED_SLOWDOWN_PERMILLE: Final = 1500  # real work, but on a clock we do not know
 
 # --- script jobs (protocol/script.py, worker/script.py) ----------------------------------------------------
@@ -344,6 +347,8 @@ BEACONS_ASKED_MAX: Final = 256  # beacons this peer waits for at once: one for e
 CORRECTION_WAIT_NS: Final = 120 * 10**9  # for the true state of an ordered error; then its segment is done again
 CORRECTION_FETCH_NS: Final = 10 * 10**9  # between two attempts to get that state
 # --- what people ask (market/filters.py, market/prints.py, peer/answers.py) --------------------------------
+FOREVER_NS: Final = 2**63 - 1  # later than any time a record can hold
+DEADLINE_NS_MAX: Final = 366 * 86_400 * 10**9  # a job that has more time has no deadline
 FILTER_CHARS_MAX: Final = 1000  # of a filter: thirty comparisons
 ROWS_SHOWN_MAX: Final = 10_000  # rows of one table in one answer: 4 MB of JSON
 PRINTS_MIN: Final = 10  # below so many days of distinct pairs a quantile of prices says nothing

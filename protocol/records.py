@@ -94,6 +94,7 @@ class Offer(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, k
     device: Literal["any", "cpu", "gpu"] = "any"
     device_memory_bytes: Uint = 0  # that its graphics card must have
     deadline_ns: Uint = 0  # when the work must be done; 0: whenever
+    content_bytes: Uint = 0  # that its solver fetches before it starts: program, data and the state it starts from
     privacy: Literal["open", "sealed"] = "open"  # sealed: only who wins gets the keys of program and data
 
 
@@ -130,6 +131,8 @@ class Bid(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_
     nonce: Uint
     created_ns: Uint
     expires_ns: Uint
+    device: Literal["cpu", "gpu"] = "cpu"
+    device_memory_bytes: Uint = 0  # of its graphics card
 
 
 class Agreement(

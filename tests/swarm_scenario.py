@@ -72,9 +72,9 @@ def make_swarm(
 
 def submit(
     simulation: Simulation, *, budget_micro: int = 10_000_000, unit_price_max: int = 2000, sandbox: int = 2,
-    mode: Literal["exact", "tolerant"] = "exact",
+    mode: Literal["exact", "tolerant"] = "exact", **terms: object,
 ) -> str:  # fmt: skip
-    """Alice submits; her store has the blobs. Returns the job id."""
+    """Alice submits; her store has the blobs. terms: others of the command. Returns the job id."""
     task = msgspec.structs.replace(make_task(simulation.network), mode=mode)
     alice = simulation.peers["alice"]
     alice.blobs |= set(CONTENTS)
@@ -89,6 +89,7 @@ def submit(
             "checkpoint_bytes": 10_000,
             "memory_bytes": 2**20,
             "sandbox": sandbox,
+            **terms,
         },
     )
     assert reply.error is None, reply.error

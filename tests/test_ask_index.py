@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from market.ask_index import AskIndex
 from market.feasibility import refuse_ask
+from market.matching import Proven
 from protocol.codec import blake
 from protocol.records import Ask, Offer
 from tests.test_market import NOW, ask, offer
@@ -30,7 +31,10 @@ OFFERS = st.builds(
     operations=st.one_of(st.integers(1, 10**15), EDGES), unit_price_max=st.sampled_from([0, 1, 700, 10**10, 10**12]),
     memory_bytes=EDGES, device_memory_bytes=EDGES, sandbox=st.integers(0, 4), lock_micro=st.integers(0, 200),
     device=st.sampled_from(["any", "cpu", "gpu"]),
-    deadline_ns=st.sampled_from([0, 1, NOW, NOW + 1, NOW + 10**9, NOW + 10**12, 2**63 - 1]),
+    content_bytes=st.sampled_from([0, 1, 10**9, 2**63 - 1]), checkpoint_bytes=st.sampled_from([0, 100, 10**8]),
+    deadline_ns=st.one_of(
+        st.sampled_from([0, 1, NOW, NOW + 1, NOW + 10**9, NOW + 10**12, 2**63 - 1]), st.integers(NOW, NOW + 10**14)
+    ),
 )  # fmt: skip
 
 
@@ -109,10 +113,11 @@ def test_a_survey_is_the_rule_held_against_each_ask(
     live = [one for one in index if one.expires_ns > NOW]
 
     def refuse(one: Ask) -> Any:
-        facts = {"reachable": one.peer != PEERS[0], "free_stake_micro": 100} if one.peer in known else {}
-        return refuse_ask(
-            wanted, one, now_ns=NOW, **{"reachable": True, "free_stake_micro": 2**63, **facts}
-        )  # fmt: skip
+        facts: dict[str, Any] = {"reachable": True, "free_stake_micro": 2**63}
+        if one.peer in known:
+            facts = {"reachable": one.peer != PEERS[0], "free_stake_micro": 100, "bytes_per_second": 10**5}
+            facts["proven"] = Proven("witnessed", 10**10)
+        return refuse_ask(wanted, one, now_ns=NOW, **facts)
 
     found = index.survey(wanted, now_ns=NOW, known=known, refuse=refuse, cheapest=count)
     able = [one for one in live if refuse(one) is None]

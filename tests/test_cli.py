@@ -208,7 +208,7 @@ def test_a_quote_says_who_is_left_out_by_the_limit(daemon: FakeDaemon, home: Pat
     assert "leaves out 2 of them; 0.0021 would reach all" in told.stdout
     assert daemon.seen[-1][1] == {
         "operations": 5 * 10**9, "unit_price_max": 1000, "memory_bytes": 2 << 30, "sandbox": 2,
-        "segments": 0, "operations_per_segment": 0,
+        "segments": 0, "operations_per_segment": 0, "device": "any", "device_memory_bytes": 0,
     }  # fmt: skip
 
 

@@ -90,6 +90,8 @@ def test_every_call_of_the_client_reaches_the_daemon_with_its_arguments(daemon: 
                 "unit_price_max": None,
                 "memory_bytes": 0,
                 "sandbox": 2,
+                "device": "any",
+                "device_memory_bytes": 0,
                 "segments": 0,
                 "operations_per_segment": 0,
             },

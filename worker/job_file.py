@@ -18,13 +18,14 @@ from protocol import params
 from protocol.credits import micro_of
 from protocol.errors import IchibaError
 from protocol.task import BatchRule, Kind, Schedule
+from worker.require import Require, read_require
 
 __all__ = ["BadJobFile", "JobFile", "SettledJob", "read_job_file"]
 
 _T = TypeVar("_T", str, int)
 _KEYS: Final = (
     "kind", "name", "model", "data", "initial", "mode", "width", "seed", "steps", "steps_per_segment", "budget",
-    "price", "sandbox", "batch", "learning_rate", "privacy",
+    "price", "sandbox", "batch", "learning_rate", "privacy", "require",
 )  # fmt: skip
 _SAVED: Final = {
     "model": ", or the .program that captured.save() wrote",
@@ -58,6 +59,7 @@ class JobFile:
     initial: "seed", "model", the path of a checkpoint, or what the job is stacked on. model: (file, function), or
     (file, "") for a saved capture; data: (file, function), or (file, "") for a .npz of arrays or a file whose bytes are
     the data. Paths are absolute. sandbox: the level a solver must have, 2 to 4. sealed: the offer shows terms only.
+    require: what else its solver must have.
     """
 
     path: Path
@@ -77,6 +79,7 @@ class JobFile:
     unit_price_max: int | None
     sandbox: int
     sealed: bool
+    require: Require
 
 
 class _Table:
@@ -148,7 +151,8 @@ _ARTICLE: Final = {str: "text in quotes", int: "a whole number"}
 
 
 def read_job_file(path: Path) -> JobFile:
-    """Read and check a job.toml, or the one in the directory `path`. Runs no code of the user's. Raises BadJobFile."""
+    """Read and check a job.toml, or the one in the directory `path`. Runs no code of the user's.
+    Raises BadJobFile, BadRequirement."""
     if path.is_dir():
         path = path / "job.toml"
     try:
@@ -173,6 +177,7 @@ def read_job_file(path: Path) -> JobFile:
     width = top.integer("width", 8, 22, default=15)
     if width not in (8, 15, 22):
         raise BadJobFile(f"width is {width}, it must be 8, 15 or 22 bits", next_step="width = 15")
+    require = read_require(raw.get("require"))
     kind = top.choice("kind", _KINDS, default="train")
     return JobFile(
         path=path,
@@ -190,9 +195,18 @@ def read_job_file(path: Path) -> JobFile:
         schedule=_schedule_of(kind, top, steps),
         budget_micro=_money(top, "budget"),
         unit_price_max=_money(top, "price"),
-        sandbox=_LEVELS.index(top.choice("sandbox", _LEVELS[2:], default=_LEVELS[2])),
+        sandbox=_sandbox(top, require),
         sealed="privacy" in top.raw and top.table("privacy", ("sealed",)).flag("sealed"),
+        require=require,
     )
+
+
+def _sandbox(top: _Table, require: Require) -> int:
+    if require.sandbox is None:
+        return _LEVELS.index(top.choice("sandbox", _LEVELS[2:], default=_LEVELS[2]))
+    if "sandbox" in top.raw:
+        raise BadJobFile(f"sandbox is in {top.where} and in its [require]", next_step="keep the one in [require]")
+    return require.sandbox
 
 
 def _function(folder: Path, text: str, key: str) -> tuple[Path, str]:

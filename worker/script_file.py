@@ -17,12 +17,14 @@ from protocol import params
 from protocol.credits import micro_of
 from protocol.errors import IchibaError
 from protocol.script import check_path
-from worker.job_file import BadJobFile
+from worker.job_file import BadJobFile, JobFile, read_job_file
+from worker.require import SCRIPT_KEYS, Require, read_require
 
-__all__ = ["ScriptFile", "is_script", "read_script_file"]
+__all__ = ["ScriptFile", "is_script", "read_any", "read_script_file"]
 
 _KEYS: Final = (
     "kind", "name", "command", "file", "inputs", "seconds", "memory", "outputs", "seed", "replicas", "budget", "price",
+    "require",
 )  # fmt: skip
 _SIZES: Final = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _EXAMPLE: Final = "see examples/script_pi/job.toml"
@@ -42,6 +44,7 @@ class ScriptFile:
     replicas: int
     budget_micro: int | None
     unit_price_max: int | None
+    require: Require
 
 
 def _load(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -61,8 +64,13 @@ def is_script(path: Path) -> bool:
     return _load(path)[1].get("kind") == "script"
 
 
+def read_any(path: Path) -> JobFile | ScriptFile:
+    """Read and check a job.toml of either kind. Raises BadJobFile, BadRequirement."""
+    return read_script_file(path) if is_script(path) else read_job_file(path)
+
+
 def read_script_file(path: Path) -> ScriptFile:
-    """Read and check it. Runs nothing of the user's. Raises BadJobFile."""
+    """Read and check it. Runs nothing of the user's. Raises BadJobFile, BadRequirement."""
     path, raw = _load(path)
     for key in raw:
         if key not in _KEYS:
@@ -86,6 +94,7 @@ def read_script_file(path: Path) -> ScriptFile:
         replicas=_integer(raw, "replicas", 1, params.SCRIPT_REPLICAS_MAX, 1),
         budget_micro=_credits(raw, "budget"),
         unit_price_max=raw["price"] if type(raw.get("price")) is int else _credits(raw, "price"),
+        require=read_require(raw.get("require"), SCRIPT_KEYS),
     )
 
 
