@@ -60,6 +60,11 @@ class Shelf:
         """Operations per second, as the asks say."""
         return self.index.columns.operations_per_second[self.rows]
 
+    @property
+    def memory_bytes(self) -> npt.NDArray[np.int64]:
+        """What each allows a job."""
+        return self.index.columns.memory_bytes[self.rows]
+
     def cheapest(self, count: int) -> list[Ask]:
         """The `count` cheapest asks, by price, peer and slot."""
         return self.index.cheapest(self.rows, count)
@@ -150,9 +155,9 @@ class AskIndex:
         sandbox: int = 0,
         device: str = "any",
         device_memory_bytes: int = 0,
-        without: bytes = b"",
+        without: Collection[bytes] = (),
     ) -> Shelf:
-        """The unexpired asks in `role` that have all of this, but those of the peer `without`."""
+        """The unexpired asks in `role` that have all of this, but those of the peers `without`."""
         columns, size = self.columns, len(self)
         fit = columns.expires_ns[:size] > now_ns
         fit &= (columns.roles[:size] & role) != 0
@@ -161,7 +166,7 @@ class AskIndex:
         fit &= columns.device_memory_bytes[:size] >= device_memory_bytes
         if device != "any":
             fit &= columns.device[:size] == DEVICES.index(device)
-        fit[self._rows_of((without,))] = False
+        fit[self._rows_of(without)] = False
         return Shelf(self, np.flatnonzero(fit))
 
     def survey(

@@ -107,6 +107,13 @@ class OrderBook:
             self.envelopes[bid_id] = envelope
         return True
 
+    def void_bids(self, solver: bytes, *, until_ns: int, offer_id: bytes = b"") -> None:
+        """Forget what `solver` bid up to a time, on one offer or on all: its slot went to other work, and when it has
+        another one it bids again."""
+        for on_offer in [self.bids.get(offer_id, {})] if offer_id else list(self.bids.values()):
+            if solver in on_offer and on_offer[solver][1].created_ns <= until_ns:
+                self.envelopes.pop(on_offer.pop(solver)[0], None)
+
     def remove_offer(self, offer_id: bytes) -> None:
         """Forget an offer and its bids."""
         offer = self.offers.pop(offer_id, None)

@@ -142,8 +142,8 @@ class Answers:
             bids = self.desk.book.live_bids(offer_id, now_ns=self.desk.wall_ns)
             others = tuple(bid.unit_price for _, bid in bids if bid.solver != self.desk.me)
             mine = offer_id in self.bidder.bid_on
-            takes_ns = self.bidder.takes_ns(offer)
-            made.append(Demand(offer, self.bidder.price_of(offer), others, mine, self.desk.wall_ns, takes_ns))
+            takes_ns, price = self.bidder.takes_ns(offer), self.bidder.price_of(offer, least=True)
+            made.append(Demand(offer, price, others, mine, self.desk.wall_ns, takes_ns))
         return made
 
     def _peer_reasons(self) -> list[Reason]:
@@ -192,6 +192,12 @@ class Answers:
                     "check", "little-stake", 1, words, f"have {credits_of(checks - stake)} credits more of free stake"
                 )
             )
+        pricer = self.bidder.pricer
+        if means.roles & ROLE_SOLVER and pricer.price > pricer.floor:
+            words = f"of the least that its owner works for are asked now ({credits_of(pricer.price)} credits per Gop)"
+            then = "it falls while a slot is idle; `ichiba up --fixed-price` keeps it"
+            percent = 100 * pricer.price // max(1, pricer.floor)
+            found.append(Reason("bids", "asking", percent, f"% {words}", then, severity=3))
         if means.roles & ROLE_SOLVER and means.sandbox < len(SANDBOX_LEVELS) - 1:
             words = f"the sandbox here is {SANDBOX_LEVELS[means.sandbox]}, scripts take {SANDBOX_LEVELS[-1]}"
             found.append(Reason("peer", "sandbox", 1, words, "ichiba doctor", severity=3))
@@ -267,7 +273,7 @@ class Answers:
         now, book = self.desk.wall_ns, self.desk.book
         role = ROLE_VERIFIER if offer.mode == "profile" else ROLE_SOLVER
         barred = self.jobs.excluded(job)
-        asks = book.asks.shelf(role=role, now_ns=now, without=self.desk.me)
+        asks = book.asks.shelf(role=role, now_ns=now, without=(self.desk.me,))
         here = book.live_asks(role=role, now_ns=now, peers=self.desk.peers)
         here = sorted((a for a in here if a.peer != self.desk.me), key=lambda a: a.unit_price)
         others = (a for a in asks.cheapest(len(here) + params.WHY_ASKS_MAX) if a.peer not in self.desk.peers)
@@ -345,6 +351,9 @@ class Answers:
             elif deal.ended_early:
                 words = f"{solver} had it and did not finish: {deal.note or 'it was lost'}"
                 found.append(Reason("work", "lost", 1, words, f"{deal.receipts} segments of it are kept and paid"))
+        for code, count in sorted(Counter(one.code for one in job.passed.values()).items()):
+            last = max((one for one in job.passed.values() if one.code == code), key=lambda one: one.at_ns)
+            found.append(Reason("proposal", code, count, f"gave their slot to other work; the last: {last.why}"))
         resting = sum(1 for until in job.resting.values() if now < until)
         if resting:
             words = "declined or failed and are not asked again for a while"

@@ -14,6 +14,7 @@ from typing import Any
 
 from market.matching import Refusal, eta_ns, refuse_offer, transfer_ns
 from peer.desk import MARKET, Desk
+from peer.pricing import Pricer
 from peer.profiles import tolerance_for
 from peer.settler import Settler
 from protocol import params
@@ -48,6 +49,9 @@ class Bidder:
     _renewals: list[tuple[int, bytes]] = field(default_factory=list)  # heap: when a bid on an offer is due again
     _seed_ends: list[tuple[int, bytes]] = field(default_factory=list)  # heap: when the bid of a seed is past its time
 
+    def __post_init__(self) -> None:
+        self.pricer = Pricer(self.desk, self.settler, lambda: self.slots_free())
+
     def consider(self, offer_id: bytes, offer: Offer) -> None:
         """Bid on an offer, or note why not."""
         means, now = self.desk.means, self.desk.wall_ns
@@ -72,8 +76,8 @@ class Bidder:
             takes_ns=self.takes_ns(offer),
         )
         if refusal is not None:
-            if self.refusals.get(offer_id) != refusal:
-                self.refusals[offer_id] = refusal
+            known, self.refusals[offer_id] = self.refusals.get(offer_id), refusal
+            if known is None or known.code != refusal.code:  # figures change with every move of a price
                 self.desk.emit("no-bid", offer=offer_id, code=refusal.code, why=refusal.why)
             return
         self.refusals.pop(offer_id, None)
@@ -119,14 +123,27 @@ class Bidder:
         wanted = lock_needed(rules, price_micro, rate)
         return max(offer.lock_micro, min(wanted, self.settler.free_stake(self.desk.me)))
 
+    def awaited(self) -> set[bytes]:
+        """The offers whose submitters may propose at any moment: they stand, and hold a bid of this peer."""
+        offers, now = self.desk.book.offers, self.desk.now_ns
+        standing = (offer_id for offer_id, until_ns in self.bid_on.items() if now < until_ns and offer_id in offers)
+        return {offer_id for offer_id in standing if offers[offer_id].submitter in self.desk.peers}
+
+    def sold(self) -> None:
+        """A slot is taken: others forget this peer's bids when they hear of it, so with one left it bids again. Its
+        word holds all the same: a proposal on a bid that has not run out is answered."""
+        self.bid_on.clear()
+        self._brought = None  # look at every offer again
+
     def _paused(self) -> Refusal | None:
         resting = self.desk.resting()
         return Refusal(*resting) if resting is not None else None
 
-    def price_of(self, offer: Offer) -> int:
-        """The least this peer asks for, per giga-operation. One of a script's is a second, so it costs what the
-        machine would earn in a second with graphs; rounded up."""
-        price = self.desk.means.unit_price
+    def price_of(self, offer: Offer, *, least: bool = False) -> int:
+        """What this peer asks for it now, per giga-operation. One of a script's is a second, so it costs what the
+        machine would earn in a second with graphs; rounded up. A profile is no trade that others compete for: it costs
+        the least that the owner works for. least: what it would ask for in an idle market."""
+        price = self.pricer.floor if least or offer.mode == "profile" else self.pricer.price
         return -(-price * self.speed() // 10**9) if offer.mode == "script" else price
 
     def takes_ns(self, offer: Offer) -> int:
@@ -155,7 +172,7 @@ class Bidder:
             slot=0,
             sequence=self.ask_sequence,
             roles=0 if self.desk.resting() else means.roles,
-            unit_price=means.unit_price,
+            unit_price=self.pricer.price,
             memory_bytes=means.memory_bytes,
             sandbox=means.sandbox,
             operations_per_second=self.speed(),
@@ -255,6 +272,7 @@ class Bidder:
 
     def tick(self) -> None:
         """Repeat the ask, renew bids that run out, and look again at offers refused before."""
+        self.pricer.tick()
         if self.desk.means.roles and self.desk.now_ns >= self.ask_again_ns:
             self.publish_ask()
         self._look_again()
@@ -270,6 +288,7 @@ class Bidder:
         return (
             self.desk.means,
             self.speed(),
+            self.pricer.price,
             self.settler.free_stake(self.desk.me),
             self.slots_free() > 0,
             self.desk.resting(),

@@ -49,6 +49,7 @@ class Roles(click.ParamType[int]):
     "--roles", type=Roles(), default="none", show_default=True, help="Of solver,verifier,whistleblower; or none."
 )
 @click.option("--price", type=CREDITS, default="0.001", show_default=True, help="The least you work for, per Gop.")
+@click.option("--fixed-price", is_flag=True, help="Ask just --price, whatever the market bears above it.")
 @click.option("--memory", type=SIZE, default="2G", show_default=True, help="What one job may use.")
 @click.option("--slots", type=click.IntRange(1, 64), default=1, show_default=True, help="Jobs at a time.")
 @click.option("--no-mdns", is_flag=True, help="Neither look for peers on the local network nor be found there.")
@@ -67,6 +68,7 @@ def up(
     peers: tuple[str, ...],
     roles: int,
     price: int,
+    fixed_price: bool,
     memory: int,
     slots: int,
     no_mdns: bool,
@@ -101,6 +103,7 @@ def up(
         mdns=not no_mdns,
         roles=roles,
         unit_price=price,
+        fixed_price=fixed_price,
         memory_bytes=memory,
         slots=slots,
         cheat=cheat,

@@ -149,6 +149,7 @@ class Commands:
             "roles": desk.means.roles,
             "sandbox": desk.means.sandbox,
             "unit_price": desk.means.unit_price,
+            "unit_price_asked": self.bidder.pricer.price,
             "operations_per_second": self.bidder.speed(),
             "offers_seen": len(desk.book.offers),
             "asks_seen": len(desk.book.asks),

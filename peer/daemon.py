@@ -70,6 +70,7 @@ class DaemonConfig:
     mdns: bool = True
     roles: int = 0
     unit_price: int = 0
+    fixed_price: bool = False  # ask just that (peer/pricing.py)
     memory_bytes: int = 2 << 30
     slots: int = 1
     cheat: str = ""
@@ -300,6 +301,7 @@ async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATU
         means = Means(
             roles=config.roles if workshop is not None else 0,
             unit_price=config.unit_price,
+            fixed_price=config.fixed_price,
             memory_bytes=config.memory_bytes,
             sandbox=int(level),
             slots=config.slots,

@@ -44,6 +44,7 @@ __all__ = [
     "Deal",
     "Job",
     "JobState",
+    "PassedOver",
     "agreement_of",
     "check_receipt",
     "checkpoint_program",
@@ -71,6 +72,15 @@ class JobState(IntEnum):
     FAILED = 4
     CANCELLED = 5
     PROFILING = 6
+
+
+class PassedOver(msgspec.Struct):
+    """A solver that gave its slot to other work: the last time, and how often in a row."""
+
+    code: str
+    why: str
+    times: int
+    at_ns: int
 
 
 class Job(msgspec.Struct, kw_only=True):
@@ -115,6 +125,7 @@ class Job(msgspec.Struct, kw_only=True):
     device: Literal["any", "cpu", "gpu"] = "any"
     device_memory_bytes: int = 0
     deadline_ns: int = 0  # when its work must be done; 0: whenever
+    passed: dict[bytes, PassedOver] = msgspec.field(default_factory=dict)  # solver -> since the offer was made
 
     @property
     def tolerant(self) -> bool:

@@ -34,6 +34,7 @@ class Means:
 
     roles: int = 0
     unit_price: int = 0  # micro-credits per giga-operation, the least it works for
+    fixed_price: bool = False  # it asks just that, whatever the market does (else peer/pricing.py)
     memory_bytes: int = 0
     sandbox: int = 0
     device: Literal["cpu", "gpu"] = "cpu"  # what its workers compute on

@@ -14,7 +14,7 @@ import msgspec
 from market.matching import Choice, Proven
 from market.quoting import channel_micro, lock_micro
 from market.rounds import Candidate, match_offers
-from peer.deals import Job, JobState, operations_per_check, salt_of, task_of
+from peer.deals import Job, JobState, PassedOver, operations_per_check, salt_of, task_of
 from peer.desk import MARKET, Desk
 from peer.matches import Matches
 from peer.settler import Settler
@@ -174,6 +174,7 @@ class JobDesk:
         job.offer = self.desk.seal(offer)
         job.offer_id = open_record(job.offer, network=self.desk.network.id)[1]
         job.offered_ns, job.state, job.deal = now, JobState.OFFERED, b""
+        job.passed = {}
         self.desk.book.add_offer(job.offer_id, offer, now_ns=dated_ns)
         self.rounds[job.id] = now + rules.round_ms * 10**6
         self.repeats[job.id] = now + params.OFFER_REPEAT_NS
@@ -316,6 +317,22 @@ class JobDesk:
             created_ns=now,
             tolerance=job.tolerance,
         )
+
+    def passed_over(self, job: Job, solver: bytes, code: str, why: str) -> None:
+        """The solver gave its slot to other work: nobody's fault. The offer stands, and the next round tries the next
+        bid; this solver's counts again when it has another slot and says so with a new one. Who bids again and again
+        and always takes other work rests as if it had failed."""
+        times = job.passed[solver].times + 1 if solver in job.passed else 1
+        job.passed[solver] = PassedOver(code, why[:300], times, self.desk.now_ns)
+        if times >= params.PASSED_OVER_MAX:
+            job.passed[solver].times = 0
+            job.resting[solver] = self.desk.now_ns + params.SOLVER_REST_NS
+        job.deals.remove(job.deal)  # it never was one; the solver did no replica of it either
+        job.solvers.remove(solver)
+        job.deal, job.state = b"", JobState.OFFERED
+        self.desk.book.void_bids(solver, until_ns=self.desk.wall_ns, offer_id=job.offer_id)
+        self.rounds[job.id] = self.desk.now_ns  # it has waited a round for this answer: it need not wait another
+        self.save(job)
 
     def reoffer(self, job: Job, why: str) -> None:
         """Back to the market after a deal that did not finish the job."""

@@ -231,7 +231,7 @@ class MarketView:
             sandbox=given.sandbox,
             device=given.device,
             device_memory_bytes=given.device_memory_bytes,
-            without=self.desk.me,
+            without=(self.desk.me,),
         )
 
     def _cost(self, given: _Quote, unit_price: int) -> tuple[int, int]:

@@ -179,6 +179,7 @@ class Node:
         offer = self.desk.book.offers.get(agreement.offer)
         if offer is not None and offer.submitter == agreement.submitter:  # nobody takes another's offer off the market
             self.desk.book.take_offer(agreement.offer, now_ns=self.desk.wall_ns)
+        self.desk.book.void_bids(agreement.solver, until_ns=agreement.created_ns)  # on the slot that is taken now
         self.submitter.opened(agreement_id)
         self.solver.opened(agreement_id)
 

@@ -484,6 +484,10 @@ class Settler:
         """The stake of `peer` that is not locked, in micro-credits."""
         return self.desk.ledger.balance_micro(Account(peer, "stake"))
 
+    def busy(self) -> set[bytes]:
+        """The solvers with an open channel: they work on it, or wait for its checks."""
+        return {channel.agreement.solver for channel in self._live.values() if not channel.closed}
+
     def free_micro(self, peer: bytes) -> int:
         """What `peer` can spend, in micro-credits."""
         return self.desk.ledger.balance_micro(Account(peer, "free"))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from peer import messages as m
+from peer.acceptance import Acceptance
 from peer.bidding import Bidder
 from peer.deals import (
     Deal,
@@ -46,7 +47,7 @@ from protocol.errors import VerificationFailed
 from protocol.lifecycle import TERMINAL, Event, State
 from protocol.records import Agreement, Proof, Receipt, Reveal, Settlement, Voucher, add_signature, open_record
 from protocol.sampling import check_reveal
-from protocol.script import ScriptSpec, blobs_of, read_task
+from protocol.script import ScriptSpec, blobs_of
 
 __all__ = ["Solver"]
 
@@ -76,6 +77,7 @@ class Solver:
     def __post_init__(self) -> None:
         self.receipts = ReceiptRows("receipts", lambda deal: self.deals[deal].receipts)
         self.made = ReceiptRows("made", lambda deal: self.deals[deal].made)
+        self.acceptance = Acceptance(self.desk, self.bidder, self.slots_free, self.take)
 
     def slots_free(self) -> int:
         """Slots without an active deal."""
@@ -83,7 +85,7 @@ class Solver:
 
     # --- agreeing ------------------------------------------------------------------------------------------
     def on_propose(self, peer: bytes, message: m.Propose) -> None:
-        """A signed proposal on one of our bids: sign it too, or say why not."""
+        """A signed proposal on one of our bids: it is weighed against the others that come with it."""
         record, agreement_id, signers = open_record(message.agreement, network=self.desk.network.id)
         if not isinstance(record, Agreement) or record.submitter != peer or signers != {peer}:
             raise VerificationFailed("a proposal comes from its submitter, with its signature alone")
@@ -94,37 +96,19 @@ class Solver:
             if known.lifecycle == State.PROPOSED:
                 self.desk.send(peer, m.Accept(known.agreement))
             return
-        task = read_task(message.task, network=self.desk.network.id) if message.task else None
-        refusal = self.bidder.refuse_proposal(record, task, message.profiles)
-        if refusal is not None:
-            self.desk.send(peer, m.Decline(agreement_id, refusal.code, refusal.why))
-            return
-        seed, secret, _ = self.bidder.seeds.pop(record.bid)
-        deal = Deal(
-            id=agreement_id,
-            side="solver",
-            state=State.PROPOSED,
-            agreement=add_signature(message.agreement, self.desk.key, network=self.desk.network.id),
-            task=message.task,
-            base_blob=message.base_blob,
-            profiles=list(message.profiles),
-            seed=seed,
-            secret=secret,
-            created_ns=self.desk.now_ns,
-            base_root=record.base_root,
-            last_root=record.base_root,
-            last_blob=message.base_blob,
-            news_ns=self.desk.now_ns,
-            entered_ns=self.desk.now_ns,
-        )
+        self.acceptance.receive(peer, message, record, agreement_id)
+
+    def take(self, deal: Deal) -> None:
+        """Acceptance: this proposal is signed and takes a slot."""
         self.deals[deal.id], self.receipts[deal.id], self.made[deal.id] = deal, [], []
         save(self.desk, deal)
         self.resend[deal.id] = self.desk.now_ns + params.RESEND_NS
-        self.desk.send(peer, m.Accept(deal.agreement))
+        self.desk.send(self._submitter(deal), m.Accept(deal.agreement))
 
     def on_decline(self, peer: bytes, message: m.Decline) -> None:
         """The submitter withdrew: the slot is free again."""
         deal = self.deals.get(message.agreement)
+        self.acceptance.withdraw(message.agreement, peer)
         if deal is not None and peer == self._submitter(deal) and deal.lifecycle == State.PROPOSED:
             move(self.desk, deal, Event.REFUSED)
 
@@ -425,6 +409,7 @@ class Solver:
     # --- time ----------------------------------------------------------------------------------------------
     def tick(self) -> None:
         """Repeat what is unanswered, free what was never opened, claim what is never settled."""
+        self.acceptance.tick()
         for deal in list(self.deals.values()):
             if deal.state not in TERMINAL:  # not `lifecycle`: thousands of finished deals are passed over
                 self.desk.attempt(self._tick_deal, deal)

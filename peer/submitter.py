@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from market.acceptance import PASSED_OVER
 from market.matching import Choice
 from peer.beacon import Beacons
 from peer.checking import CheckDesk
@@ -183,6 +184,9 @@ class Submitter:
             deal.note = message.why[:300]
             move(self.desk, deal, Event.REFUSED)
             self.proposals.pop(deal.id, None)
+            if message.code in PASSED_OVER:
+                self.jobs.passed_over(job, peer, message.code, message.why)
+                return
             self._rest(job, peer)
             self.jobs.reoffer(job, f"the solver declined: {message.why}")
         elif deal.lifecycle == State.RUNNING:

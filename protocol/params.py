@@ -76,6 +76,13 @@ EVENTS_PER_JOB_MAX: Final = 20_000  # lines kept for `job logs`
 
 # --- matching ----------------------------------------------------------------------------------------------
 EXPLORATION_PERMILLE: Final = 50  # rounds in which a newcomer goes first, or nobody new ever gets work
+PRICE_RISE_SHARE: Final = 4  # a round's move of an ask: this part of the way to what goes without work
+PRICE_FALL_SHARE: Final = 32  # of the way to the floor: half of it in 22 idle rounds
+PRICE_FOLLOW_SHARE: Final = 32  # of the way to what others sold for, while every slot is taken
+PRICE_PATIENCE_ROUNDS: Final = 8  # a slot idle for longer does not believe that anybody goes without
+PRICE_PRINTS_NS: Final = 60 * 10**9  # prints are read again so often: all of a log of 16,384 take 30 ms
+PROPOSALS_WAITING_MAX: Final = 256  # for one solver's answer, up to 32 KiB each; one a bid, for about a round
+PASSED_OVER_MAX: Final = 5  # times in a row that one solver may bid and take other work before its bids rest
 NEWCOMER_DEALS: Final = 10  # below this many verified deals a solver is a newcomer (BOINC's rule, NOTES)
 
 # --- incentives (protocol/incentives.py) -------------------------------------------------------------------

@@ -76,7 +76,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(memory=EDGES, sandbox=st.integers(0, 4), count=st.integers(0, 6), without=st.sampled_from(PEERS))
     def look_for_means(self, memory: int, sandbox: int, count: int, without: bytes) -> None:
-        shelf = self.index.shelf(role=3, now_ns=NOW, memory_bytes=memory, sandbox=sandbox, without=without)
+        shelf = self.index.shelf(role=3, now_ns=NOW, memory_bytes=memory, sandbox=sandbox, without=(without,))
         fit = [
             one for one in self.model.values()
             if one.roles & 3 and one.expires_ns > NOW and one.memory_bytes >= memory and one.sandbox >= sandbox

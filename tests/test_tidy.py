@@ -22,12 +22,11 @@ ALLOWED_IMPORTS = {
 SANS_IO = {  # everything the simulator runs as the daemon does, and the simulator itself
     f"peer/{name}.py"
     for name in (
-        "answers", "arbiter", "beacon", "bidding", "challenger", "checker", "checking", "clock", "commands",
-        "correcting", "deals", "delivery", "desk", "disputant", "dispute_file", "disputes", "drawing", "events",
-        "forcing",
-        "hearing", "jobs", "market_view", "matches", "messages", "node", "profiles", "prover", "receipt_rows",
-        "reputations", "restored", "rulings", "sealing", "settler", "simulated_faults", "simulated_work", "simulator",
-        "solver", "submitter", "whistleblower", "witness",
+        "acceptance", "answers", "arbiter", "beacon", "bidding", "challenger", "checker", "checking", "clock",
+        "commands", "correcting", "deals", "delivery", "desk", "disputant", "dispute_file", "disputes", "drawing",
+        "events", "forcing", "hearing", "jobs", "market_view", "matches", "messages", "node", "pricing", "profiles",
+        "prover", "receipt_rows", "reputations", "restored", "rulings", "sealing", "settler", "simulated_faults",
+        "simulated_work", "simulator", "solver", "submitter", "whistleblower", "witness",
     )
 }  # fmt: skip
 BANNED_NAMES = {"utils", "helpers", "common", "misc"}
