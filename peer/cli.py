@@ -45,6 +45,7 @@ _COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "receipts": ("peer.cli_receipts:receipts", "Check and export the evidence of finished work."),
     "db": ("peer.cli_db:db", "Look into this peer's store, without changing it."),
     "bench": ("peer.cli_bench:bench", "Measure this device and make its bench card, the proof of what it can do."),
+    "drops": ("peer.cli_doctor:drops", "Show what was dropped since the start, why, and whose it was."),
     "doctor": ("peer.cli_doctor:doctor", "Check this machine and peer, and say how to mend what is wrong."),
     "simulate": ("peer.cli_simulate:simulate", "Simulate the market before trusting it with money. Asks no daemon."),
     "swarm": (

@@ -11,10 +11,10 @@ from typing import Any, Final, NamedTuple
 
 import click
 
-from peer.cli_output import Terminal, common, size_of
+from peer.cli_output import Terminal, ago, common, size_of
 from protocol.errors import IchibaError
 
-__all__ = ["doctor"]
+__all__ = ["doctor", "drops"]
 
 _DISK_LOW_BYTES: Final = 5 << 30  # a checkpoint of a small job is megabytes, of a large one gigabytes
 _DISK_FULL_BYTES: Final = 200 << 20
@@ -61,6 +61,31 @@ def doctor(terminal: Terminal) -> None:
             terminal.say(f"       mend: {line.fix}")
     if any(line.level == "bad" for line in lines):
         click.get_current_context().exit(1)
+
+
+@click.command()
+@common
+def drops(terminal: Terminal) -> None:
+    """Show what was dropped since the start, why, and whose it was.
+
+    Nothing that others sent is lost here without a line in this table: records over a limit, refused, expired, or for
+    which there was no room. Counts are records; `ichiba doctor` warns of those that this machine can mend.
+
+    \b
+    ichiba drops
+    ichiba drops --json
+    """
+    with terminal.client() as client:
+        found = client.drops()
+    terminal.record("ichiba.drops/1", found)
+    terminal.table(
+        f"dropped since the start: {found['total']}",
+        ("reason", "whose", ">count", "last", "~what that is"),
+        [
+            (one["reason"], one["author"][-8:] or "others", one["count"], ago(one["last_ns"]), one["words"])
+            for one in found["rows"]
+        ],
+    )
 
 
 def _told(line: dict[str, Any]) -> _Line:

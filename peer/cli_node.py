@@ -100,12 +100,18 @@ def _status_pairs(found: dict[str, Any]) -> dict[str, object]:
         "price": f"{credits_of(found['unit_price'])} credits per giga-operation",
         "speed": f"{found['operations_per_second'] / 1e9:.2f} giga-operations per second",
         "market": f"{found['asks_seen']} asks and {found['offers_seen']} offers heard",
+        **({"dropped": _dropped(found["drops"])} if found.get("drops") else {}),
         "paused": paused_line(found),
         **({"finishing": finishing_line(found)} if found.get("finishing_since_ns") else {}),
         "work": f"{found['jobs_open']} jobs open, {found['deals_active']} deals for others",
         "free": f"{credits_of(found['free_micro'])} credits",
         "stake": f"{credits_of(found['stake_micro'])} credits free to lock",
     }
+
+
+def _dropped(reasons: dict[str, int]) -> str:
+    most = sorted(reasons.items(), key=lambda item: -item[1])[:3]
+    return f"{sum(reasons.values())} records: {', '.join(f'{count} {why}' for why, count in most)}; `ichiba drops`"
 
 
 @click.command()

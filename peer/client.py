@@ -181,6 +181,10 @@ class Client:
         """One dispute with its descent, by any unambiguous beginning of its id. Raises NotFound's error."""
         return self.command("dispute", dispute=dispute)
 
+    def drops(self) -> dict[str, Any]:
+        """What was dropped since the daemon's start: `total`, `reasons`, and `rows` by reason and author."""
+        return self.command("drops")
+
     def reputation(self, peer: str = "", *, role: str = "") -> dict[str, Any]:
         """What the settlement log says of a peer, or of all, with its reasons."""
         return self.command("reputation", peer=peer, role=role)

@@ -20,6 +20,7 @@ from peer.challenger import Challenger
 from peer.deals import Deal, Job, JobState, agreement_of, task_of
 from peer.desk import Desk
 from peer.disputes import Disputes
+from peer.drops import merged
 from peer.earnings import earnings_of
 from peer.events import Command, Reply
 from peer.jobs import JobDesk
@@ -126,6 +127,7 @@ class Commands:
             "dispute": self.disputes.show_dispute,
             "dispute-bundle": self.disputes.export_dispute,
             "reputation": self.reputations.describe,
+            "drops": lambda _: merged(self.desk.drops),  # a daemon adds what its transport dropped
             "reputation-bundle": self.reputations.export,
         }
         try:

@@ -184,6 +184,7 @@ VERBS: Final[dict[str, type[msgspec.Struct]]] = {
     "bench": _Bench,
     "challenge": _Challenge,
     "cards": _Nothing,
+    "drops": _Nothing,
     "disputes": _Nothing,
     "dispute": _OneDispute,
     "dispute-bundle": _OneDispute,

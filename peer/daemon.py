@@ -25,11 +25,13 @@ from peer.clock import Clock
 from peer.control import serve_control
 from peer.desk import MARKET, SETTLEMENT, Means
 from peer.device import Device, find_device
+from peer.drops import OURS, merged
 from peer.effects import Performer
 from peer.events import Command, Effect, Input, Reply, Tick
 from peer.guest_watch import RULES_FILE, GuestWatch
 from peer.home import Home
 from peer.host import Host, HostConfig, open_host
+from peer.intake import records_in, refuse_bundle
 from peer.invite import decode_invite, encode_invite
 from peer.node import Node
 from peer.store import Store
@@ -38,7 +40,7 @@ from peer.turns import Turns, open_clock
 from peer.verifying import Verifier
 from peer.workshop import Workshop
 from protocol import keys, params
-from protocol.errors import CorruptStore, IchibaError, NotFound, RemoteProtocolError
+from protocol.errors import CorruptStore, IchibaError, NotFound
 from protocol.keys import SigningKey
 from protocol.network import Network
 from protocol.script import blobs_of, read_task
@@ -130,12 +132,19 @@ class Daemon:
                 "network_stats": self.host.stats(),
                 "traffic": dict(self.performer.counters),
                 "signature_checks": checks,
+                "drops": self.drops()["reasons"],
                 "restored_listens": self.node.restored.listening,
                 "clock_off_ns": self.turns.time.wall_ns - self.turns.time.now_ns,
             }
+        elif verb == "drops":
+            result = self.drops()
         elif verb == "pause":
             result = result | await self.performer.suspended()
         return result
+
+    def drops(self) -> dict[str, Any]:
+        """What this process dropped, wherever that was (peer/drops.py)."""
+        return merged(self.host.drops, self.node.desk.drops, self.performer.drops)
 
     def _require_blobs(self, arguments: dict[str, Any]) -> None:
         """A job whose program or data is not here could never be served to a solver: refuse it at once."""
@@ -221,6 +230,17 @@ class Daemon:
                 "fix": "" if peers else "ichiba up --peer INVITE, with an invite from `ichiba status` of another peer",
             }
         )
+        drops = self.drops()["reasons"]
+        ours = {reason: drops[reason] for reason in OURS if drops.get(reason)}
+        told = ", ".join(f"{count} {reason}" for reason, count in (ours or drops).items()) or "nothing"
+        lines.append(
+            {
+                "what": "drops",
+                "level": "warn" if ours else "ok",
+                "explanation": f"dropped since the start: {told}",
+                "fix": "ichiba drops says whose and why" if drops else "",
+            }
+        )
         return lines
 
     def _clock_line(self) -> dict[str, Any]:
@@ -256,7 +276,7 @@ class Daemon:
             self.workshop.prewarm()  # work is likely: have a worker ready when it comes
         if event["job"] is None:
             self.general.append(event)
-            if event["kind"] not in ("offer-seen",):
+            if event["kind"] not in ("offer-seen", "refused-bytes", "ignored"):  # strangers choose how many of those
                 log.info("%s %s", event["kind"], {k: v for k, v in event.items() if k not in ("seq", "time_ns", "job")})
         for job, channel in self.listeners.values():
             if job is None or job == event["job"]:
@@ -276,12 +296,6 @@ async def _open_workshop(stack: AsyncExitStack, config: DaemonConfig) -> tuple[W
         log.error("no work is taken: %s", error)
         return None, str(error)
     return workshop, ""
-
-
-def refuse_oversize(_topic: str, _author: bytes, data: bytes) -> None:
-    """The transport's cheap check; the node checks every record."""
-    if len(data) > params.GOSSIP_RECORD_BYTES_MAX + 4096:
-        raise RemoteProtocolError(f"gossip of {len(data)} bytes")
 
 
 async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
@@ -317,7 +331,8 @@ async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATU
                     topics=(MARKET, SETTLEMENT),
                     mdns=config.mdns,
                     network_tag=network.id.hex()[:16],
-                    validator=refuse_oversize,
+                    validator=refuse_bundle,
+                    records_in=records_in,
                 )
             )
         )
@@ -343,6 +358,7 @@ async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATU
         nursery.start_soon(daemon.run, receive)
         nursery.start_soon(_pump, host, send)
         nursery.start_soon(_tick, send)
+        nursery.start_soon(_tell_drops, daemon)
         if not store.checked_whole:
             nursery.start_soon(_check_store, config.data_dir)
         if config.roles:
@@ -358,6 +374,15 @@ async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATU
 async def _pump(host: Host, send: trio.MemorySendChannel[Input]) -> None:
     async for event in host.events:
         await send.send(event)
+
+
+async def _tell_drops(daemon: Daemon) -> None:
+    """Log what was dropped, a line a reason, at a rate that no stranger can raise."""
+    while True:
+        await trio.sleep(params.DROP_NEWS_SECONDS)
+        for drops in (daemon.host.drops, daemon.node.desk.drops, daemon.performer.drops):
+            for line in drops.news():
+                log.warning("%s", line)
 
 
 async def _tick(send: trio.MemorySendChannel[Input]) -> None:

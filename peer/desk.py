@@ -7,13 +7,14 @@ node commits all Saves and Posts before it performs anything else.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from market.book import OrderBook
 from market.entries import Entry
 from market.ledger import Ledger
+from peer.drops import Drops
 from peer.events import Effect, Emit, Penalise, Post, Publish, Save, Send
 from peer.messages import Message, pack
 from protocol import params
@@ -65,6 +66,8 @@ class Desk:
     effects: list[Effect] = field(default_factory=list)
     link_speeds: dict[bytes, int] = field(default_factory=dict)  # peer -> bytes per second, as downloads went
     outbox: dict[str, list[bytes]] = field(default_factory=dict)
+    paced_ns: int = 0  # the allowance of what was published is used up until then
+    drops: Drops = field(default_factory=Drops)
     # What a peer may be sent of a message that speaks of a sealed job, or nothing (peer/sealing.py).
     sealer: Callable[[bytes, Message], Message | None] = lambda _, message: message
 
@@ -133,7 +136,15 @@ class Desk:
 
     def publish(self, topic: str, envelope: bytes) -> None:
         """Gossip an envelope with the next tick's bundle: a hop costs per message, not per record."""
-        self.outbox.setdefault(topic, []).append(envelope)
+        waiting = self.outbox.setdefault(topic, [])
+        if len(waiting) >= params.OUTBOX_RECORDS_MAX:
+            self.drop("outbox-full", self.me)
+            return
+        waiting.append(envelope)
+
+    def drop(self, reason: str, author: bytes, *, count: int = 1) -> None:
+        """Count what was not taken (peer/drops.py)."""
+        self.drops.note(reason, author, now_ns=self.wall_ns, count=count)
 
     def attempt(self, act: Callable[..., None], *arguments: Any) -> None:
         """One deal's or channel's turn of the clock: its trouble is told, and must not stop the others."""
@@ -155,19 +166,30 @@ class Desk:
         self.effects.append(effect)
 
     def flush_outbox(self) -> None:
-        """Turn queued envelopes into bundles of bounded size."""
-        for topic, envelopes in self.outbox.items():
-            bundle: list[bytes] = []
-            size = 0
-            for envelope in envelopes:
-                if bundle and (
-                    size + len(envelope) > params.GOSSIP_RECORD_BYTES_MAX - 1024
-                    or len(bundle) >= params.BUNDLE_RECORDS_MAX
-                ):
-                    self.effects.append(Publish(topic, encode(bundle)))
-                    bundle, size = [], 0
-                bundle.append(envelope)
-                size += len(envelope) + 8
-            if bundle:
+        """Turn queued envelopes into bundles of bounded size, the money's before the market's, and no more than others
+        take of one author: what is over that waits for the next ticks."""
+        cost_ns = 10**9 // params.GOSSIP_RECORDS_PER_SECOND_MAX
+        self.paced_ns = max(self.paced_ns, self.now_ns)
+        may = (self.now_ns - self.paced_ns) // cost_ns + params.GOSSIP_OWN_BURST_RECORDS
+        for topic in sorted(self.outbox, key=lambda topic: topic != SETTLEMENT):
+            waiting = self.outbox.pop(topic)
+            self._bundle(topic, waiting[:may])
+            if waiting[may:]:
+                self.outbox[topic] = waiting[may:]
+            self.paced_ns += cost_ns * len(waiting[:may])
+            may -= len(waiting[:may])
+
+    def _bundle(self, topic: str, envelopes: Iterable[bytes]) -> None:
+        bundle: list[bytes] = []
+        size = 0
+        for envelope in envelopes:
+            if bundle and (
+                size + len(envelope) > params.GOSSIP_RECORD_BYTES_MAX - 1024
+                or len(bundle) >= params.BUNDLE_RECORDS_MAX
+            ):
                 self.effects.append(Publish(topic, encode(bundle)))
-        self.outbox.clear()
+                bundle, size = [], 0
+            bundle.append(envelope)
+            size += len(envelope) + 8
+        if bundle:
+            self.effects.append(Publish(topic, encode(bundle)))

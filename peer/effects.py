@@ -7,6 +7,7 @@ counter, never an exception: the node repeats what matters.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,6 +18,7 @@ import trio
 
 from peer.bench_process import BenchRunner
 from peer.blobs import BlobStore
+from peer.drops import Drops
 from peer.events import (
     BlobRead,
     CheckWork,
@@ -123,6 +125,7 @@ class Performer:
     inbox: trio.MemorySendChannel[Input]
     states: SuspendedStates
     counters: Counter[str] = field(default_factory=Counter)
+    drops: Drops = field(default_factory=Drops)
     outgoing: dict[bytes, trio.MemorySendChannel[bytes]] = field(default_factory=dict)
     working: dict[bytes, _Running] = field(default_factory=dict)
     suspension: _Suspension | None = None
@@ -185,6 +188,7 @@ class Performer:
             self.outgoing[peer].send_nowait(data)
         except trio.WouldBlock:
             self.counters["messages-dropped"] += 1
+            self.drops.note("outgoing-full", peer, now_ns=time.time_ns())
 
     async def _sender(self, peer: bytes, receive: trio.MemoryReceiveChannel[bytes]) -> None:
         async for data in receive:
@@ -192,6 +196,7 @@ class Performer:
                 await self.host.send(peer, data)
             except PeerUnreachable as error:
                 self.counters["messages-unsent"] += 1
+                self.drops.note("unsent", peer, now_ns=time.time_ns())
                 log.debug("message not sent: %s", error)
             else:
                 self.counters["messages"] += 1

@@ -224,8 +224,13 @@ class _Router(GossipSub):
         super().send_rpc(peer_id, rpc, priority)
 
     def _handle_dropped_rpc(self, peer_id: ID, rpc: Any, reason: str) -> None:
-        self.pubsub.host.node.counters["gossip_dropped_slow_neighbour"] += 1
+        for message in rpc.publish:
+            self.pubsub.host.node.drop("slow-neighbour", _key(peer_id.to_bytes()), records=self._records(message))
         super()._handle_dropped_rpc(peer_id, rpc, reason)
+
+    def _records(self, message: Any) -> int:
+        """How many records a message in a dropped RPC holds."""
+        return max(1, int(self.pubsub.host.node.config.records_in(message.data)))
 
     def remove_peer(self, peer_id: ID) -> None:
         super().remove_peer(peer_id)
@@ -307,7 +312,10 @@ class _Gossip(Pubsub):
             control.iwant.add(messageIDs=wanted[: params.GOSSIP_WANTED_IDS_MAX])
 
     async def push_msg(self, msg_forwarder: ID, msg: Any) -> None:
-        if self.seen_messages.has(_message_id(msg)) or len(msg.topicIDs) != 1:
+        if self.seen_messages.has(_message_id(msg)):
+            return
+        if len(msg.topicIDs) != 1:
+            self.host.node.drop("no-topic", _key(msg_forwarder.to_bytes()))
             return
         if msg_forwarder == self.my_id:
             self._mark_msg_seen(msg)

@@ -62,7 +62,7 @@ class Matches:
             right_ppm=weighed.right_ppm,
             wrong_ppm=weighed.wrong_ppm,
             deals=weighed.deals,
-            evidence_day=self.desk.now_ns // DAY_NS,
+            evidence_day=self.desk.wall_ns // DAY_NS,
         )
 
     def proposed(self, deal_id: bytes, offer_id: bytes, agreement: bytes) -> None:

@@ -52,6 +52,7 @@ from peer.events import (
     WorkEnded,
 )
 from peer.forcing import Forcing
+from peer.intake import Bundle, Intake
 from peer.jobs import JobDesk
 from peer.messages import unpack
 from peer.pausing import Pausing
@@ -134,7 +135,7 @@ class Node:
             self.desk, self.settler, self.jobs, self.submitter, self.bidder, self.solver, self.pausing, self.prover,
             self.challenger, self.disputes, self.profiles, self.sealing,
         )  # fmt: skip
-        self.witness = Witness(self.desk)
+        self.witness, self.intake = Witness(self.desk), Intake(self.desk, self.bidder)
         self.restored = Restored(self.desk, self.settler, answer=self.commands.handle, on_heard=self._heard)
         self.next_sync_ns = now_ns
         self._deposit()
@@ -265,12 +266,15 @@ class Node:
             act(*arguments)
         except LimitExceeded as error:
             # Our own table is full, or somebody else's records filled it: not this peer's crime.
+            self.desk.drop(f"refused-{error.code}", peer)
             self.desk.emit("refused-bytes", peer=peer, code=error.code, why=str(error)[:300])
         except RemoteProtocolError as error:
+            self.desk.drop(f"refused-{error.code}", peer)
             self.desk.penalise(peer, f"{error.code}: {error.what}"[:200])
             self.desk.emit("refused-bytes", peer=peer, code=error.code, why=str(error)[:300])
         except LocalProtocolError as error:
             # A late or doubled message can ask for a step the deal has passed: that is nobody's crime.
+            self.desk.drop("late", peer)
             self.desk.emit("ignored", peer=peer, why=str(error)[:300])
 
     # --- time ----------------------------------------------------------------------------------------------
@@ -307,29 +311,17 @@ class Node:
 
     # --- bytes from peers ----------------------------------------------------------------------------------
     def _gossip(self, author: bytes, data: bytes) -> None:
-        for envelope in decode(list[bytes], data, bytes_max=params.GOSSIP_RECORD_BYTES_MAX + 4096):
+        for envelope in decode(Bundle, data, bytes_max=params.GOSSIP_RECORD_BYTES_MAX + 4096):
             self._guard(author, self._record, author, envelope)
 
     def _record(self, sender: bytes, envelope: bytes) -> None:
         """One record, from gossip, from a peer just met, or from anti-entropy."""
         record, record_id, signers = open_record(envelope, network=self.desk.network.id)
-        book, now = self.desk.book, self.desk.wall_ns
         self.witness.see(record, record_id, signers, envelope)
-        if isinstance(record, Offer | Ask | Bid):
-            self.commands.answers.clocks.note(record, now)
         match record:
-            case Offer():
-                if record.expires_ns > now and book.add_offer(record_id, record, now_ns=now):
-                    self.desk.emit("offer-seen", offer=record_id, submitter=record.submitter)
-                    self.bidder.consider(record_id, record)
-            case Ask():
-                if record.expires_ns > now:
-                    book.add_ask(record, now_ns=now)
-            case Bid():
-                offer = book.offers.get(record.offer)
-                mine = offer is not None and offer.submitter == self.desk.me  # nobody audits another's match
-                if record.expires_ns > now:
-                    book.add_bid(record_id, record, now_ns=now, envelope=envelope if mine else b"")
+            case Offer() | Ask() | Bid():
+                self.commands.answers.clocks.note(record, self.desk.wall_ns)
+                self.intake.take(sender, record, record_id, envelope)
             case BenchCard():
                 self.challenger.on_card(envelope)
             case Equivocation():
@@ -388,7 +380,7 @@ class Node:
             case m.Cancel():
                 self.solver.on_cancel(peer, message)
             case m.Records():
-                for envelope in message.records:
+                for envelope in self.intake.admitted(peer, message.records):
                     self._guard(peer, self._record, peer, envelope)
             case m.SyncDigest() | m.SyncIds():
                 self._sync(peer, message)

@@ -76,7 +76,7 @@ class ReputationView:
 
     @property
     def _today(self) -> int:
-        return self.settler.desk.now_ns // DAY_NS
+        return self.settler.desk.wall_ns // DAY_NS
 
     def describe(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The reputations of a peer, or of all of whom there is evidence, the best bound first. Raises NotFound."""

@@ -29,7 +29,7 @@ __all__ = ["RESTORED_KEY", "RESTORED_TABLE", "Restored", "RestoredListens"]
 
 RESTORED_TABLE, RESTORED_KEY = "restored", b"since"  # value: the clock at the restoring, 8 bytes big-endian, ns
 _LOGGED = Agreement | Settlement | Claim | Slash | Arbitration | Fault
-_READS = frozenset({"status", "wallet", "jobs", "job", "book", "bundle", "reputation", "reputation-bundle"})
+_READS = frozenset({"status", "wallet", "jobs", "job", "book", "bundle", "drops", "reputation", "reputation-bundle"})
 
 
 class RestoredListens(IchibaError):
@@ -67,6 +67,7 @@ class Restored:
         try:
             self._handle(event)
         except (RemoteProtocolError, LimitExceeded) as error:
+            self.desk.drop(f"refused-{error.code}", b"")
             self.desk.emit("ignored", why=str(error)[:300])
 
     def _handle(self, event: Input) -> None:

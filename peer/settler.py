@@ -477,7 +477,7 @@ class Settler:
 
     def reputation(self, peer: bytes) -> Reputation:
         """What a solver is trusted by here and today (market/reputation.py)."""
-        today = self.desk.now_ns // DAY_NS
+        today = self.desk.wall_ns // DAY_NS
         return self.reputations.of("solver", peer, today=today, viewer=self.desk.me).reputation
 
     def free_stake(self, peer: bytes) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from protocol import params
 
-__all__ = ["Rates", "Standing"]
+__all__ = ["GossipRates", "Rates", "Standing"]
 
 
 @dataclass
@@ -55,20 +55,47 @@ class Standing:
 
 
 class Rates:
-    """Token buckets by key: `per_second` each, with a burst of two seconds' worth; at most `keys_max` are kept."""
+    """Token buckets by key: `per_second` each, with a burst of `burst` (two seconds' worth, if it is not said); at most
+    `keys_max` are kept, and a key that comes back after it was forgotten has its burst again."""
 
-    def __init__(self, per_second: float, *, keys_max: int = params.STANDINGS_MAX) -> None:
-        self.per_second, self.keys_max = per_second, keys_max
+    def __init__(self, per_second: float, *, burst: float = 0, keys_max: int = params.STANDINGS_MAX) -> None:
+        self.per_second, self.burst, self.keys_max = per_second, burst or 2 * per_second, keys_max
         self._buckets: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
 
     def take(self, key: bytes, *, now: float, cost: float = 1.0) -> bool:
         """Spend `cost` of `key`'s allowance; False, and nothing spent, if there is not enough."""
-        burst = 2 * self.per_second
-        left, at = self._buckets.get(key, (burst, now))
-        left = min(burst, left + (now - at) * self.per_second)
+        left, at = self._buckets.get(key, (self.burst, now))
+        left = min(self.burst, left + max(0.0, now - at) * self.per_second)
         allowed = left >= cost
         self._buckets[key] = (left - cost if allowed else left, now)
         self._buckets.move_to_end(key)
         if len(self._buckets) > self.keys_max:
             self._buckets.popitem(last=False)
         return allowed
+
+
+class GossipRates:
+    """How much gossip is taken: of an author, of the neighbour that passes it on, and in all. Costs are spent in the
+    order asked, so what a neighbour may not pass on costs its author nothing."""
+
+    def __init__(self) -> None:
+        self._authors = Rates(params.GOSSIP_RECORDS_PER_SECOND_MAX, burst=params.GOSSIP_BURST_RECORDS)
+        self._messages = Rates(params.GOSSIP_PER_FORWARDER_MAX)
+        self._records = Rates(params.GOSSIP_RECORDS_PER_FORWARDER_MAX)
+        self._bytes = Rates(params.GOSSIP_BYTES_PER_SECOND_MAX / 8)  # one neighbour cannot use it all
+        self._all_bytes = Rates(params.GOSSIP_BYTES_PER_SECOND_MAX)
+
+    def refuse_forwarder(self, forwarder: bytes, *, records: int, size: int, now: float) -> str:
+        """Why a message of `size` bytes is not taken of this neighbour, a reason of peer/drops.py; "" if it is."""
+        allowed = (
+            self._messages.take(forwarder, now=now)
+            and self._records.take(forwarder, now=now, cost=records)
+            and self._bytes.take(forwarder, now=now, cost=size)
+        )
+        if not allowed:
+            return "neighbour-rate"
+        return "" if self._all_bytes.take(b"", now=now, cost=size) else "all-bytes"
+
+    def refuse_author(self, author: bytes, *, records: int, now: float) -> str:
+        """Why so many records are not taken of their author; "" if they are."""
+        return "" if self._authors.take(author, now=now, cost=records) else "author-rate"

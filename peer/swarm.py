@@ -8,6 +8,7 @@ know libp2p's code (peer/host.py hands in handshake and gossip) and what the byt
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -19,10 +20,11 @@ import trio
 
 from peer.addresses import Address, parse_address
 from peer.book import AddressBook
+from peer.drops import AT_TRANSPORT, Drops
 from peer.events import GossipIn, MessageIn, PeerDown, PeerUp
 from peer.links import Link, Links, PeerUnreachable, Secure, Stream, answer
 from peer.mdns import discover, interface_addresses
-from peer.standing import Rates, Standing
+from peer.standing import GossipRates, Rates, Standing
 from peer.yamux import MuxStream
 from protocol import params
 from protocol.codec import decode, encode
@@ -40,10 +42,9 @@ Told: TypeAlias = Annotated[tuple[AddressText, ...], msgspec.Meta(max_length=par
 TOLD_BYTES_MAX: Final = 64 * 1024
 IDENTIFY_SECONDS: Final = 10.0
 COUNTERS: Final = (  # what `stats` always shows, so that nobody has to guess a name
-    "bytes_in", "bytes_out", "connections_refused", "gossip_dropped_banned", "gossip_dropped_busy",
-    "gossip_dropped_rate", "gossip_dropped_slow_neighbour", "gossip_dropped_validator_fault", "gossip_published",
-    "gossip_received", "half_open_evicted", "handshakes_failed", "links_made", "mdns_works", "messages_received",
-    "messages_sent", "messages_slowed", "stream_faults", "streams_broken",
+    "bytes_in", "bytes_out", "connections_refused", "gossip_published", "gossip_received", "half_open_evicted",
+    "handshakes_failed", "links_made", "mdns_works", "messages_received", "messages_sent", "messages_slowed",
+    "stream_faults", "streams_broken",
 )  # fmt: skip
 HOUSEKEEPING_SECONDS: Final = 0.5  # redials and announcements are looked at this often
 
@@ -54,7 +55,8 @@ class HostConfig:
 
     seed: 32-byte Ed25519 seed. listen: multiaddrs such as /ip4/0.0.0.0/tcp/4001. topics: short names, gossiped as
     /ichiba/<network_tag>/<name>. validator(topic, author, data) raises RemoteProtocolError to reject a gossiped
-    message and penalise the neighbour that passed it on; it must not block.
+    message and penalise the neighbour that passed it on; it must not block. records_in(data): how many records a
+    message says it holds, which is what an author's allowance is spent on.
     """
 
     seed: bytes
@@ -63,6 +65,7 @@ class HostConfig:
     mdns: bool
     network_tag: str
     validator: Callable[[str, bytes, bytes], None]
+    records_in: Callable[[bytes], int] = lambda _: 1
 
 
 class Gossip(Protocol):
@@ -101,7 +104,7 @@ class Host:
         self.addresses: list[str] = []
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self.links = Links(self, secure, nursery, counters=self.counters)
-        self.standing, self.book = Standing(), AddressBook(self.peer)
+        self.standing, self.book, self.drops = Standing(), AddressBook(self.peer), Drops()
         self._nursery, self._faults, self._identify = nursery, faults, identify
         self._prefix = f"/ichiba/{config.network_tag}/"
         self._address_topic = self._prefix + "addresses/1"
@@ -114,10 +117,7 @@ class Host:
         self._announce_at = trio.current_time() + 1
         self._dialling: set[bytes] = set()
         self._message_rates = Rates(params.MESSAGES_PER_SECOND_MAX)
-        self._author_rates = Rates(params.GOSSIP_RECORDS_PER_SECOND_MAX)
-        self._forwarder_rates = Rates(params.GOSSIP_PER_FORWARDER_MAX)
-        self._forwarder_bytes = Rates(params.GOSSIP_BYTES_PER_SECOND_MAX / 8)  # one neighbour cannot use it all
-        self._gossip_bytes = Rates(params.GOSSIP_BYTES_PER_SECOND_MAX)
+        self._gossip_rates = GossipRates()
         self._gossip: Gossip | None = None
         self._gossip_readers: Counter[bytes] = Counter()
         self._served: dict[str, tuple[Handler, int | None]] = {PING: (self._pong, 64 * 1024)}
@@ -177,6 +177,8 @@ class Host:
             raise LocalProtocolError(f"cannot gossip {len(data)} bytes under {topic!r}", why="too long, or no topic")
         assert self._gossip is not None
         self.counters["gossip_published"] += 1
+        if not self.links.by_peer:
+            self.drop("no-neighbour", self.peer, records=self.config.records_in(data))
         await self._gossip.publish(name, data)
 
     async def send(self, peer: bytes, data: bytes) -> None:
@@ -251,11 +253,17 @@ class Host:
             log.warning("%s is banned for %.0f s: %s", short(peer), params.BAN_SECONDS, reason)
             self.links.drop(peer, "banned")
 
+    def drop(self, reason: str, author: bytes, *, records: int = 1) -> bool:
+        """Count what was not taken, or not passed on (peer/drops.py). False: it goes no further."""
+        self.drops.note(reason, author, now_ns=time.time_ns(), count=records)
+        return False
+
     def stats(self) -> dict[str, int]:
         """Counters since the start, and what is open now; bytes are those on the wire, without encryption."""
         open_links = [link for links in self.links.by_peer.values() for link in links]
         totals = Counter(self.counters)
         totals.update({f"penalties_{kind}": count for kind, count in self.standing.reasons.items()})
+        totals.update({f"dropped_{reason}".replace("-", "_"): self.drops.totals[reason] for reason in AT_TRANSPORT})
         totals["bytes_in"] += sum(link.session.bytes_in for link in open_links)
         totals["bytes_out"] += sum(link.session.bytes_out for link in open_links)
         now = {
@@ -265,7 +273,7 @@ class Host:
             "streams": sum(len(link.session.streams) for link in open_links),
             "banned": self.standing.bans(now=trio.current_time()),
             "penalised": self.standing.reasons.total(),
-            "dropped": sum(count for name, count in totals.items() if "dropped" in name),
+            "dropped": self.drops.totals.total(),
         }
         return {**totals, **now}
 
@@ -315,6 +323,7 @@ class Host:
                 await handler(link.peer, stream)
             done = True
         except RemoteProtocolError as fault:
+            self.drop(f"refused-{fault.code}", link.peer)
             self.penalise(link.peer, f"{fault.code}: {fault}")
         except PeerUnreachable:
             self.counters["streams_broken"] += 1
@@ -337,27 +346,24 @@ class Host:
         """Whether a gossiped message new to us is to be passed on; if so, or if it is judged bad, it is `keep`-t as
         seen. Raises RemoteProtocolError for what an honest neighbour never passes on."""
         now = trio.current_time()
-        if topic not in self.topics or author == self.peer:
-            return False
+        if author == self.peer:
+            return False  # our own, come back: nothing is lost
+        if topic not in self.topics:
+            return self.drop("no-topic", forwarder)
         if len(data) > params.GOSSIP_RECORD_BYTES_MAX:
             raise LimitExceeded(f"a gossiped record of {len(data)} bytes")
+        records = max(1, self.config.records_in(data)) if topic != self._address_topic else 1
         if self.standing.banned(author, now=now):
-            self.counters["gossip_dropped_banned"] += 1
-            return False
-        if not (
-            self._forwarder_rates.take(forwarder, now=now)
-            and self._forwarder_bytes.take(forwarder, now=now, cost=len(data))
-            and self._gossip_bytes.take(b"", now=now, cost=len(data))
-        ):
-            self.counters["gossip_dropped_rate"] += 1
-            return False
+            return self.drop("banned", author, records=records)
+        rates = self._gossip_rates
+        if refused := rates.refuse_forwarder(forwarder, records=records, size=len(data), now=now):
+            return self.drop(refused, forwarder, records=records)
         if not signed():
             raise VerificationFailed(f"a gossiped message with a signature that is not {short(author)}'s")
-        if not self._author_rates.take(author, now=now):
-            self.counters["gossip_dropped_rate"] += 1
-            if author == forwarder:
-                raise LimitExceeded(f"more than {params.GOSSIP_RECORDS_PER_SECOND_MAX} messages a second")
-            return False
+        if rates.refuse_author(author, records=records, now=now):
+            if author == forwarder:  # not raised: the stream would end, and with it what others' messages are in it
+                self.penalise(author, f"limit-exceeded: over {params.GOSSIP_RECORDS_PER_SECOND_MAX} records a second")
+            return self.drop("author-rate", author, records=records)
         keep()
         self.counters["gossip_received"] += 1
         if topic == self._address_topic:
@@ -368,12 +374,11 @@ class Host:
         except RemoteProtocolError:
             raise
         except self._faults:
-            self.counters["gossip_dropped_validator_fault"] += 1
             log.exception("the validator of %s failed on a record of %s", topic, short(author))
-            return False
+            return self.drop("validator-fault", author, records=records)
         # Gossip may fill half the queue; messages and the ups and downs of peers wait for room instead.
         if self._events_in.statistics().current_buffer_used * 2 >= params.HOST_EVENTS_MAX:
-            self.counters["gossip_dropped_busy"] += 1
+            self.drop("busy", author, records=records)
         else:
             self._events_in.send_nowait(GossipIn(self.topics[topic], author, data))
         return True
@@ -447,9 +452,8 @@ class Host:
                 self._nursery.start_soon(self._redial, peer)
             if now >= self._announce_at and self.addresses and self._gossip is not None:
                 self._announce_at = now + params.ANNOUNCE_SECONDS
-                await self._gossip.publish(
-                    self._address_topic, encode(self.addresses[: params.ANNOUNCED_ADDRESSES_MAX])
-                )
+                told = encode(self.addresses[: params.ANNOUNCED_ADDRESSES_MAX])
+                await self._gossip.publish(self._address_topic, told)
 
     async def _discover(self) -> None:
         def found(address: Address) -> None:

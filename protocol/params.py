@@ -36,6 +36,13 @@ TILE_SIDE: Final = 32  # DESIGN §7: a tensor's root is over its 32x32 float32 t
 
 # --- gossip and peers --------------------------------------------------------------------------------------
 GOSSIP_RECORDS_PER_SECOND_MAX: Final = 200  # per author; above it the author's records are dropped and counted
+GOSSIP_BURST_RECORDS: Final = 1_000  # of one author at once: what waited 5 s behind a line that stood still
+GOSSIP_OWN_BURST_RECORDS: Final = 200  # that we publish at once; the rest waits for the next ticks
+GOSSIP_RECORDS_PER_FORWARDER_MAX: Final = 2_000  # a second from one neighbour: ten authors at their most
+DIRECT_RECORDS_PER_SECOND_MAX: Final = 1_000  # from one connection, beside a burst of one whole settlement log
+OUTBOX_RECORDS_MAX: Final = 8_192  # records that wait to be published: 40 s at the most we may
+DROP_AUTHORS_MAX: Final = 1_024  # (reason, author) told apart in what was dropped; others of a reason count as one
+DROP_NEWS_SECONDS: Final = 10.0  # what was dropped is logged so often, one line a reason
 PEERS_MAX: Final = 1000  # connections; stock py-libp2p fills at 500 half-open ones
 CLOCK_SKEW_NS_MAX: Final = 300 * 10**9  # a record dated further ahead than this is refused
 CLOCK_STEP_NS: Final = 5 * 10**9  # a machine's clock that is set by more than this has jumped

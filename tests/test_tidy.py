@@ -24,9 +24,9 @@ SANS_IO = {  # everything the simulator runs as the daemon does, and the simulat
     for name in (
         "acceptance", "answers", "arbiter", "beacon", "bidding", "challenger", "checker", "checking", "clock",
         "commands", "correcting", "deals", "delivery", "desk", "disputant", "dispute_file", "disputes", "drawing",
-        "events", "forcing", "hearing", "jobs", "market_view", "matches", "messages", "node", "pricing", "profiles",
-        "prover", "receipt_rows", "reputations", "restored", "rulings", "sealing", "settler", "simulated_faults",
-        "simulated_work", "simulator", "solver", "submitter", "whistleblower", "witness",
+        "drops", "events", "forcing", "hearing", "intake", "jobs", "market_view", "matches", "messages", "node",
+        "pricing", "profiles", "prover", "receipt_rows", "reputations", "restored", "rulings", "sealing", "settler",
+        "simulated_faults", "simulated_work", "simulator", "solver", "submitter", "whistleblower", "witness",
     )
 }  # fmt: skip
 BANNED_NAMES = {"utils", "helpers", "common", "misc"}

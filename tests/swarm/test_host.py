@@ -220,7 +220,7 @@ async def test_gossip_nobody_takes_is_dropped_and_counted_while_messages_wait() 
         for number in range(params.HOST_EVENTS_MAX // 2 + 50):
             await sender.host.publish("offers", b"%d" % number)
         await sender.host.send(busy.peer, b"important")
-        await until(lambda: busy.stats().get("gossip_dropped_busy", 0) >= 50)
+        await until(lambda: busy.stats().get("dropped_busy", 0) >= 50)
         assert busy.stats()["dropped"] >= 50
         events = []
         while not events or not isinstance(events[-1], MessageIn):

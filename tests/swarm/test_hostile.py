@@ -381,7 +381,7 @@ async def test_a_validator_that_fails_drops_the_message_and_blames_nobody() -> N
         messages = [signed(b"e" * 32, data, n) for n, data in enumerate((b"crash the validator", b"fine"))]
         await stream.send_all(rpc_frame(rpc_pb2.RPC(publish=messages).SerializeToString()))
         assert [event.data for event in await node.wait_for(GossipIn)] == [b"fine"]
-        assert node.host.stats()["gossip_dropped_validator_fault"] == 1 and penalties(node) == 0
+        assert node.host.stats()["dropped_validator_fault"] == 1 and penalties(node) == 0
 
 
 @pytest.mark.parametrize("data", [b"bad record", bytes(params.GOSSIP_RECORD_BYTES_MAX + 1)])
@@ -412,7 +412,7 @@ async def test_a_gossip_flood_is_dropped_counted_and_penalised() -> None:
             if link.session.ended.is_set():
                 break
         await until(lambda: node.host.stats()["banned"] == 1)
-        assert node.host.stats()["gossip_dropped_rate"] >= params.PENALTIES_MAX
+        assert node.host.stats()["dropped_author_rate"] >= params.PENALTIES_MAX
         await friend.host.publish("offers", b"heard all the same")
         await until(lambda: any(event.data == b"heard all the same" for event in node.of(GossipIn)))
 
