@@ -112,15 +112,16 @@ async def serve(seed: int, way: str, rate: int, seconds: float, connect: str) ->
             await host.connect(connect)
         print(json.dumps(host.addresses[0]), flush=True)
         order = await trio.to_thread.run_sync(sys.stdin.readline)
+        begun = time.process_time()
         said = await speak(host, key, way, rate, seconds) if order.strip() == "speak" else {}
         print(json.dumps(said), flush=True)
         while (await trio.to_thread.run_sync(sys.stdin.readline)).strip() == "count":
             print(json.dumps(len(seen)), flush=True)
         links = {peer.hex() for peer in host.peers()}
         told = {"seen": seen, "drops": merged(host.drops)["reasons"], "links": len(links), "stats": host.stats()}
-        told["cpu_seconds"] = time.process_time()
+        told["cpu_seconds"] = time.process_time() - begun
         print(json.dumps(told), flush=True)
-        nursery.cancel_scope.cancel()
+        await trio.sleep_forever()  # who goes before the others have told changes what they see
 
 
 # --- the line ----------------------------------------------------------------------------------------------
@@ -144,9 +145,9 @@ def run(way: str, hosts: int, rate: int, seconds: float) -> dict[str, Any]:
             line.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
             address = answer(line[-1])
         time.sleep(SETTLE_SECONDS)
-        said = answer(line[0], "speak")
         for child in line[1:]:
             answer(child, "listen")
+        said = answer(line[0], "speak")
         heard = -1
         while heard < (heard := answer(line[-1], "count")):
             time.sleep(DRAIN_SECONDS)
@@ -165,6 +166,8 @@ def summary(way: str, said: dict[str, Any], told: list[dict[str, Any]]) -> dict[
     for one in told:
         for reason, count in one["drops"].items():
             drops[reason] = drops.get(reason, 0) + count
+    links = [one["links"] for one in told]
+    assert links == [1, *[2] * (len(told) - 2), 1], f"this is no line: {links}"
     sent, missing = len(said["made"]), len(said["made"]) - len(arrived)
 
     def late_ms(since: list[int]) -> dict[str, float]:
@@ -182,8 +185,7 @@ def summary(way: str, said: dict[str, Any], told: list[dict[str, Any]]) -> dict[
         "seen_at_each_host": [len(one["seen"]) for one in told[1:]],
         "drops": drops,
         "unaccounted": max(0, missing - sum(drops.values())),
-        "links": [one["links"] for one in told],
-        "cpu_seconds": round(sum(one["cpu_seconds"] for one in told), 2),  # of all hosts, their start included
+        "cpu_seconds": round(sum(one["cpu_seconds"] for one in told), 2),  # of all hosts, from when they met
         "bytes_out": sum(one["stats"]["bytes_out"] for one in told),
     }
 
