@@ -298,6 +298,21 @@ async def _open_workshop(stack: AsyncExitStack, config: DaemonConfig) -> tuple[W
     return workshop, ""
 
 
+def _means(config: DaemonConfig, workshop: Workshop | None, device: Device) -> Means:
+    """What this peer brings to the market: without a sandbox that holds, no work at all."""
+    return Means(
+        roles=config.roles if workshop is not None else 0,
+        unit_price=config.unit_price,
+        fixed_price=config.fixed_price,
+        memory_bytes=config.memory_bytes,
+        sandbox=int(workshop.report.level if workshop is not None else Level.NONE),
+        slots=config.slots,
+        cheat=config.cheat,
+        device=device.kind,
+        device_memory_bytes=device.memory_bytes,
+    )
+
+
 async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
     """Run one peer until it is stopped or cancelled. Starts with a Daemon once it serves its control socket.
 
@@ -310,19 +325,8 @@ async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATU
         store = stack.enter_context(await trio.to_thread.run_sync(Store.open, config.data_dir, network.id, key.public))
         blobs = BlobStore(config.data_dir / "blobs", params.BLOB_STORE_BYTES_MAX)
         workshop, note = await _open_workshop(stack, config)
-        level = workshop.report.level if workshop is not None else Level.NONE
         device = await trio.to_thread.run_sync(find_device, workshop.devices) if workshop is not None else Device()
-        means = Means(
-            roles=config.roles if workshop is not None else 0,
-            unit_price=config.unit_price,
-            fixed_price=config.fixed_price,
-            memory_bytes=config.memory_bytes,
-            sandbox=int(level),
-            slots=config.slots,
-            cheat=config.cheat,
-            device=device.kind,
-            device_memory_bytes=device.memory_bytes,
-        )
+        means = _means(config, workshop, device)
         host = await stack.enter_async_context(
             open_host(
                 HostConfig(

@@ -52,7 +52,7 @@ def test_one_witness_is_enough_for_all_and_the_work_goes_to_another(swarm: Simul
     swarm.run(seconds=5)
     assert barring(swarm, bob) == set(swarm.peers) - {"bob"}
     alice = swarm.peers["alice"].node
-    assert alice is not None and not [key for key in alice.desk.book.asks if key[0] == bob.key.public]
+    assert alice is not None and not alice.desk.book.asks.count_of(bob.key.public)
     job = submit(swarm)
     swarm.run(seconds=900, until=lambda: job_state(swarm, job).get("state") == "done")
     swarm.run(seconds=240)

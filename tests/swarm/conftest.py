@@ -78,10 +78,10 @@ async def start_node(config: HostConfig | None = None) -> AsyncIterator[Node]:
 
 
 @asynccontextmanager
-async def start_nodes(count: int) -> AsyncIterator[list[Node]]:
-    """`count` hosts, each linked to every other."""
+async def start_nodes(count: int, **changes: Any) -> AsyncIterator[list[Node]]:
+    """`count` hosts, each linked to every other. changes: of their configuration."""
     async with AsyncExitStack() as stack:
-        nodes = [await stack.enter_async_context(start_node()) for _ in range(count)]
+        nodes = [await stack.enter_async_context(start_node(make_config(**changes))) for _ in range(count)]
         for place, node in enumerate(nodes):
             for other in nodes[:place]:
                 await node.host.connect(other.address)

@@ -398,7 +398,11 @@ async def test_rejected_gossip_goes_no_further_and_is_penalised(data: bytes) -> 
 
 
 async def test_a_gossip_flood_is_dropped_counted_and_penalised() -> None:
-    async with start_nodes(2) as (node, friend), muxed_intruder(node.address) as link:
+    # A message of a hundred records is over the limit at any speed that a loaded machine still sends at.
+    async with (
+        start_nodes(2, records_in=lambda _: 100) as (node, friend),
+        muxed_intruder(node.address) as link,
+    ):
         await until(lambda: topic_peers(node.host))
         stream: Stream | None = None
         for start in range(0, 5000, 20):
