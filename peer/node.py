@@ -485,7 +485,8 @@ class Node:
                 self.desk.send(peer, m.SyncIds(tuple(sorted(self.settler.log)), answer=True))
             return
         theirs = set(message.ids)
-        lacking = [self.settler.log[i] for i in sorted(self.settler.log) if i not in theirs]
+        # In the order they came here: one who hears of a settlement after what was found later folds other money.
+        lacking = [envelope for i, envelope in self.settler.log.items() if i not in theirs]
         for start in range(0, len(lacking), 64):
             self.desk.send(peer, m.Records(tuple(lacking[start : start + 64])))
         if message.answer and theirs - set(self.settler.log):

@@ -331,8 +331,8 @@ class Settler:
             return
         channel.best_voucher_micro = max(channel.best_voucher_micro, worth)
         channel.claimants.add(record.author)
-        if record.fees:
-            channel.fees = record.fees
+        # Of several the dearest, not the last: peers hear them in different orders.
+        channel.fees = max(channel.fees, record.fees, key=lambda fees: (sum(micro for _, micro in fees), fees))
         rules = self.desk.network.rules
         window_ms = rules.claim_window_ms
         if record.author == agreement.solver:

@@ -20,11 +20,12 @@ from peer.events import (
     Post,
     Save,
     SegmentMade,
+    Send,
     StepMade,
     Tick,
     WorkEnded,
 )
-from peer.messages import pack
+from peer.messages import pack, unpack
 from peer.simulator import SECOND, START_NS, Faults, Simulation
 from protocol import params
 from protocol.codec import blake, encode
@@ -391,6 +392,18 @@ def test_events_of_forgotten_work_are_ignored(running: Simulation) -> None:
             SegmentMade(stale, 0, stale, stale, (), 1, stale, 1),
         ):
             assert not [e for e in node.handle(event, running.now_ns) if isinstance(e, Save | Post)]
+
+
+def test_who_lacks_the_log_gets_it_in_the_order_in_which_it_came(running: Simulation) -> None:
+    node = running.peers["alice"].node
+    assert node is not None
+    log = node.settler.log
+    node.settler.log = dict(sorted(log.items(), reverse=True))  # of one record there is but one order
+    node.settler.log |= {blake("later", bytes([n])): bytes([n]) for n in range(100)}
+    effects = give(running, "alice", MessageIn(running.peers["bob"].key.public, pack(m.SyncIds((), answer=False))))
+    sent = [message for e in effects if isinstance(e, Send) and isinstance(message := unpack(e.data), m.Records)]
+    assert [envelope for message in sent for envelope in message.records] == list(node.settler.log.values())
+    node.settler.log = log
 
 
 def test_a_clock_that_jumps_back_does_not_move_the_node_back(running: Simulation) -> None:
