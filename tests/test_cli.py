@@ -312,6 +312,7 @@ def test_a_real_daemon_comes_up_answers_and_ends_on_sigterm(home: Path) -> None:
     assert "Traceback" not in err
     assert lines(status)[0]["network"] == "solo"
     assert second.exit_code == 1  # one daemon for one data directory
+    assert f"process {child.pid} uses the data directory" in second.stderr
     assert not (home / "control.sock").exists()
     assert ichiba(home, "status").exit_code == 3
 

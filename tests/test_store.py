@@ -148,8 +148,11 @@ def test_a_second_daemon_is_refused_with_the_pid_and_what_to_do(store: Store, tm
     assert refused.value.pid == os.getpid()
     with pytest.raises(AlreadyRunning):
         restore(tmp_path, None)
+    store.commit([batch(1)])  # the first goes on, and loses nothing
+    before = fingerprint(store)
     store.close()
-    Store.open(tmp_path, NETWORK, PEER).close()
+    with Store.open(tmp_path, NETWORK, PEER) as again:
+        assert fingerprint(again) == before
 
 
 def test_a_store_of_another_network_peer_or_newer_version_is_refused(
