@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from market.ledger import Ledger
 from market.matching import Proven
 from market.reputation import Reputation
 from market.rounds import Candidate, match_offers
+from market.scoring import pack_bid
 from peer.bidding import Bidder
 from peer.desk import Desk, Means
 from peer.settler import Settler
@@ -62,33 +64,50 @@ def in_turn(costs: Costs) -> int:
     return total
 
 
-def signed_round(offers: int, bids: int) -> float:
-    """Milliseconds of a whole round over records: every bid refused or scored, then the auction."""
-    network, now = bytes(32), 1_700_000_000 * 10**9
+def candidates_of(offers: int, bids: int) -> list[Candidate]:
+    """So many open offers of one peer, each with a bid of every one of so many solvers, as its book holds them."""
     keys = [blake("solver", n.to_bytes(4, "big")) for n in range(bids)]
     made = []
     for number in range(offers):
-        offer = Offer(
-            network=network, submitter=bytes(32), nonce=number, task=network, program=network, data=network,
-            mode="exact", first_segment=0, last_segment=10, operations=10**12 + number * 10**9, memory_bytes=2**20,
-            checkpoint_bytes=100, sandbox=2, unit_price_max=1000, budget_micro=10**9, check_permille=50,
-            lock_micro=100, created_ns=now, expires_ns=now + 10**12,
-        )  # fmt: skip
+        offer_id = blake("offer", number.to_bytes(4, "big"))
         answers = [
             (blake("bid", key, number.to_bytes(4, "big")), Bid(
-                network=network, offer=network, solver=key, unit_price=500 + (place * 7919) % 400,
-                operations_cap=2**60, lock_micro=100, eta_ns=10**9, sandbox=2, seed_commitment=network,
-                forced_commitment=network, nonce=1, created_ns=now, expires_ns=now + 10**12,
+                network=bytes(32), offer=offer_id, solver=key, unit_price=500 + (place * 7919) % 400,
+                operations_cap=2**60, lock_micro=100, eta_ns=10**9, sandbox=2, seed_commitment=bytes(32),
+                forced_commitment=bytes(32), nonce=1, created_ns=NOW, expires_ns=NOW + 10**12,
             )) for place, key in enumerate(keys)
         ]  # fmt: skip
-        made.append(Candidate(blake("offer", number.to_bytes(4, "big")), offer, answers, 0))
-    start = time.perf_counter()
-    match_offers(
-        made, free_stake_micro=lambda _: 10**9, reputation_of=lambda _: Reputation.known(20, 0),
-        reachable=lambda _: True,
-        proven=lambda _: Proven("none", 0),
-    )  # fmt: skip
-    return (time.perf_counter() - start) * 1e3
+        offer = wanted(number, operations=10**12 + number * 10**9, unit_price_max=1000)
+        packed = b"".join(pack_bid(*answer) for answer in answers)
+        made.append(Candidate(offer_id, offer, answers, 0, (), 0, NOW, packed))
+    return made
+
+
+def round_ms(candidates: list[Candidate], *, columns_min: int = 0) -> tuple[float, list[bytes]]:
+    """Milliseconds of a whole round over signed bids, every one refused or scored, then the auction; and who won. With
+    a large columns_min by records, one bid after the other."""
+    with patch.object(params, "ROUND_COLUMNS_MIN", columns_min):
+        start = time.perf_counter()
+        choices = match_offers(
+            candidates, free_stake_micro=lambda _: 10**9, reputation_of=lambda _: Reputation.known(20, 0),
+            reachable=lambda _: True, proven=lambda _: Proven("none", 0),
+        )  # fmt: skip
+        taken = (time.perf_counter() - start) * 1e3
+    return taken, [choices[one.offer_id].winner.bid_id for one in candidates]  # type: ignore[union-attr]
+
+
+def rounds(size: int) -> dict[str, float]:
+    """Rounds in columns against rounds of records, of like size in turns, and the largest in columns alone."""
+    figures: dict[str, float] = {}
+    for side in (16, 64, 256):
+        candidates = candidates_of(side, side)
+        pairs = [(round_ms(candidates), round_ms(candidates, columns_min=2**62)) for _ in SEEDS]
+        assert all(columns[1] == records[1] for columns, records in pairs), "columns and records differ"
+        figures[f"round_{side}x{side}_ms"] = round(statistics.median(columns[0] for columns, _ in pairs), 1)
+        figures[f"round_{side}x{side}_records_ms"] = round(statistics.median(records[0] for _, records in pairs), 1)
+    candidates = candidates_of(size, size)
+    figures[f"round_{size}x{size}_ms"] = round(statistics.median(round_ms(candidates)[0] for _ in SEEDS), 1)
+    return figures
 
 
 def wanted(number: int, **terms: object) -> Offer:
@@ -222,7 +241,7 @@ def main() -> None:
     figures = {
         f"assign_{given.offers}x{given.offers}_ms": round(statistics.median(taken), 1),
         "cost_against_in_turn": round(statistics.mean(ratios), 4),
-        "records_256x256_ms": round(signed_round(256, 256), 1),
+        **rounds(given.offers),
         **book,
         **full_of_offers(),
     }

@@ -14,7 +14,7 @@ import msgspec
 
 from market.matching import Choice, Proven, Refusal, Scored, match_round
 from market.reputation import Reputation
-from market.rounds import TAKEN, Candidate
+from market.rounds import Candidate
 from protocol import params
 from protocol.codec import Digest, PeerKey, Uint, decode
 from protocol.errors import VerificationFailed
@@ -180,8 +180,3 @@ def _check_agreement(match: Match, offer_id: bytes, offer: Offer, bid: Bid, bid_
     terms = (agreement.submitter, agreement.solver, agreement.unit_price, agreement.lock_micro)
     if terms != (offer.submitter, bid.solver, bid.unit_price, bid.lock_micro):
         raise VerificationFailed("the agreement of the match has other parties, price or lock than the bid")
-
-
-def taken_by_others(choice: Choice) -> set[bytes]:
-    """The solvers that other offers of the same submitter took in the round of `choice`."""
-    return {solver for solver, refusal in choice.refused if refusal == TAKEN}

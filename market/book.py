@@ -7,11 +7,12 @@ arrival order, so nothing here depends on it. It knows neither peers' connection
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
 from market.ask_index import AskIndex
+from market.scoring import pack_bid
 from protocol import params
 from protocol.errors import LimitExceeded, MalformedRecord, VerificationFailed
 from protocol.records import Ask, Bid, Offer
@@ -45,6 +46,7 @@ class OrderBook:
     asks: AskIndex = field(default_factory=AskIndex)
     bids: dict[bytes, dict[bytes, tuple[bytes, Bid]]] = field(default_factory=dict)
     envelopes: dict[bytes, bytes] = field(default_factory=dict)  # of the bids, by their ids: an audit shows them
+    packed: dict[bytes, bytes] = field(default_factory=dict)  # of the same bids: what a large round reads of them
     taken: dict[bytes, int] = field(default_factory=dict)  # offers that became agreements -> when they may be forgotten
     equivocations: dict[bytes, int] = field(default_factory=dict)  # author -> times caught
     _offers_of: Counter[bytes] = field(default_factory=Counter)  # submitter -> its live offers
@@ -101,10 +103,10 @@ class OrderBook:
         if old is None and len(on_offer) >= params.BOOK_BIDS_PER_OFFER_MAX:
             raise LimitExceeded("too many bids on one offer")
         if old is not None:
-            self.envelopes.pop(old[0], None)
+            self._drop_bids(on_offer, [bid.solver])
         on_offer[bid.solver] = (bid_id, bid)
         if envelope:
-            self.envelopes[bid_id] = envelope
+            self.envelopes[bid_id], self.packed[bid_id] = envelope, pack_bid(bid_id, bid)
         return True
 
     def void_bids(self, solver: bytes, *, until_ns: int, offer_id: bytes = b"") -> None:
@@ -134,7 +136,9 @@ class OrderBook:
 
     def _drop_bids(self, on_offer: dict[bytes, tuple[bytes, Bid]], solvers: list[bytes]) -> None:
         for solver in solvers:
-            self.envelopes.pop(on_offer.pop(solver)[0], None)
+            bid_id, _ = on_offer.pop(solver)
+            self.envelopes.pop(bid_id, None)
+            self.packed.pop(bid_id, None)
 
     def take_offer(self, offer_id: bytes, *, now_ns: int) -> None:
         """The offer became an agreement: drop it, and refuse late copies for as long as any could live."""
@@ -145,6 +149,11 @@ class OrderBook:
     def live_bids(self, offer_id: bytes, *, now_ns: int) -> list[tuple[bytes, Bid]]:
         """The unexpired bids on an offer as (id, bid), in order of their ids."""
         return sorted((i, b) for i, b in self.bids.get(offer_id, {}).values() if now_ns < b.expires_ns)
+
+    def packed_bids(self, bids: Sequence[tuple[bytes, Bid]]) -> bytes:
+        """`pack_bid` of each, in their order; empty where one of them came without its envelope."""
+        rows = [self.packed.get(bid_id, b"") for bid_id, _ in bids]
+        return b"".join(rows) if all(rows) else b""
 
     def live_asks(self, *, role: int, now_ns: int, peers: Collection[bytes] | None = None) -> list[Ask]:
         """The unexpired asks of peers in `role`, in order of their keys; of `peers` only, if given."""

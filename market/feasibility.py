@@ -139,6 +139,7 @@ def refused_rows(columns: Columns, size: int, offer: Offer, *, now_ns: int) -> l
     found.append(("vram", columns.device_memory_bytes[:size] < offer.device_memory_bytes))
     found.append(("memory", columns.memory_bytes[:size] < offer.memory_bytes))
     found.append(("sandbox", columns.sandbox[:size] < required_level(offer)))
+    found.append(("too-long", speed <= _too_slow(offer, params.RUN_NS_MAX)))
     if offer.deadline_ns:
         found.append(("deadline", speed <= _too_slow(offer, offer.deadline_ns - now_ns)))
     found.append(("price", _too_dear(columns.unit_price[:size], speed, offer)))

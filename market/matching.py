@@ -26,16 +26,18 @@ __all__ = [
     "Refusal",
     "Scored",
     "believed_ns",
+    "draws_newcomer",
     "eta_ns",
     "match_round",
     "refuse_bid",
     "refuse_device",
     "refuse_offer",
     "refuse_time",
+    "transfer_bytes",
     "transfer_ns",
 ]
 
-_HOUR_NS: Final = 3600 * 10**9
+HOUR_NS: Final = 3600 * 10**9
 SANDBOX_CONTAINED: Final = LEVELS.index("CONTAINED")
 SANDBOX_NAMESPACED: Final = LEVELS.index("NAMESPACED")
 
@@ -71,11 +73,18 @@ class Proven:
     grade: Literal["witnessed", "self-timed", "none"]
     operations_per_second: int
 
+    @property
+    def fastest(self) -> int:
+        """Operations per second that it is believed to reach at most: without a card that this peer timed itself never
+        more than UNPROVEN_SPEED_MAX."""
+        speed = self.operations_per_second or params.UNPROVEN_SPEED_MAX
+        return speed if self.grade == "witnessed" else min(speed, params.UNPROVEN_SPEED_MAX)
+
 
 UNKNOWN: Final = Proven("none", 0)
 """What is known of the speed of a stranger."""
 
-_SLOWDOWN: Final = {
+SLOWDOWN: Final = {
     "witnessed": 1000,
     "self-timed": params.SELF_TIMED_SLOWDOWN_PERMILLE,
     "none": params.UNPROVEN_SLOWDOWN_PERMILLE,
@@ -89,17 +98,19 @@ def believed_ns(operations: int, eta_ns: int, proven: Proven) -> int:
     card that this peer timed itself never less than at UNPROVEN_SPEED_MAX, and longer than the solver says: a word
     alone must not win against a measurement.
     """
-    fastest = proven.operations_per_second or params.UNPROVEN_SPEED_MAX
-    if proven.grade != "witnessed":
-        fastest = min(fastest, params.UNPROVEN_SPEED_MAX)
-    return max(eta_ns * _SLOWDOWN[proven.grade] // 1000, operations * 10**9 // fastest)
+    return max(eta_ns * SLOWDOWN[proven.grade] // 1000, operations * 10**9 // proven.fastest)
+
+
+def transfer_bytes(offer: Offer) -> int:
+    """All that moves between the two peers: program, data and first state to the solver, the checkpoint of each segment
+    back. A profile comes back in a message."""
+    checkpoints = 0 if offer.mode == "profile" else offer.checkpoint_bytes * (offer.last_segment - offer.first_segment)
+    return offer.content_bytes + checkpoints
 
 
 def transfer_ns(offer: Offer, bytes_per_second: int) -> int:
-    """How long all that moves between the two peers takes, in ns, rounded down: program, data and first state to the
-    solver, the checkpoint of each segment back. A profile comes back in a message."""
-    checkpoints = 0 if offer.mode == "profile" else offer.checkpoint_bytes * (offer.last_segment - offer.first_segment)
-    return (offer.content_bytes + checkpoints) * 10**9 // max(1, bytes_per_second)
+    """How long that takes, in ns, rounded down."""
+    return transfer_bytes(offer) * 10**9 // max(1, bytes_per_second)
 
 
 def eta_ns(offer: Offer, operations_per_second: int) -> int:
@@ -140,6 +151,7 @@ class Choice:
     ranked: tuple[Scored, ...]
     refused: tuple[tuple[bytes, Refusal], ...]
     explored: bool = False
+    more: int = 0  # feasible bids behind those that are ranked: a large round tells the best
 
 
 def required_level(offer: Offer) -> int:
@@ -161,6 +173,8 @@ def refuse_device(offer: Offer, device: str, device_memory_bytes: int) -> Refusa
 
 def refuse_time(offer: Offer, *, now_ns: int, takes_ns: int) -> Refusal | None:
     """Why work that takes so long from now, with its transfer, is not done in time, or None."""
+    if takes_ns > params.RUN_NS_MAX:
+        return Refusal("too-long", f"takes {takes_ns // (86_400 * 10**9)} days with its transfer")
     if not offer.deadline_ns or now_ns + takes_ns <= offer.deadline_ns:
         return None
     left_s = max(0, offer.deadline_ns - now_ns) // 10**9
@@ -250,6 +264,12 @@ def refuse_bid(
     return None
 
 
+def draws_newcomer(offer_id: bytes, round_number: int) -> bool:
+    """Whether in this round of this offer the best newcomer goes first."""
+    drawn = int.from_bytes(blake("ichiba/explore", offer_id, round_number.to_bytes(8, "little"))[:8], "little")
+    return drawn % 1000 < params.EXPLORATION_PERMILLE
+
+
 def match_round(
     offer: Offer,
     offer_id: bytes,
@@ -291,12 +311,11 @@ def match_round(
             continue
         price = amount_for(offer.operations, bid.unit_price)
         risk = price * (1_000_000 - reputation_of(bid.solver).bound_ppm) // 1_000_000
-        wait, moving = (hour_micro * each_ns // _HOUR_NS for each_ns in (run_ns, moving_ns))
+        wait, moving = (hour_micro * each_ns // HOUR_NS for each_ns in (run_ns, moving_ns))
         scored.append(Scored(bid_id, bid.solver, price, risk, wait, moving))
     scored.sort(key=lambda s: (s.score_micro, s.bid_id))
     explored = False
-    drawn = int.from_bytes(blake("ichiba/explore", offer_id, round_number.to_bytes(8, "little"))[:8], "little")
-    if drawn % 1000 < params.EXPLORATION_PERMILLE:
+    if draws_newcomer(offer_id, round_number):
         for index, one in enumerate(scored):
             if reputation_of(one.solver).deals < params.NEWCOMER_DEALS:
                 scored.insert(0, scored.pop(index))

@@ -78,6 +78,7 @@ _OWN_WORDS: Final = {
     "mode": "contradict themselves",
     "device": "need another kind of device",
     "vram": "need more memory on the graphics card than there is",
+    "too-long": "would take this peer more than a year",
     "deadline": "must be done sooner than this peer can",
     "outbid": "have a lower bid of somebody else",
 }

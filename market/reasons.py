@@ -131,6 +131,7 @@ _OFFER_WORDS: Final = {
     "device": "have another kind of device",
     "sandbox": "have too weak a sandbox",
     "deadline": "are too slow for the deadline",
+    "too-long": "would take more than a year",
     "stake": "have too little stake free for a job of this price",
     "unreachable": "are not connected to this peer",
     "role": "do not take work of this kind",

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from market.assignment import NEVER, assign
-from market.matching import Choice, Proven, Refusal, Scored, match_round
+from market.matching import Choice, Proven, Scored, match_round
 from market.reputation import Reputation
+from market.round_columns import TAKEN, match_columns
+from market.scoring import Bidders
 from protocol import params
 from protocol.records import Bid, Offer, amount_for
 
-__all__ = ["Candidate", "match_offers"]
-
-TAKEN = Refusal("taken", "another offer of this peer takes this solver in this round")
+__all__ = ["TAKEN", "Candidate", "match_offers"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Candidate:
     excluded: Collection[bytes] = ()
     stake_min_micro: int = 0
     now_ns: int = 0
+    packed: bytes = b""  # `pack_bid` of each of the bids; empty: it is made where it is needed
 
 
 def match_offers(
@@ -48,6 +49,18 @@ def match_offers(
     ids, and the auction gives the others theirs; none of those is left with a worse bid than one that nobody took. That
     an offer rests costs twice its limit: a bid is always better.
     """
+    if sum(len(one.bids) for one in candidates) >= params.ROUND_COLUMNS_MIN:
+        solvers = {bid.solver for one in candidates for _, bid in one.bids}
+        known = Bidders.of(
+            solvers,
+            free_stake_micro=free_stake_micro,
+            reputation_of=reputation_of,
+            reachable=reachable,
+            proven=proven,
+            link=link,
+        )
+        if known is not None and (found := match_columns(candidates, known)) is not None:
+            return found
     choices = {
         one.offer_id: match_round(
             one.offer,

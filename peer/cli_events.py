@@ -25,7 +25,8 @@ def _round(event: _Event) -> str:
     if ranked:
         best = ranked[0]
         why = ", to give a newcomer its turn" if event.get("explored") else ""
-        return f"{len(ranked)} bid(s); the best is {_who(best['solver'])}'s at {credits_of(best['price'])} credits{why}"
+        bids = len(ranked) + event.get("more", 0)
+        return f"{bids} bid(s); the best is {_who(best['solver'])}'s at {credits_of(best['price'])} credits{why}"
     if not refused:
         return "no bids yet: no solver that heard of this job bids on it; see `ichiba book`"
     reasons = "; ".join(f"{_who(one['solver'])} {one['why']}" for one in refused)

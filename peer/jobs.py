@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from market.audit import Known
 from market.matching import Choice, Proven
 from market.quoting import channel_micro, lock_micro
 from market.rounds import Candidate, match_offers
@@ -210,14 +211,16 @@ class JobDesk:
         if offer is None:
             self.offer(job)
             return None
+        bids = book.live_bids(job.offer_id, now_ns=self.desk.wall_ns)
         return Candidate(
             offer_id=job.offer_id,
             offer=offer,
-            bids=book.live_bids(job.offer_id, now_ns=self.desk.wall_ns),
+            bids=bids,
             round_number=(now - job.offered_ns) // (rules.round_ms * 10**6),
             excluded=self.excluded(job),
             stake_min_micro=rules.checker_stake_min_micro if offer.mode == "profile" else 0,
             now_ns=self.desk.wall_ns,
+            packed=book.packed_bids(bids),
         )
 
     def _match(self, due: list[Job]) -> None:
@@ -234,10 +237,13 @@ class JobDesk:
         for job in due:
             if job.id in candidates:
                 self._tell(job, choices[job.offer_id])
+        winners = {choice.winner.solver for choice in choices.values() if choice.winner is not None}
+        facts: dict[bytes, Known] = {}
         for job in due:
             if job.id in candidates and (winner := choices[job.offer_id].winner) is not None:
                 one, choice = candidates[job.id], choices[job.offer_id]
-                self.matches.note(one, choice, job.offer, offers=len(candidates), proven=self.speed_of)
+                taken = winners - {winner.solver}
+                self.matches.note(one, choice, job.offer, len(candidates), taken, facts, self.speed_of)
                 self.on_choice(job, one.offer, dict(one.bids)[winner.bid_id], choice)
 
     def _tell(self, job: Job, choice: Choice) -> None:
@@ -260,6 +266,7 @@ class JobDesk:
             ],
             refused=[{"solver": peer, "code": r.code, "why": r.why} for peer, r in choice.refused],
             explored=choice.explored,
+            more=choice.more,
         )
 
     def excluded(self, job: Job) -> set[bytes]:

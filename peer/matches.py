@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
-from market.audit import Known, Match, note_match, taken_by_others
+from market.audit import Known, Match, note_match
 from market.matching import Choice, Proven
 from market.reputation import DAY_NS
 from market.rounds import Candidate
@@ -31,21 +31,33 @@ class Matches:
     _noted: dict[bytes, Match] = field(default_factory=dict)  # offer -> of the round that runs
 
     def note(
-        self, candidate: Candidate, choice: Choice, offer: bytes, *, offers: int, proven: Callable[[bytes], Proven]
+        self,
+        candidate: Candidate,
+        choice: Choice,
+        offer: bytes,
+        offers: int,
+        taken: Collection[bytes],
+        facts: dict[bytes, Known],
+        proven: Callable[[bytes], Proven],
     ) -> None:
-        """A round found a winner for an offer; the proposal comes next."""
+        """A round found a winner for an offer; the proposal comes next. taken: the winners of the other offers. facts:
+        what is known of each bidder, gathered once in a round."""
         assert choice.winner is not None, "only a match is kept"
         envelopes = {i: e for i, _ in candidate.bids if (e := self.desk.book.envelopes.get(i)) is not None}
-        taken = taken_by_others(choice)
-        known = [self._known(bid.solver, candidate, proven, taken) for i, bid in candidate.bids if i in envelopes]
-        if choice.winner.bid_id in envelopes:
-            self._noted = {
-                candidate.offer_id: note_match(candidate, choice, envelopes, offer=offer, known=known, offers=offers)
-            }
+        if choice.winner.bid_id not in envelopes:
+            return
+        known = []
+        for solver in [bid.solver for bid_id, bid in candidate.bids if bid_id in envelopes]:
+            if solver not in facts:
+                facts[solver] = self._known(solver, proven)
+            excluded, gone = solver in candidate.excluded, solver in taken
+            fact = facts[solver]
+            known.append(msgspec.structs.replace(fact, excluded=excluded, taken=gone) if excluded or gone else fact)
+        self._noted = {
+            candidate.offer_id: note_match(candidate, choice, envelopes, offer=offer, known=known, offers=offers)
+        }
 
-    def _known(
-        self, solver: bytes, candidate: Candidate, proven: Callable[[bytes], Proven], taken: set[bytes]
-    ) -> Known:
+    def _known(self, solver: bytes, proven: Callable[[bytes], Proven]) -> Known:
         history, speed, weighed = self.settler.history(solver), proven(solver), self.settler.reputation(solver)
         return Known(
             solver=solver,
@@ -57,8 +69,8 @@ class Matches:
             operations_per_second=speed.operations_per_second,
             bytes_per_second=self.desk.link_speed(solver),
             reachable=solver in self.desk.peers,
-            excluded=solver in candidate.excluded,
-            taken=solver in taken,
+            excluded=False,
+            taken=False,
             right_ppm=weighed.right_ppm,
             wrong_ppm=weighed.wrong_ppm,
             deals=weighed.deals,

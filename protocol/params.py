@@ -75,6 +75,7 @@ OFFERS_LOOKED_AT_MAX: Final = 200  # offers a solver considers again in one tick
 WITNESS_PLACES_MAX: Final = 10_000  # first records kept to prove a second one: some 5 MB
 BAR_NS: Final = 24 * 3600 * 10**9  # no business with who signed twice: longer than any record of it lives
 BARRED_MAX: Final = 10_000  # peers barred at a time; a key costs nothing, so the list must be bounded
+ROUND_COLUMNS_MIN: Final = 512  # bids of a round from which columns are faster than records
 MATCHES_KEPT_MAX: Final = 1_000  # with all their bids, some 10 kB each in a market of twenty solvers
 JOBS_OPEN_MAX: Final = 256  # of one submitter's daemon
 PENDING_SETTLEMENT_MAX: Final = 1024  # records that wait for one they depend on
@@ -362,6 +363,7 @@ CORRECTION_WAIT_NS: Final = 120 * 10**9  # for the true state of an ordered erro
 CORRECTION_FETCH_NS: Final = 10 * 10**9  # between two attempts to get that state
 # --- what people ask (market/filters.py, market/prints.py, peer/answers.py) --------------------------------
 FOREVER_NS: Final = 2**63 - 1  # later than any time a record can hold
+RUN_NS_MAX: Final = 366 * 86_400 * 10**9  # work that is believed to take longer is nobody's plan
 DEADLINE_NS_MAX: Final = 366 * 86_400 * 10**9  # a job that has more time has no deadline
 FILTER_CHARS_MAX: Final = 1000  # of a filter: thirty comparisons
 ROWS_SHOWN_MAX: Final = 10_000  # rows of one table in one answer: 4 MB of JSON

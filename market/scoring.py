@@ -1,0 +1,223 @@
+"""The rule of market/matching.py over columns: all bids of a large round scored and ranked at once, in integers.
+
+It promises what `match_round` finds bid by bid, to the last micro-credit; a property test holds the two against each
+other. It knows the terms for which 64 bits are enough (`fits`), and scores no others. What nobody looks at is not made:
+of each offer the best bids are told in full, the others counted.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from market.feasibility import DEVICES
+from market.matching import HOUR_NS, SLOWDOWN, Proven, Scored, draws_newcomer, required_level, transfer_bytes
+from market.reputation import Reputation
+from protocol import params
+from protocol.records import Bid, Offer, amount_for
+
+__all__ = ["Bidders", "Ranking", "fits", "pack_bid", "rank"]
+
+_ROW: Final = struct.Struct("<QQ7q")
+_FIELDS: Final = _ROW.size // 8
+_SPEED_MAX: Final = 2**53  # operations or bytes per second: a thousand times what there is
+_PRICE_MAX: Final = 2**33  # micro-credits per giga-operation: 8,600 credits
+_AMOUNT_MAX: Final = 2**41  # micro-credits: two million credits
+_LONG_NS: Final = 2**60  # 36 years stand for all that is longer: what is above params.RUN_NS_MAX is refused alike
+_INT64_MAX: Final = 2**63 - 1
+
+Ints = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+
+def pack_bid(bid_id: bytes, bid: Bid) -> bytes:
+    """What `rank` reads of a bid, made once when it comes: a row of 72 bytes."""
+    return _ROW.pack(
+        int.from_bytes(bid_id[:8], "big"), int.from_bytes(bid.solver[:8], "big"), bid.unit_price, bid.operations_cap,
+        bid.lock_micro, bid.eta_ns, bid.sandbox, DEVICES.index(bid.device), bid.device_memory_bytes,
+    )  # fmt: skip
+
+
+def fits(offer: Offer) -> bool:
+    """Whether 64 bits are enough for all scores of this offer."""
+    amount = amount_for(offer.operations, offer.unit_price_max)
+    return (
+        offer.unit_price_max < _PRICE_MAX and amount < _AMOUNT_MAX
+        and max(offer.operations, transfer_bytes(offer)) <= _INT64_MAX
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bidders:
+    """What a submitter knows of all who bid in a round, in order of their keys. Units as in `match_round`."""
+
+    keys: list[bytes]
+    heads: npt.NDArray[np.uint64]  # the first eight bytes of each key
+    free_stake_micro: Ints
+    doubt_ppm: Ints  # the chance that it does not deliver
+    newcomer: Flags
+    reachable: Flags
+    slowdown: Ints  # permille
+    speeds: Ints  # the distinct speeds there are, in operations per second
+    speed: Ints  # the place of each one's among them
+    links: Ints  # likewise, in bytes per second
+    link: Ints
+
+    @classmethod
+    def of(
+        cls,
+        solvers: Collection[bytes],
+        *,
+        free_stake_micro: Callable[[bytes], int],
+        reputation_of: Callable[[bytes], Reputation],
+        reachable: Callable[[bytes], bool],
+        proven: Callable[[bytes], Proven],
+        link: Callable[[bytes], int],
+    ) -> Bidders | None:
+        """None where a column cannot tell them apart or hold what is known of them."""
+        keys = sorted(solvers)
+        heads = np.array([int.from_bytes(key[:8], "big") for key in keys], np.uint64)
+        speeds, reputations = [proven(key) for key in keys], [reputation_of(key) for key in keys]
+        fastest = [one.fastest for one in speeds]
+        if (heads[1:] == heads[:-1]).any() or max(fastest, default=0) > _SPEED_MAX:
+            return None
+        # Most are strangers, and strangers are alike: what follows from a speed is reckoned once for all that have it.
+        distinct, speed = np.unique(np.array(fastest, np.int64), return_inverse=True)
+        links, at = np.unique([min(max(1, link(key)), _SPEED_MAX) for key in keys], return_inverse=True)
+        return cls(
+            keys,
+            heads,
+            np.array([min(free_stake_micro(key), _INT64_MAX) for key in keys], np.int64),
+            np.array([1_000_000 - one.bound_ppm for one in reputations], np.int64),
+            np.array([one.deals < params.NEWCOMER_DEALS for one in reputations], np.bool_),
+            np.array([reachable(key) for key in keys], np.bool_),
+            np.array([SLOWDOWN[one.grade] for one in speeds], np.int64),
+            distinct,
+            speed,
+            links.astype(np.int64),
+            at,
+        )
+
+    @cached_property
+    def place_of(self) -> dict[bytes, int]:
+        """Where each stands."""
+        return {key: place for place, key in enumerate(self.keys)}
+
+
+@dataclass
+class Ranking:
+    """The bids on one offer. rows: places of the feasible ones among its bids, best first by score and id; solvers: the
+    place of each one's solver among the Bidders. refused: places of the others. explored: the place in `rows` of a
+    newcomer that goes first in this round, -1 for none."""
+
+    rows: Ints
+    solvers: Ints
+    scores: Ints
+    order: Ints  # where each of `rows` stands in the parts
+    parts: tuple[Ints, Ints, Ints, Ints]  # price, risk, wait, transfer
+    refused: Ints
+    explored: int
+
+    def scored(self, place: int, bids: Sequence[tuple[bytes, Bid]]) -> Scored:
+        """The bid at this place of the ranking, in full."""
+        bid_id, bid = bids[int(self.rows[place])]
+        price, risk, wait, transfer = (part.item(self.order[place]) for part in self.parts)
+        return Scored(bid_id, bid.solver, price, risk, wait, transfer)
+
+
+def rank(
+    offer: Offer, offer_id: bytes, packed: bytes, bidders: Bidders, *, round_number: int, excluded: Collection[bytes],
+    stake_min_micro: int, now_ns: int,
+) -> Ranking | None:  # fmt: skip
+    """The bids on `offer`, best first; None where their ids cannot be told apart by their heads. Needs `fits`."""
+    rows = np.ascontiguousarray(np.frombuffer(packed, "<i8").reshape(-1, _FIELDS).T)
+    heads, solver_heads = rows[0].view(np.uint64), rows[1].view(np.uint64)
+    unit_price, cap, lock, eta, sandbox, device, vram = rows[2:]
+    who = np.searchsorted(bidders.heads, solver_heads)
+    run_ns = np.maximum(
+        _permille(np.minimum(eta, _LONG_NS), bidders.slowdown[who]),
+        _nano_over(offer.operations, bidders.speeds)[bidders.speed[who]],
+    )
+    moving_ns = _nano_over(transfer_bytes(offer), bidders.links)[bidders.link[who]]
+    takes_ns = run_ns + moving_ns
+    longest_ns = params.RUN_NS_MAX
+    if offer.deadline_ns:
+        longest_ns = min(longest_ns, offer.deadline_ns - now_ns)
+    stake = bidders.free_stake_micro[who]
+    refused = (
+        ~bidders.reachable[who] | (unit_price > offer.unit_price_max) | (cap < offer.operations)
+        | (sandbox < required_level(offer)) | (vram < offer.device_memory_bytes) | (takes_ns > longest_ns)
+        | (lock < offer.lock_micro) | (stake < max(0, stake_min_micro)) | (lock > stake)
+    )  # fmt: skip
+    if offer.device != "any":
+        refused |= device != DEVICES.index(offer.device)
+    for key in {*excluded, offer.submitter} & bidders.place_of.keys():
+        refused |= who == bidders.place_of[key]
+    able = np.flatnonzero(~refused)
+    price = _amounts(offer.operations, unit_price[able])
+    risk = price * bidders.doubt_ppm[who[able]] // 1_000_000
+    hour_micro = amount_for(offer.operations, offer.unit_price_max)
+    wait, transfer = (_hourly(hour_micro, ns[able]) for ns in (run_ns, moving_ns))
+    scores = price + risk + wait + transfer
+    order = np.argsort(scores)
+    if (np.diff(scores[order]) == 0).any():  # ties go to the smaller id
+        order = np.lexsort((heads[able], scores))
+        tied = order[np.flatnonzero(np.diff(scores[order]) == 0)[:, None] + [0, 1]]
+        if (heads[able[tied[:, 0]]] == heads[able[tied[:, 1]]]).any():
+            return None
+    able, scores = able[order], scores[order]
+    explored = -1
+    if draws_newcomer(offer_id, round_number):
+        new = np.flatnonzero(bidders.newcomer[who[able]])
+        explored = int(new[0]) if new.size else -1
+    parts = (price, risk, wait, transfer)
+    return Ranking(able, who[able], scores, order, parts, np.flatnonzero(refused), explored)
+
+
+def _permille(values: Ints, permille: Ints) -> Ints:
+    """values * permille // 1000, for values up to _LONG_NS and permille up to 4,000."""
+    whole = values // 1000
+    return whole * permille + (values - whole * 1000) * permille // 1000
+
+
+def _nano_over(count: int, per_second: Ints) -> Ints:
+    """count * 10^9 // per_second, in three steps of a thousand; where it is more than _LONG_NS, at least about that.
+
+    per_second: from 1 to _SPEED_MAX, so that a rest times a thousand fits.
+    """
+    per_second = np.maximum(per_second, min(_SPEED_MAX, count * 10**9 // _LONG_NS))
+    quotient = count // per_second
+    rest = count - quotient * per_second
+    for _ in range(3):
+        rest *= 1000
+        digits = rest // per_second
+        rest -= digits * per_second
+        quotient = quotient * 1000 + digits
+    return quotient
+
+
+def _amounts(operations: int, unit_prices: Ints) -> Ints:
+    """`amount_for` of each price up to the offer's limit."""
+    giga, rest = divmod(operations, 10**9)
+    return giga * unit_prices + rest * unit_prices // 10**9
+
+
+def _hourly(amount: int, spans_ns: Ints) -> Ints:
+    """amount * span // an hour, for an amount below _AMOUNT_MAX (2^41) and spans up to params.RUN_NS_MAX.
+
+    An hour is below 2^42 ns, so the amount is taken in two parts of 21 and 20 bits, each of whose products fits.
+    """
+    hours = spans_ns // HOUR_NS
+    rest = spans_ns - hours * HOUR_NS
+    high, low = amount >> 20, amount & (2**20 - 1)
+    product = high * rest
+    quotient = product // HOUR_NS
+    carried = ((product - quotient * HOUR_NS) << 20) + low * rest
+    found: Ints = amount * hours + (quotient << 20) + carried // HOUR_NS
+    return found
