@@ -212,6 +212,37 @@ async def test_a_peer_that_restarts_is_heard_again() -> None:
         assert [event.data for event in one.of(GossipIn)] == [b"turn 0", b"turn 1"]
 
 
+async def test_an_author_is_held_to_its_records_and_each_one_over_is_counted_as_its_own() -> None:
+    bundle = 64
+    config = make_config(records_in=lambda _: bundle)
+    async with start_node() as sender, start_node(config) as taker:
+        await sender.host.connect(taker.address)
+        await until(lambda: topic_peers(sender.host))
+        passed, sent = params.GOSSIP_BURST_RECORDS // bundle, params.GOSSIP_BURST_RECORDS // bundle + 5
+        for number in range(sent):
+            await sender.host.publish("offers", b"%d" % number)
+        await until(lambda: len(taker.of(GossipIn)) + taker.host.drops.totals["author-rate"] // bundle >= sent)
+        assert passed <= len(taker.of(GossipIn)) < sent, "its allowance grows while it sends"
+        (row,) = [row for row in taker.host.drops.rows() if row["reason"] == "author-rate"]
+        assert row["author"] == peer_name(sender.host.peer)
+        assert row["count"] == bundle * (sent - len(taker.of(GossipIn)))
+        assert taker.host.stats()["dropped"] == row["count"]
+        assert list(taker.host.peers()) == [sender.host.peer], "a few too many are no reason to part"
+
+
+async def test_what_a_slow_neighbour_has_no_room_for_is_counted_as_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with start_node() as sender, start_node(make_config(records_in=lambda _: 7)) as slow:
+        await slow.host.connect(sender.address)
+        await until(lambda: topic_peers(slow.host))
+        monkeypatch.setattr(params, "GOSSIP_QUEUE_BYTES_MAX", 1000)
+        await slow.host.publish("offers", b"x" * 2000)
+        await slow.host.publish("offers", b"small")
+        await sender.wait_for(GossipIn)
+        assert [event.data for event in sender.of(GossipIn)] == [b"small"]
+        (row,) = slow.host.drops.rows()
+        assert (row["reason"], row["author"], row["count"]) == ("slow-neighbour", peer_name(sender.host.peer), 7)
+
+
 async def test_gossip_nobody_takes_is_dropped_and_counted_while_messages_wait() -> None:
     async with start_node() as sender, open_host(make_config()) as busy:
         await sender.host.connect(busy.addresses[0])
