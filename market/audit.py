@@ -45,6 +45,7 @@ class Known(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     deals: Uint = 0
     evidence_day: Uint = 0
     bytes_per_second: Uint = params.LINK_BYTES_PER_SECOND  # of the link between the two
+    credit_micro: Uint = 0  # what was left of its credit line, of an offer on credit
 
     @property
     def reputation(self) -> Reputation:
@@ -132,6 +133,7 @@ def check_match(match: Match) -> Audit:
         link=lambda peer: known[peer].bytes_per_second,
         stake_min_micro=match.stake_min_micro,
         now_ns=match.now_ns,
+        credit_micro=lambda peer: known[peer].credit_micro,
     )
     winner = next((scored for scored in choice.ranked if scored.bid_id == match.winner), None)
     if winner is None:

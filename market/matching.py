@@ -14,6 +14,7 @@ from typing import Final, Literal
 from market.reputation import Reputation
 from protocol import params
 from protocol.codec import blake
+from protocol.credits import credits_of
 from protocol.params import SANDBOX_LEVELS as LEVELS
 from protocol.profile import EXACT
 from protocol.records import Bid, Offer, amount_for
@@ -196,9 +197,11 @@ def refuse_offer(
     device_memory_bytes: int = 0,
     now_ns: int = 0,
     takes_ns: int = 0,
+    credit_micro: int = 0,
 ) -> Refusal | None:
     """Why a peer with these means does not bid on `offer`, or None. Profiles are for verifiers with a stake, all else
-    is for solvers. takes_ns: from now to the end of its work, with all transfers."""
+    is for solvers. takes_ns: from now to the end of its work, with all transfers. credit_micro: what is left of the
+    credit line that this peer gives the submitter."""
     profile = offer.mode == "profile"
     if not (verifies if profile else solves):
         return Refusal("role", f"this peer is no {'verifier' if profile else 'solver'}")
@@ -219,9 +222,20 @@ def refuse_offer(
         return Refusal("mode", "a tolerance belongs to tolerant work, and tolerant work needs one")
     if offer.lock_micro > stake_micro:
         return Refusal("stake", f"locks {offer.lock_micro} of stake, {stake_micro} micro-credits are free")
+    if refusal := _refuse_credit(offer, unit_price, credit_micro, "this peer gives its submitter"):
+        return refusal
     if not slots_free:
         return Refusal("busy", "every slot of this peer is taken")
     return None
+
+
+def _refuse_credit(offer: Offer, unit_price: int, left_micro: int, who: str) -> Refusal | None:
+    """Why an offer on credit does not fit what is left of its solver's line. One with a budget needs none."""
+    need_micro = amount_for(offer.operations, unit_price)
+    if offer.budget_micro or need_micro <= left_micro:
+        return None
+    need, left = credits_of(need_micro), credits_of(left_micro)
+    return Refusal("credit", f"the job is on credit and can come to {need} credits, {who} {left} of it")
 
 
 def refuse_bid(
@@ -234,9 +248,11 @@ def refuse_bid(
     stake_min_micro: int = 0,
     now_ns: int = 0,
     takes_ns: int = 0,
+    credit_micro: int = 0,
 ) -> Refusal | None:
     """Why `bid` cannot win `offer`, or None. stake_min_micro: what its peer must hold, beside what it locks. takes_ns:
-    from now to the end of its work as it is believed, with all transfers."""
+    from now to the end of its work as it is believed, with all transfers. credit_micro: what is left of the credit line
+    that its peer gives the submitter."""
     if bid.solver in excluded:
         return Refusal("excluded", "this solver failed this job, and others go first")
     if bid.solver == offer.submitter:
@@ -261,7 +277,7 @@ def refuse_bid(
         return Refusal("stake", f"holds {free_stake_micro} free stake, a profile takes {stake_min_micro}")
     if bid.lock_micro > free_stake_micro:
         return Refusal("stake", f"promises a lock of {bid.lock_micro}, holds {free_stake_micro} free stake")
-    return None
+    return _refuse_credit(offer, bid.unit_price, credit_micro, "this solver gives")
 
 
 def draws_newcomer(offer_id: bytes, round_number: int) -> bool:
@@ -284,6 +300,7 @@ def match_round(
     link: Callable[[bytes], int] = lambda _: params.LINK_BYTES_PER_SECOND,
     stake_min_micro: int = 0,
     now_ns: int = 0,
+    credit_micro: Callable[[bytes], int] = lambda _: 0,
 ) -> Choice:
     """The best bid for one offer in one round. Ties go to the smaller bid id; nothing depends on arrival.
 
@@ -305,6 +322,7 @@ def match_round(
             stake_min_micro=stake_min_micro,
             now_ns=now_ns,
             takes_ns=run_ns + moving_ns,
+            credit_micro=0 if offer.budget_micro else credit_micro(bid.solver),
         )
         if refusal is not None:
             refused.append((bid.solver, refusal))

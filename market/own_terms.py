@@ -33,6 +33,7 @@ class Demand:
     bid_on: bool = False
     now_ns: int = 0
     takes_ns: int = 0  # this peer, from now to the end of the work, with all transfers
+    credit_micro: int = 0  # what is left of the line this peer gives the submitter, of an offer on credit
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Own:
             device_memory_bytes=self.device_memory_bytes,
             now_ns=demand.now_ns,
             takes_ns=demand.takes_ns,
+            credit_micro=demand.credit_micro,
         )
 
 
@@ -80,6 +82,7 @@ _OWN_WORDS: Final = {
     "vram": "need more memory on the graphics card than there is",
     "too-long": "would take this peer more than a year",
     "deadline": "must be done sooner than this peer can",
+    "credit": "are on credit, and their submitters have too little with this peer",
     "outbid": "have a lower bid of somebody else",
 }
 

@@ -137,6 +137,7 @@ _OFFER_WORDS: Final = {
     "role": "do not take work of this kind",
     "self": "are this peer itself",
     "excluded": "failed this job before, or declined it just now",
+    "credit": "give this peer no credit, or have too little of it left for this job",
     "privacy": "take no sealed jobs",
 }
 

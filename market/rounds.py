@@ -42,6 +42,7 @@ def match_offers(
     reachable: Callable[[bytes], bool],
     proven: Callable[[bytes], Proven],
     link: Callable[[bytes], int] = lambda _: params.LINK_BYTES_PER_SECOND,
+    credit_micro: Callable[[bytes], int] = lambda _: 0,
 ) -> dict[bytes, Choice]:
     """The choice for each offer, by its id; the winners are distinct solvers.
 
@@ -75,6 +76,7 @@ def match_offers(
             link=link,
             stake_min_micro=one.stake_min_micro,
             now_ns=one.now_ns,
+            credit_micro=credit_micro,
         )
         for one in sorted(candidates, key=lambda one: one.offer_id)
     }

@@ -45,10 +45,10 @@ def pack_bid(bid_id: bytes, bid: Bid) -> bytes:
 
 
 def fits(offer: Offer) -> bool:
-    """Whether 64 bits are enough for all scores of this offer."""
+    """Whether columns can hold this offer: 64 bits are enough for all its scores, and it is not on credit."""
     amount = amount_for(offer.operations, offer.unit_price_max)
     return (
-        offer.unit_price_max < _PRICE_MAX and amount < _AMOUNT_MAX
+        offer.budget_micro > 0 and offer.unit_price_max < _PRICE_MAX and amount < _AMOUNT_MAX
         and max(offer.operations, transfer_bytes(offer)) <= _INT64_MAX
     )  # fmt: skip
 

@@ -143,7 +143,8 @@ class Answers:
             others = tuple(bid.unit_price for _, bid in bids if bid.solver != self.desk.me)
             mine = offer_id in self.bidder.bid_on
             takes_ns, price = self.bidder.takes_ns(offer), self.bidder.price_of(offer, least=True)
-            made.append(Demand(offer, price, others, mine, self.desk.wall_ns, takes_ns))
+            credit_micro = self.bidder.credit_for(offer)
+            made.append(Demand(offer, price, others, mine, self.desk.wall_ns, takes_ns, credit_micro))
         return made
 
     def _peer_reasons(self) -> list[Reason]:
@@ -272,21 +273,26 @@ class Answers:
             return 0, 0, [Reason("offer", "renewing", 1, "its offer ran out and is made again in a moment")], []
         now, book = self.desk.wall_ns, self.desk.book
         role = ROLE_VERIFIER if offer.mode == "profile" else ROLE_SOLVER
-        barred = self.jobs.excluded(job)
+        barred = dict.fromkeys(self.jobs.excluded(job), "excluded")
         asks = book.asks.shelf(role=role, now_ns=now, without=(self.desk.me,))
         here = book.live_asks(role=role, now_ns=now, peers=self.desk.peers)
         here = sorted((a for a in here if a.peer != self.desk.me), key=lambda a: a.unit_price)
         others = (a for a in asks.cheapest(len(here) + params.WHY_ASKS_MAX) if a.peer not in self.desk.peers)
+        looked = [*here, *others][: params.WHY_ASKS_MAX]
+        if job.credit:
+            left = self.settler.credit.to_spend()
+            need = {a.peer: amount_for(offer.operations, a.unit_price) for a in looked}
+            barred = {peer: "credit" for peer, micro in need.items() if left.get(peer, 0) < micro} | barred
         capacities = [
             Capacity(
                 a,
                 a.peer in self.desk.peers,
                 self.settler.free_stake(a.peer),
-                "excluded" if a.peer in barred else "",
+                barred.get(a.peer, ""),
                 self.jobs.speed_of(a.peer),
                 self.desk.link_speed(a.peer),
             )
-            for a in [*here, *others][: params.WHY_ASKS_MAX]
+            for a in looked
         ]
         able, reasons, advice = explain_offer(offer, capacities, now_ns=now, relock=self._relock)
         heard = len({one.ask.peer for one in capacities})
@@ -301,6 +307,9 @@ class Answers:
         if not capacities:
             words = f"no {'verifier' if role == ROLE_VERIFIER else 'solver'} has told what it takes"
             reasons.append(Reason("offer", "no-asks", 0, words, "ichiba book", severity=1))
+        if job.credit:
+            words = f"no deposit pays for it; {self.settler.credit.words()}"
+            reasons.append(Reason("offer", "on-credit", len(left), words, severity=3 if left else 1))
         reasons += self._bids(job, offer, able, {one.ask.peer for one in capacities})
         return able, heard, reasons, [self._with_budget(job, one) for one in advice]
 
@@ -395,7 +404,7 @@ class Answers:
                 then = f"after {rules.settle_silence_ms // 1000} s this peer closes it alone"
                 found.append(Reason("settlement", "unsigned", 1, words, then, severity=3))
             case State.CLAIMING:
-                channel = self.settler.channels.get(deal.id)
+                channel = self.settler.every.get(deal.id)
                 left = max(0, channel.claim_ends_ns - now) if channel is not None else 0
                 words = f"a one-sided closing waits for objections{f': {deal.note}' if deal.note else ''}"
                 found.append(Reason("settlement", "claim", 1, words, f"paid in {_ago(left)}", severity=3))

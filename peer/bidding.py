@@ -18,6 +18,7 @@ from peer.pricing import Pricer
 from peer.profiles import tolerance_for
 from peer.settler import Settler
 from protocol import params
+from protocol.credit_records import NO_CREDIT
 from protocol.errors import IchibaError
 from protocol.incentives import check_rate, lock_needed
 from protocol.profile import EXACT
@@ -47,6 +48,7 @@ class Bidder:
     _looks: dict[bytes, None] = field(default_factory=dict)  # offers to look at again, in turn
     _brought: Any = None  # what this peer brought when they were queued
     _renewals: list[tuple[int, bytes]] = field(default_factory=list)  # heap: when a bid on an offer is due again
+    _credit_ns: int = 0  # when offers refused for credit are looked at again
     _seed_ends: list[tuple[int, bytes]] = field(default_factory=list)  # heap: when the bid of a seed is past its time
 
     def __post_init__(self) -> None:
@@ -74,6 +76,7 @@ class Bidder:
             device_memory_bytes=means.device_memory_bytes,
             now_ns=now,
             takes_ns=self.takes_ns(offer),
+            credit_micro=self.credit_for(offer),
         )
         if refusal is not None:
             known, self.refusals[offer_id] = self.refusals.get(offer_id), refusal
@@ -113,6 +116,12 @@ class Bidder:
         self.desk.book.add_bid(bid_id, bid, now_ns=now)
         self.desk.publish(MARKET, envelope)
         self.desk.emit("bid", offer=offer_id, unit_price=bid.unit_price, eta_s=bid.eta_ns // 10**9)
+
+    def credit_for(self, offer: Offer) -> int:
+        """What is left of the credit line that this peer gives the submitter of an offer on credit; 0 of any other."""
+        if offer.budget_micro:
+            return 0
+        return self.settler.credit.left_micro(creditor=self.desk.me, debtor=offer.submitter)
 
     def _lock(self, offer: Offer) -> int:
         """The stake for this peer's own rate, at its price, as far as it reaches, and what the offer asks."""
@@ -195,6 +204,8 @@ class Bidder:
         offer = self.desk.book.offers.get(agreement.offer)
         if offer is None or offer.task != agreement.task:
             return Refusal("task", "the proposal is not about the task that was offered")
+        if (offer.budget_micro == 0) != (agreement.credit != NO_CREDIT):
+            return Refusal("terms", "the offer was on credit and the proposal is not, or the other way round")
         if (offer.privacy == "sealed") != (task is None):
             return Refusal("privacy", "the task of a sealed job comes after the award, that of an open one before")
         span = (agreement.submitter, agreement.first_segment, agreement.last_segment, agreement.operations)
@@ -217,8 +228,9 @@ class Bidder:
             return Refusal("task", "the proposal is not about the task that was offered")
         if refusal := self._untrusted(agreement, task, profiles):
             return refusal
-        if isinstance(task, TaskSpec) != (agreement.check_permille != 0):
-            return Refusal("terms", "only work on a graph is re-executed, and always; the proposal differs")
+        checked = isinstance(task, TaskSpec) and agreement.credit == NO_CREDIT
+        if checked != (agreement.check_permille != 0):
+            return Refusal("terms", "only paid work on a graph is re-executed, and always; the proposal differs")
         if isinstance(task, ScriptSpec) and task.memory_bytes > self.desk.means.memory_bytes:
             return Refusal("memory", f"the script takes {task.memory_bytes >> 20} MiB, more than its offer said")
         if task.segments < agreement.last_segment:
@@ -255,6 +267,8 @@ class Bidder:
             return Refusal("terms", f"{agreement.lock_micro} locked is less than {rate} permille of checks take")
         if agreement.operations > bid.operations_cap:
             return Refusal("operations", "the proposal has more operations than were bid on")
+        if agreement.credit != NO_CREDIT:
+            return self.settler.credit.refuse(agreement)
         if agreement.channel_micro < price_micro:
             return Refusal("channel", "the channel does not cover the price of the work")
         return None
@@ -283,7 +297,7 @@ class Bidder:
             self.seeds.pop(heappop(self._seed_ends)[1], None)
 
     def _brings(self) -> Any:
-        """All that `refuse_offer` knows of this peer: while it stays, an offer that was refused would be again (time
+        """All but credit that `refuse_offer` knows of this peer: while it stays, what was refused would be again (time
         only brings a deadline nearer)."""
         return (
             self.desk.means,
@@ -304,6 +318,9 @@ class Bidder:
             self._looks.update(dict.fromkeys(offers))
         while self._renewals and self._renewals[0][0] <= self.desk.wall_ns:
             self._looks[heappop(self._renewals)[1]] = None
+        if self.desk.now_ns >= self._credit_ns:  # what is left of a line moves with other deals, and with the line
+            self._credit_ns = self.desk.now_ns + params.OFFER_REPEAT_NS
+            self._looks.update(dict.fromkeys(i for i, refusal in self.refusals.items() if refusal.code == "credit"))
         for offer_id in list(islice(self._looks, params.OFFERS_LOOKED_AT_MAX)):
             del self._looks[offer_id]
             if offer_id in offers:

@@ -17,6 +17,7 @@ from peer.desk import Desk
 from peer.messages import CheckAccept, CheckDecline, CheckRequest, SettleBack, SettleOffer
 from peer.settler import Settler
 from protocol import params
+from protocol.credit_records import NO_CREDIT, ON_CREDIT
 from protocol.errors import RemoteProtocolError, VerificationFailed
 from protocol.forced import forced_of, open_beacon
 from protocol.lifecycle import Event, State
@@ -53,9 +54,11 @@ class CheckDesk:
         self.corrections.ask = self._ask_corrected
 
     def begin(self, deal: Deal, agreement: Agreement, receipts: list[bytes]) -> None:
-        """Draw the segments and ask the first checkers. Of a script nothing is drawn: it is settled as it is."""
+        """Draw the segments and ask the first checkers. Of a script, and on credit, nothing is drawn: it is settled as
+        it is."""
         if not agreement.check_permille:
-            self.desk.emit("unchecked", deal.job, deal=deal.id, why=ASSURANCES[task_of(deal.task).mode])
+            why = ASSURANCES[task_of(deal.task).mode] if agreement.credit == NO_CREDIT else ON_CREDIT
+            self.desk.emit("unchecked", deal.job, deal=deal.id, why=why)
             self._found_right(deal, agreement, receipts)
             return
         random = self._randomness(deal, agreement)
@@ -352,7 +355,7 @@ class CheckDesk:
     # --- closing -------------------------------------------------------------------------------------------
     def fees(self, deal: Deal, agreement: Agreement) -> tuple[tuple[bytes, int], ...]:
         """Each right verdict at the deal's unit price, as far as the channel reaches."""
-        left = agreement.channel_micro - deal.cumulative_micro
+        left = agreement.promise_micro - deal.cumulative_micro
         fees: dict[bytes, int] = {}
         for check in deal.checks:
             if check.state in ("right", "wrong", "unsure", "excused"):
@@ -373,7 +376,7 @@ class CheckDesk:
             paid_micro=deal.cumulative_micro,
             fees=self.fees(deal, agreement),
             proof=deal.proof_id,
-            after=tuple(sorted(self.settler.channels[deal.id].findings))[:64],
+            after=tuple(sorted(self.settler.every[deal.id].findings))[:64],
         )
         deal.settlement = self.desk.seal(settlement)
         move(self.desk, deal, Event.FOUND_RIGHT)
@@ -404,7 +407,7 @@ class CheckDesk:
 
     def claim(self, deal: Deal) -> None:
         """Close alone: publish what this side owes; the claim window decides."""
-        channel = self.settler.channels[deal.id]
+        channel = self.settler.every[deal.id]
         claim = make_claim(self.desk, deal, self.fees(deal, channel.agreement))
         self.settler.accept(claim, publish=True)
         self.desk.emit("claim", deal.job, deal=deal.id, why=deal.note or "the solver does not answer")

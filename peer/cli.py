@@ -42,6 +42,7 @@ _COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "audit": ("peer.cli_audit:audit", "Make a match again from its signed bids, here or elsewhere."),
     "reputation": ("peer.cli_reputation:reputation", "Show what co-signed endings say of peers; export and check it."),
     "wallet": ("peer.cli_wallet:wallet", "Show what this peer holds, locks, earns and owes; back it up."),
+    "credit": ("peer.cli_credit:credit", "Trust people you know: credit lines, what is owed on them, and netting it."),
     "receipts": ("peer.cli_receipts:receipts", "Check and export the evidence of finished work."),
     "db": ("peer.cli_db:db", "Look into this peer's store, without changing it."),
     "bench": ("peer.cli_bench:bench", "Measure this device and make its bench card, the proof of what it can do."),

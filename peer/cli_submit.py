@@ -38,6 +38,7 @@ class _NoTerms(IchibaError):
 @click.option("--vram", type=SIZE, help="The memory its graphics card must have, as in 24G.")
 @click.option("--deadline", metavar="SPAN|TIME", help="When it must be done: 2h, 90m, or a time with its zone.")
 @click.option("--sealed", is_flag=True, help="Show terms only; who wins it gets the keys to the rest.")
+@click.option("--credit", is_flag=True, help="Owe it to a solver that gives you a credit line; nobody checks the work.")
 @click.option("--wait/--detach", default=True, help="Follow the job to its end (the default), or return at once.")
 @click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Follow no longer than this.")
 @common
@@ -50,6 +51,7 @@ def submit(
     vram: int | None,
     deadline: str | None,
     sealed: bool,
+    credit: bool,
     wait: bool,
     timeout: float | None,
 ) -> None:
@@ -64,6 +66,7 @@ def submit(
     ichiba submit examples/cnn --detach --json
     ichiba submit examples/mlp --sealed
     ichiba submit examples/mlp --deadline 2h --device cpu
+    ichiba submit examples/mlp --credit
     """
     with terminal.client() as client:
         network = bytes.fromhex(client.status()["network_id"])  # before seconds of torch: is the daemon there?
@@ -86,11 +89,15 @@ def submit(
         if not isinstance(written, JobFile) and sealed:
             raise click.UsageError("A script cannot be sealed: nothing of it is checked by its task.")
         terms = {"budget_micro": budget_micro, "unit_price_max": unit_price_max} | required.terms(time.time_ns())
+        if credit:
+            terms["credit"] = True
         if graph is not None:
             made = [_offer_graph(terminal, client, graph, terms, sealed=sealed or graph.job.sealed)]
         else:
             assert not isinstance(written, JobFile), "a graph was prepared"
             made = offer_script(terminal, client, written, network, terms)
+        if credit:
+            terminal.say("it is on credit: who does it is owed for it, and nobody checks the work; `ichiba credit ls`")
         _follow_all(terminal, client, made, wait=wait, timeout=timeout)
 
 

@@ -95,9 +95,10 @@ class Client:
         device: str = "any",
         device_memory_bytes: int = 0,
         deadline_ns: int = 0,
+        credit: bool = False,
     ) -> dict[str, Any]:
         """Open a job; `task` is an encoded TaskSpec whose blobs were put before (if the job is sealed, sealed). Returns
-        the job."""
+        the job. credit: it is done by who gives this peer a credit line, and owed."""
         return self.command(
             "submit",
             task=task.hex(),
@@ -111,6 +112,7 @@ class Client:
             device=device,
             device_memory_bytes=device_memory_bytes,
             deadline_ns=deadline_ns,
+            **({"credit": True} if credit else {}),
         )
 
     def cancel(self, job: str) -> dict[str, Any]:
@@ -200,6 +202,22 @@ class Client:
     def wallet(self, *, everybody: bool = False) -> dict[str, Any]:
         """This peer's buckets, or everybody's."""
         return self.command("wallet", all=everybody)
+
+    def credit(self) -> dict[str, Any]:
+        """The credit lines given and had, and what is owed, a row for each other peer."""
+        return self.command("credit")
+
+    def credit_give(self, peer: str, *, limit_micro: int, days: int) -> dict[str, Any]:
+        """Let a peer run up debts with this one, up to a limit."""
+        return self.command("credit-give", peer=peer, limit_micro=limit_micro, days=days)
+
+    def credit_revoke(self, peer: str) -> dict[str, Any]:
+        """Close the line to a peer for new work."""
+        return self.command("credit-revoke", peer=peer)
+
+    def credit_net(self, peer: str = "") -> dict[str, Any]:
+        """Net debts with a peer; without one with all, and look for cycles of debts."""
+        return self.command("credit-net", peer=peer)
 
     def pause(self, *, within_ms: int) -> dict[str, Any]:
         """Stop working and free the memory of workers; answers when it is free and their state on the disk."""

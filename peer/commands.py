@@ -37,6 +37,7 @@ from peer.submitter import Submitter
 from protocol import params
 from protocol.bench_card import Figures
 from protocol.codec import blake
+from protocol.credit_records import ON_CREDIT
 from protocol.errors import IchibaError, LocalProtocolError, NotFound
 from protocol.keys import peer_key, peer_name
 from protocol.lifecycle import TERMINAL, State
@@ -72,6 +73,7 @@ class SubmitArguments(msgspec.Struct, forbid_unknown_fields=True):
     device: Literal["any", "cpu", "gpu"] = "any"
     device_memory_bytes: int = 0
     deadline_ns: int = 0  # when the work must be done; 0: whenever
+    credit: bool = False  # done by who gives this peer a credit line, unchecked, and owed to it
 
 
 @dataclass
@@ -92,6 +94,7 @@ class Commands:
     sealing: Sealing
 
     def __post_init__(self) -> None:
+        self.settler.credit.deals = (self.submitter.deals, self.solver.deals)
         self.reputations = ReputationView(self.settler)
         self.view = MarketView(self.desk, self.settler, self.bidder, self.challenger)
         self.answers = Answers(
@@ -129,6 +132,7 @@ class Commands:
             "reputation": self.reputations.describe,
             "drops": lambda _: merged(self.desk.drops),  # a daemon adds what its transport dropped
             "reputation-bundle": self.reputations.export,
+            **self.settler.netting.verbs(),
         }
         try:
             if command.verb not in verbs:
@@ -204,6 +208,7 @@ class Commands:
             device=given.device,
             device_memory_bytes=given.device_memory_bytes,
             deadline_ns=given.deadline_ns,
+            credit=given.credit,
         )
         self.sealing.protect(job)
         return self._job(self.jobs.submit(job))
@@ -260,7 +265,8 @@ class Commands:
             "kind": task.kind if isinstance(task, TaskSpec) else task.mode,
             "checkpoint_bytes": job.checkpoint_bytes,
             **self.sealing.describe(job),
-            "assurance": ASSURANCE if isinstance(task, ScriptSpec) else "",
+            "assurance": ASSURANCE if isinstance(task, ScriptSpec) else ON_CREDIT if job.credit else "",
+            "credit": job.credit,
             "replicas": self._replicas(job),
             "state": JobState(job.state).name.lower(),
             "stage": deal.lifecycle.name.lower() if deal is not None else "",
@@ -298,7 +304,7 @@ class Commands:
         return {**asdict(found), "jobs": sorted(other.id.hex() for other in others)}
 
     def _paid(self, deal: Deal) -> int:
-        channel = self.settler.channels.get(deal.id)
+        channel = self.settler.every.get(deal.id)
         return channel.paid_micro if channel is not None else 0
 
     def _deal(self, deal: Deal) -> dict[str, Any]:
@@ -413,9 +419,10 @@ class Commands:
         deals = []
         for deal_id in job.deals:
             deal = self.submitter.deals.get(deal_id)
-            if deal is None or deal_id not in self.settler.channels:
+            if deal is None or deal_id not in self.settler.every:
                 continue
             closing = [e for i, e in sorted(self.settler.log.items()) if self._closes(e, deal_id)]
+            closing += self.settler.credit.evidence(deal_id)
             deals.append(
                 {
                     "agreement": deal.agreement,

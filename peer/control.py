@@ -50,7 +50,7 @@ class _OneJob(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _OnePeer(msgspec.Struct, forbid_unknown_fields=True):
-    """Of reputation-bundle: whose; without a name this peer's own."""
+    """Of reputation-bundle: whose; without a name this peer's own. Of credit-revoke, credit-net (without: of all)."""
 
     peer: Annotated[str, msgspec.Meta(max_length=128)] = ""
 
@@ -83,6 +83,15 @@ class _Submit(msgspec.Struct, forbid_unknown_fields=True):
     device: Literal["any", "cpu", "gpu"] = "any"
     device_memory_bytes: _Count = 0
     deadline_ns: _Count = 0
+    credit: bool = False
+
+
+class _CreditGive(msgspec.Struct, forbid_unknown_fields=True):
+    """Of credit-give: to whom, how much at most, and for how many days."""
+
+    peer: Annotated[str, msgspec.Meta(max_length=64)]
+    limit_micro: _Amount
+    days: Annotated[int, msgspec.Meta(ge=1, le=3650)] = 90
 
 
 class _Since(msgspec.Struct, forbid_unknown_fields=True):
@@ -190,6 +199,10 @@ VERBS: Final[dict[str, type[msgspec.Struct]]] = {
     "dispute-bundle": _OneDispute,
     "reputation": _Reputation,
     "reputation-bundle": _OnePeer,
+    "credit": _Nothing,
+    "credit-give": _CreditGive,
+    "credit-revoke": _OnePeer,
+    "credit-net": _OnePeer,
 }
 
 

@@ -121,6 +121,7 @@ class Job(msgspec.Struct, kw_only=True):
     parent: bytes = b""  # of a profile: the tolerant job it is for
     solvers: list[bytes] = msgspec.field(default_factory=list)  # of its deals, in their order
     key: bytes = b""  # of a sealed job: what its blobs are sealed under
+    credit: bool = False  # on a credit line: no channel, no lock and no paid check
     ended_ns: int = 0
     device: Literal["any", "cpu", "gpu"] = "any"
     device_memory_bytes: int = 0

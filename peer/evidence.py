@@ -1,16 +1,17 @@
-"""The seeds of a deal as evidence: whoever judges a draw re-derives it from the signed reveals alone."""
+"""The seeds and verdicts of a deal as evidence: whoever judges re-derives the draw from signed records alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from protocol.errors import VerificationFailed
 from protocol.forced import open_beacon
 from protocol.network import Network
-from protocol.records import Agreement, Reveal, open_record
-from protocol.sampling import check_reveal, mixed, randomness
+from protocol.profile import EXACT
+from protocol.records import Agreement, Proof, Reveal, Slash, Verdict, open_record
+from protocol.sampling import check_reveal, mixed, randomness, select_segments
 
-__all__ = ["open_draw", "open_seeds"]
+__all__ = ["open_draw", "open_seeds", "wrong_verdicts"]
 
 
 def open_seeds(
@@ -51,3 +52,56 @@ def open_draw(
     """
     seeds = open_seeds(reveals, agreement, agreement_id, proof_id, network.id)
     return mixed(seeds, open_beacon(beacons, target=seeds, agreement=agreement, network=network))
+
+
+def wrong_verdicts(
+    record: Slash, agreement: Agreement, network: Network, free_stake: Callable[[bytes], int] | None
+) -> list[Verdict]:
+    """The quorum inside a Slash, in order of their checkers: distinct, staked, no parties, of one proof. free_stake:
+    of a peer in micro-credits; None where stakes were judged before. Raises VerificationFailed.
+
+    They may name different segments (each was drawn its own), but not different roots for one segment, unless
+    they are of float work, which has other roots on each machine: a cheat that is wrong everywhere must not escape
+    because its judges looked in different places.
+    """
+    rules = network.rules
+    proof_id, drawn = _drawn(record, agreement, network)
+    verdicts: list[Verdict] = []
+    for envelope in record.verdicts:
+        verdict, _, _ = open_record(envelope, network=network.id)
+        if not isinstance(verdict, Verdict) or verdict.finding != "wrong":
+            raise VerificationFailed("a slash rests on wrong verdicts only")
+        if verdict.agreement != record.agreement:
+            raise VerificationFailed("a slash with a verdict on another agreement")
+        if verdict.checker in (agreement.submitter, agreement.solver):
+            raise VerificationFailed("a party of the agreement cannot judge it")
+        if verdict.proof != proof_id or verdict.wrong_segment not in drawn:
+            raise VerificationFailed("a verdict on another proof, or on a segment that was not drawn")
+        stake = free_stake(verdict.checker) if free_stake is not None else rules.checker_stake_min_micro
+        if stake < rules.checker_stake_min_micro:
+            raise VerificationFailed(f"a checker with a stake of {stake} micro-credits cannot slash")
+        verdicts.append(verdict)
+    if len({v.checker for v in verdicts}) != len(verdicts) or len(verdicts) < rules.wrong_quorum:
+        raise VerificationFailed(f"{len(verdicts)} verdicts, a slash takes {rules.wrong_quorum} of distinct checkers")
+    found = {(v.wrong_segment, v.claimed_root, v.found_root) for v in verdicts}
+    if agreement.tolerance == EXACT and len({segment for segment, _, _ in found}) != len(found):
+        raise VerificationFailed("the wrong verdicts do not agree on the roots")
+    return sorted(verdicts, key=lambda v: v.checker)
+
+
+def _drawn(record: Slash, agreement: Agreement, network: Network) -> tuple[bytes, tuple[int, ...]]:
+    """The proof a Slash is about and the segments its seeds draw: two liars cannot pick what they condemn."""
+    proof, proof_id, _ = open_record(record.proof, network=network.id)
+    if not isinstance(proof, Proof) or proof.agreement != record.agreement:
+        raise VerificationFailed("a slash with the proof of another agreement")
+    if proof.author not in (agreement.submitter, agreement.solver):
+        raise VerificationFailed("a slash with a stranger's proof")
+    random = open_seeds(record.reveals, agreement, record.agreement, proof_id, network.id)
+    segments = select_segments(
+        random,
+        first=agreement.first_segment,
+        last=min(agreement.last_segment, agreement.first_segment + proof.receipts),
+        permille=agreement.check_permille,
+        minimum=network.rules.check_segments_min,
+    )
+    return proof_id, segments

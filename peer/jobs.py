@@ -21,7 +21,8 @@ from peer.matches import Matches
 from peer.settler import Settler
 from protocol import params
 from protocol.codec import blake
-from protocol.errors import InsufficientFunds, LimitExceeded, VerificationFailed
+from protocol.credit_records import NO_CREDIT
+from protocol.errors import InsufficientFunds, LimitExceeded, LocalProtocolError, VerificationFailed
 from protocol.incentives import rate_of_deal
 from protocol.profile_task import ProfileSpec
 from protocol.records import Agreement, Bid, Offer, amount_for, open_record
@@ -70,14 +71,7 @@ class JobDesk:
                 f"{job.budget_micro}",
                 next_step=f"raise the budget to {(needed + profiles) / 1e6:.6f} credits or lower the price limit",
             )
-        reserved = sum(self._reserved(other) for other in self.jobs.values())
-        free = self.settler.free_micro(self.desk.me)
-        if free - reserved < job.budget_micro:
-            raise InsufficientFunds(
-                f"the budget is {job.budget_micro} micro-credits, {free - reserved} are free",
-                why=f"{reserved} are reserved for other open jobs" if reserved else "",
-                next_step="see `ichiba wallet`",
-            )
+        self._require(job, needed)
         self.jobs[job.id] = job
         if job.tolerant:
             job.state = JobState.PROFILING
@@ -86,6 +80,28 @@ class JobDesk:
         else:
             self.offer(job)
         return job
+
+    def _require(self, job: Job, needed: int) -> None:
+        """Raise InsufficientFunds, or LocalProtocolError, where neither balance nor credit lines bear the job."""
+        if job.credit and job.tolerant:
+            raise LocalProtocolError(
+                "a tolerant job cannot be done on credit",
+                why="the verifiers who profile it are paid out of channels",
+                next_step='make it exact (mode = "exact"), or pay for it',
+            )
+        if job.credit:
+            self.settler.credit.require(needed)
+            return
+        reserved = sum(self._reserved(other) for other in self.jobs.values())
+        free = self.settler.free_micro(self.desk.me)
+        if free - reserved < job.budget_micro:
+            credit = self.settler.credit.words() if self.settler.credit.to_spend() else ""
+            why = f"{reserved} are reserved for other open jobs" if reserved else ""
+            raise InsufficientFunds(
+                f"the budget is {job.budget_micro} micro-credits, {free - reserved} are free",
+                why="; ".join(part for part in (why, credit) if part),
+                next_step="`ichiba submit --credit`, or see `ichiba wallet`" if credit else "see `ichiba wallet`",
+            )
 
     def children(self, job: Job) -> list[Job]:
         """The profiles that were ordered for a tolerant job."""
@@ -104,13 +120,15 @@ class JobDesk:
 
     def _reserved(self, job: Job) -> int:
         """What an open job may still take out of the free balance."""
-        if job.parent or not job.open or job.deal:
+        if job.parent or not job.open or job.deal or job.credit:
             return 0
         in_channels = sum(child.budget_micro for child in self.children(job) if child.open and child.deal)
         return job.budget_micro - self.spent(job) - in_channels
 
     def channel_for(self, job: Job, segments_end: int) -> int:
-        """The most that the rest of a job costs, with its checks."""
+        """The most that the rest of a job costs, with its checks; on credit nobody is paid for any."""
+        if job.credit:
+            return amount_for(self._operations(job), job.unit_price_max)
         return channel_micro(
             self.desk.network.rules,
             operations=self._operations(job),
@@ -134,7 +152,7 @@ class JobDesk:
             self.end(job, JobState.FAILED, self.missed(job))
             return
         job.nonce += 1
-        operations, checked = self._operations(job), bool(operations_per_check(task))
+        operations, checked = self._operations(job), bool(operations_per_check(task)) and not job.credit
         needed, left = self.channel_for(job, task.segments), job.budget_micro - self.spent(job)
         if needed > left:
             self.end(
@@ -159,7 +177,7 @@ class JobDesk:
             checkpoint_bytes=job.checkpoint_bytes,
             sandbox=job.sandbox,
             unit_price_max=job.unit_price_max,
-            budget_micro=needed,
+            budget_micro=0 if job.credit else needed,
             # Nothing of a script or a profile is re-executed, so no stake could be lost over it: none is asked for.
             check_permille=rules.newcomer_permille if checked else 0,
             lock_micro=lock_micro(rules, amount_for(operations, job.unit_price_max)) if checked else 0,
@@ -233,6 +251,7 @@ class JobDesk:
             reachable=lambda peer: peer in self.desk.peers,
             proven=self.speed_of,
             link=self.desk.link_speed,
+            credit_micro=self._credit_of,
         )
         for job in due:
             if job.id in candidates:
@@ -245,6 +264,9 @@ class JobDesk:
                 taken = winners - {winner.solver}
                 self.matches.note(one, choice, job.offer, len(candidates), taken, facts, self.speed_of)
                 self.on_choice(job, one.offer, dict(one.bids)[winner.bid_id], choice)
+
+    def _credit_of(self, solver: bytes) -> int:
+        return self.settler.credit.left_micro(creditor=solver, debtor=self.desk.me)
 
     def _tell(self, job: Job, choice: Choice) -> None:
         """Keep the round for `why`, and say what changed."""
@@ -287,6 +309,7 @@ class JobDesk:
         task, rules, now = task_of(job.task), self.desk.network.rules, self.desk.wall_ns
         job.solvers.append(bid.solver)
         self.sequence = max(self.sequence + 1, self.desk.now_ns)  # two deals of one moment are not one opened twice
+        line = self.settler.credit.line(creditor=bid.solver, debtor=self.desk.me) if job.credit else None
         permille = offer.check_permille and rate_of_deal(
             rules,
             price_micro=amount_for(offer.operations, bid.unit_price),
@@ -306,7 +329,9 @@ class JobDesk:
             base_root=masked(salt_of(task), job.base_root),
             operations=offer.operations,
             unit_price=bid.unit_price,
-            channel_micro=channel_micro(
+            channel_micro=0
+            if job.credit
+            else channel_micro(
                 rules,
                 operations=offer.operations,
                 segments=task.segments - job.segment,
@@ -323,6 +348,7 @@ class JobDesk:
             segment_deadline_ns=rules.segment_silence_ms * 10**6,
             created_ns=now,
             tolerance=job.tolerance,
+            credit=line.id if line is not None else NO_CREDIT,
         )
 
     def passed_over(self, job: Job, solver: bytes, code: str, why: str) -> None:

@@ -75,6 +75,7 @@ class Matches:
             wrong_ppm=weighed.wrong_ppm,
             deals=weighed.deals,
             evidence_day=self.desk.wall_ns // DAY_NS,
+            credit_micro=self.settler.credit.left_micro(creditor=solver, debtor=self.desk.me),
         )
 
     def proposed(self, deal_id: bytes, offer_id: bytes, agreement: bytes) -> None:

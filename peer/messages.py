@@ -9,6 +9,7 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
+from peer.credit_messages import CreditMessage
 from protocol import params
 from protocol.bench_card import Figures, Opening
 from protocol.codec import Digest, PeerKey, Uint, decode, encode
@@ -38,6 +39,7 @@ __all__ = [
     "CheckRequest",
     "CorrectionAsk",
     "CorrectionGiven",
+    "CreditMessage",
     "Decline",
     "DisputeAsk",
     "DisputeDecline",
@@ -471,6 +473,7 @@ Message: TypeAlias = (
     | BenchWitness
     | BenchDecline
     | DisputeMessage
+    | CreditMessage
 )
 
 

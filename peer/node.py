@@ -67,6 +67,7 @@ from peer.submitter import Submitter
 from peer.witness import Witness
 from protocol import params
 from protocol.codec import blake, decode
+from protocol.credit_records import CreditLine
 from protocol.errors import LimitExceeded, LocalProtocolError, MalformedRecord, RemoteProtocolError
 from protocol.keys import SigningKey, peer_key
 from protocol.network import Network
@@ -176,7 +177,7 @@ class Node:
         if self.restored.listening:
             return
         # The offer is taken: nobody need bid on it any more, whatever late gossip says.
-        agreement = self.settler.channels[agreement_id].agreement
+        agreement = self.settler.every[agreement_id].agreement
         offer = self.desk.book.offers.get(agreement.offer)
         if offer is not None and offer.submitter == agreement.submitter:  # nobody takes another's offer off the market
             self.desk.book.take_offer(agreement.offer, now_ns=self.desk.wall_ns)
@@ -337,7 +338,7 @@ class Node:
                 self.disputes.challenged(record, record_id, envelope)
             case Ruling():
                 self.disputes.ruled(record, envelope)
-            case Agreement() | Settlement() | Claim() | Slash() | Arbitration() | Fault():
+            case Agreement() | Settlement() | Claim() | Slash() | Arbitration() | Fault() | CreditLine():
                 if record_id not in self.settler.log:
                     self.settler.accept(envelope)
             case _:
@@ -363,9 +364,7 @@ class Node:
                 self.submitter.on_receipt(peer, message)
             case m.ReceiptBack():
                 self.solver.on_receipt_back(peer, message)
-            case m.ProofOffer():
-                self._by_side(peer, message)
-            case m.RevealOffer():
+            case m.ProofOffer() | m.RevealOffer():
                 self._by_side(peer, message)
             case m.CheckRequest():
                 self.checker.on_request(peer, message)
@@ -390,6 +389,8 @@ class Node:
                     self.checks.corrections.on_given(deal, peer, message, self.submitter.receipts[deal.id])
             case m.BeaconAsk() | m.BeaconGiven() | m.ForcedTell() | m.ForcedTaken() | m.CorrectionAsk():
                 self._notary_message(peer, message)
+            case _ if isinstance(message, m.CreditMessage):
+                self.settler.netting.message(peer, message)
             case _:
                 self._bench_message(peer, message)
 

@@ -2,11 +2,13 @@
 
 Every peer folds the same records into the same ledger: openings (co-signed agreements), settlements, claims and
 slashes. Records that depend on one not here yet wait, bounded; anti-entropy (node.py) brings what gossip lost.
-What the fold cannot decide alone (two conflicting closings of one channel) is stated in docs/decisions/0001.
+What the fold cannot decide alone (two conflicting closings of one channel) is stated in docs/decisions/0001. Records of
+deals on credit are not folded: they are handed to peer/credit.py, and go no further.
 """
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -19,22 +21,21 @@ from market.penalties import release_key
 from market.reputation import DAY_NS, Reputation, Reputations
 from peer.channel import Channel
 from peer.desk import SETTLEMENT, Desk
-from peer.evidence import open_seeds
+from peer.evidence import wrong_verdicts
 from peer.judgement import Judgement, NotYet
+from peer.netting import Nettings
 from protocol import params
 from protocol.arbitration import Judged
 from protocol.codec import ids_digest
 from protocol.errors import CorruptStore, InsufficientFunds, LimitExceeded, RemoteProtocolError, VerificationFailed
 from protocol.keys import peer_key
 from protocol.network import Network
-from protocol.profile import EXACT
 from protocol.records import (
     Agreement,
     Arbitration,
     Claim,
     Envelope,
     Fault,
-    Proof,
     Record,
     Settlement,
     Slash,
@@ -44,7 +45,6 @@ from protocol.records import (
     decode_body,
     open_record,
 )
-from protocol.sampling import select_segments
 
 __all__ = ["Channel", "Settler"]
 
@@ -76,12 +76,18 @@ class Settler:
     def __post_init__(self) -> None:
         self.judgement = Judgement(self.desk, self.channels, self.histories, self._slashed)
         self.reputations = Reputations(backed_by(self.desk.network))
+        self.netting = Nettings(self.desk, lambda deal: self.on_open(deal), lambda deal, how: self.on_close(deal, how))
+        self.credit = self.netting.credit
+        # The channels of the ledger, and this peer's deals on credit, which have none there.
+        self.every: ChainMap[bytes, Channel] = ChainMap(self.channels, self.credit.channels)
 
     # --- coming in -----------------------------------------------------------------------------------------
     def accept(self, envelope: bytes, *, publish: bool = False) -> bool:
         """Take one envelope of the log: verify, journal, fold. True if it was applied now, False if it was known
         or has to wait. Raises RemoteProtocolError for what can never be right."""
         record, record_id, signers = open_record(envelope, network=self.desk.network.id)
+        if self.credit.takes(record):
+            return self.credit.accept(record, record_id, signers, envelope)
         if record_id in self.log:
             return False
         if len(self.log) >= params.SETTLEMENT_LOG_MAX:
@@ -130,6 +136,7 @@ class Settler:
         What was judged then is not judged again: a checker's stake may be locked by now, and a record that came
         after a channel's end must not count before it.
         """
+        self.netting.restore(rows)
         self.judgement.judging = False
         # By their number: the clock beside it may have been set back between two lives.
         for record_id, value in sorted(rows("settlement"), key=lambda row: row[1][8:12]):
@@ -347,7 +354,8 @@ class Settler:
             raise VerificationFailed("a slash over a script", why="nothing of it is re-executed, so none can be wrong")
         if self.desk.network.notaries:
             raise VerificationFailed("a slash in a network with notaries", why="there a dispute decides who is wrong")
-        verdicts = self._wrong_verdicts(record, channel.agreement)
+        staked = self.free_stake if self.judgement.judging else None
+        verdicts = wrong_verdicts(record, channel.agreement, self.desk.network, staked)
         if self._moot(channel):
             return
         agreement = channel.agreement
@@ -372,57 +380,6 @@ class Settler:
         self.histories[channel.agreement.solver] = old.after_wrong()
         self._closed.append((agreement_id, "slashed"))
 
-    def _wrong_verdicts(self, record: Slash, agreement: Agreement) -> list[Verdict]:
-        """The quorum inside a Slash: distinct staked checkers, no parties, one proof.
-
-        They may name different segments (each was drawn its own), but not different roots for one segment, unless
-        they are of float work, which has other roots on each machine: a cheat that is wrong everywhere must not escape
-        because its judges looked in different places.
-        """
-        rules = self.desk.network.rules
-        proof_id, drawn = self._drawn(record, agreement)
-        verdicts: list[Verdict] = []
-        for envelope in record.verdicts:
-            verdict, _, _ = open_record(envelope, network=self.desk.network.id)
-            if not isinstance(verdict, Verdict) or verdict.finding != "wrong":
-                raise VerificationFailed("a slash rests on wrong verdicts only")
-            if verdict.agreement != record.agreement:
-                raise VerificationFailed("a slash with a verdict on another agreement")
-            if verdict.checker in (agreement.submitter, agreement.solver):
-                raise VerificationFailed("a party of the agreement cannot judge it")
-            if verdict.proof != proof_id or verdict.wrong_segment not in drawn:
-                raise VerificationFailed("a verdict on another proof, or on a segment that was not drawn")
-            stake = self.desk.ledger.balance_micro(Account(verdict.checker, "stake"))
-            if self.judgement.judging and stake < rules.checker_stake_min_micro:
-                raise VerificationFailed(f"a checker with a stake of {stake} micro-credits cannot slash")
-            verdicts.append(verdict)
-        if len({v.checker for v in verdicts}) != len(verdicts) or len(verdicts) < rules.wrong_quorum:
-            raise VerificationFailed(
-                f"{len(verdicts)} verdicts, a slash takes {rules.wrong_quorum} of distinct checkers"
-            )
-        found = {(v.wrong_segment, v.claimed_root, v.found_root) for v in verdicts}
-        if agreement.tolerance == EXACT and len({segment for segment, _, _ in found}) != len(found):
-            raise VerificationFailed("the wrong verdicts do not agree on the roots")
-        return sorted(verdicts, key=lambda v: v.checker)
-
-    def _drawn(self, record: Slash, agreement: Agreement) -> tuple[bytes, tuple[int, ...]]:
-        """The proof a Slash is about and the segments its seeds draw: two liars cannot pick what they condemn."""
-        network, rules = self.desk.network.id, self.desk.network.rules
-        proof, proof_id, _ = open_record(record.proof, network=network)
-        if not isinstance(proof, Proof) or proof.agreement != record.agreement:
-            raise VerificationFailed("a slash with the proof of another agreement")
-        if proof.author not in (agreement.submitter, agreement.solver):
-            raise VerificationFailed("a slash with a stranger's proof")
-        random = open_seeds(record.reveals, agreement, record.agreement, proof_id, network)
-        segments = select_segments(
-            random,
-            first=agreement.first_segment,
-            last=min(agreement.last_segment, agreement.first_segment + proof.receipts),
-            permille=agreement.check_permille,
-            minimum=rules.check_segments_min,
-        )
-        return proof_id, segments
-
     # --- time ----------------------------------------------------------------------------------------------
     def tick(self) -> None:
         """Close claims, and free the locks, whose windows have passed. What is closed and holds no lock leaves the
@@ -433,6 +390,7 @@ class Settler:
             else:
                 self.lapse(agreement_id)
         self._tell()
+        self.netting.tick()
 
     def lapse(self, agreement_id: bytes) -> None:
         """Close the claim on one channel, and free its lock, if the window has passed."""

@@ -118,7 +118,7 @@ class Solver:
         if agreement_id not in self.deals or not isinstance(record, Agreement) or len(signers) != 2:
             raise VerificationFailed("an opening this peer did not agree to")
         self.unlock(self.deals[agreement_id], message)
-        if agreement_id not in self.settler.channels:
+        if agreement_id not in self.settler.every:
             self.settler.accept(message.agreement)
         else:
             self.opened(agreement_id)
@@ -290,7 +290,7 @@ class Solver:
         if record.sequence != deal.receipts:
             return
         due = deal.cumulative_micro + record.amount_micro
-        most = agreement_of(deal, self.desk.network.id).channel_micro
+        most = agreement_of(deal, self.desk.network.id).promise_micro
         if voucher.agreement != deal.id or voucher.submitter != peer or not due <= voucher.cumulative_micro <= most:
             raise VerificationFailed(f"voucher of {voucher.cumulative_micro} micro-credits, {due} are due")
         deal.cumulative_micro, deal.voucher = due, message.voucher
@@ -376,7 +376,7 @@ class Solver:
             raise VerificationFailed(
                 f"settlement pays {record.paid_micro}, the vouchers promise {deal.cumulative_micro} micro-credits"
             )
-        if deal.lifecycle in TERMINAL or record.agreement not in self.settler.channels:
+        if deal.lifecycle in TERMINAL or record.agreement not in self.settler.every:
             return
         both = add_signature(message.settlement, self.desk.key, network=self.desk.network.id)
         deal.settlement = both
@@ -391,7 +391,7 @@ class Solver:
             return
         self.desk.add(StopWork(deal.id))
         self.desk.add(Release(deal.id))
-        channel = self.settler.channels[agreement_id]
+        channel = self.settler.every[agreement_id]
         # The log is the truth: whatever this side had heard so far, the deal ends as the channel did.
         deal.state = {"settled": State.SETTLED, "slashed": State.SLASHED, "claimed": State.CLAIMED}[how]
         deal.entered_ns = self.desk.now_ns
@@ -421,7 +421,7 @@ class Solver:
             case State.PROPOSED:
                 if now - deal.entered_ns >= 3 * rules.proposal_ms * 10**6:
                     move(self.desk, deal, Event.REFUSED)
-                    if deal.id in self.settler.channels:
+                    if deal.id in self.settler.every:
                         self.opened(deal.id)
                 elif again:
                     self.resend[deal.id] = now + params.RESEND_NS

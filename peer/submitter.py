@@ -253,7 +253,7 @@ class Submitter:
         agreement = agreement_of(deal, self.desk.network.id)
         deal.cumulative_micro += record.amount_micro
         deal.cumulative_operations += record.operations
-        assert deal.cumulative_micro <= agreement.channel_micro
+        assert deal.cumulative_micro <= agreement.promise_micro
         both, deal.voucher = cosign(
             envelope, record, receipt_id, self.desk.key,
             cumulative_micro=deal.cumulative_micro, operations=deal.cumulative_operations,
@@ -322,7 +322,7 @@ class Submitter:
         if deal is None or deal.lifecycle in TERMINAL:
             return
         job = self.jobs.jobs[deal.job]
-        channel = self.settler.channels[agreement_id]
+        channel = self.settler.every[agreement_id]
         if how == "slashed":
             move(self.desk, deal, Event.RULED_WRONG if self.desk.network.notaries else Event.FOUND_WRONG)
             job.slashed_micro += channel.agreement.lock_micro
@@ -362,7 +362,7 @@ class Submitter:
         deal = self.deals.get(agreement_id)
         if deal is None or deal.lifecycle in TERMINAL:
             return
-        job, channel = self.jobs.jobs[deal.job], self.settler.channels[agreement_id]
+        job, channel = self.jobs.jobs[deal.job], self.settler.every[agreement_id]
         deal.state = {"settled": State.SETTLED, "slashed": State.SLASHED, "claimed": State.CLAIMED}[how]
         deal.paid_out, deal.entered_ns, deal.note = True, self.desk.now_ns, "the rest was lost with a newer store"
         save(self.desk, deal)

@@ -17,6 +17,7 @@ import msgspec
 
 from protocol import merkle, params, safetensors
 from protocol.bundle_deal import Deal, DealReport, Refused, check_deal, unhex
+from protocol.credit_records import ON_CREDIT
 from protocol.credits import credits_of
 from protocol.errors import IchibaError
 from protocol.keys import short
@@ -98,7 +99,7 @@ class BundleReport:
     @property
     def money(self) -> MoneyLine:
         """Where the money stands, as the running peer's line says it."""
-        closed = [deal for deal in self.deals if deal.closed in ("settled", "claimed")]
+        closed = [deal for deal in self.deals if deal.closed in ("settled", "claimed") and not deal.credit]
         return MoneyLine(
             sum(deal.earned_micro for deal in self.deals),
             sum(deal.earned_micro for deal in self.deals if deal.verified),
@@ -121,6 +122,7 @@ class BundleReport:
                 f"{self.segments_done} of {self.segments} segments were done by {solvers} solver(s), in one chain of "
                 f"co-signed receipts from state {self.base_root.hex()[:12]} to state {self.final_root.hex()[:12]}"
             )
+        if not self.script and not all(deal.credit for deal in counted):
             checkers = {peer for deal in counted for peer in deal.checkers}
             percent = f"{self.checked_permille // 10}.{self.checked_permille % 10}"
             lines.append(
@@ -133,14 +135,18 @@ class BundleReport:
             for deal in counted
             if deal.ordered is not None
         ]
-        closed = [deal for deal in self.deals if deal.closed in ("settled", "claimed")]
+        closed = [deal for deal in self.deals if deal.closed in ("settled", "claimed") and not deal.credit]
+        paid_micro = sum(deal.paid_micro for deal in closed)
         pool_micro = sum(deal.pool_micro for deal in closed)
         pool = f", {credits_of(pool_micro)} to the pool" if pool_micro else ""
         if closed:
             lines.append(
-                f"{len(closed)} channel(s) closed: {credits_of(self.paid_micro - pool_micro)} credits to solvers{pool} "
+                f"{len(closed)} channel(s) closed: {credits_of(paid_micro - pool_micro)} credits to solvers{pool} "
                 f"and {credits_of(self.fees_micro)} to checkers, as operations and prices say"
             )
+        owed_micro = sum(deal.paid_micro for deal in self.deals if deal.credit)
+        if owed_micro:
+            lines.append(f"{credits_of(owed_micro)} credits are owed for work on credit, as operations and prices say")
         lines += [f"deal {deal.number}: {said}" for deal in self.deals for said in (*deal.tolerance, *deal.disputes)]
         lines += [
             f"deal {deal.number}: checker {short(checker)} signed that it was right, and loses a stake for it"
@@ -162,7 +168,8 @@ class BundleReport:
         lines = []
         unchecked = self.segments_done - len(self.segments_checked)
         if unchecked:
-            lines.append(f"{unchecked} segment(s) that nobody re-executed: a solver's stake vouches for them")
+            word = ON_CREDIT if any(deal.credit for deal in self.deals) else "a solver's stake vouches for them"
+            lines.append(f"{unchecked} segment(s) that nobody re-executed: {word}")
         if any(deal.tolerance for deal in self.deals):
             lines += [
                 "that the profiles and distances are what those who signed them measured: floats leave nothing to "

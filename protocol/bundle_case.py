@@ -95,6 +95,7 @@ class DealReport:
     unjudged: int = 0
     ordered: int | None = None
     tolerance: tuple[str, ...] = ()
+    credit: bool = False  # it owes, and no channel paid
 
 
 @dataclass

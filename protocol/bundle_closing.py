@@ -99,7 +99,7 @@ def _check_fees(case: Case, fees: tuple[tuple[bytes, int], ...], paid_micro: int
         if v.finding != "wrong" or not case.network.notaries:
             owed[v.checker] = owed.get(v.checker, 0) + fee
     given = dict(fees)
-    left = case.agreement.channel_micro - paid_micro
+    left = case.agreement.promise_micro - paid_micro
     if len(given) != len(fees) or not set(given) <= set(due):
         raise case.refuse("settlement-fees", "a fee for a peer that gave no verdict, or two for one")
     enough = sum(due.values()) <= left

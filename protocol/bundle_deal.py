@@ -11,6 +11,7 @@ from protocol.bundle_closing import check_closing, open_closing
 from protocol.bundle_correction import apply_correction, check_ordered, run_by
 from protocol.bundle_disputes import finding_words, open_disputes, unanswered
 from protocol.bundle_tolerance import check_distances, cleared_by, open_deal_tolerance, tolerance_words
+from protocol.credit_records import NO_CREDIT
 from protocol.errors import RemoteProtocolError, VerificationFailed
 from protocol.forced import draws_from, open_beacon
 from protocol.incentives import lock_needed
@@ -32,8 +33,10 @@ def check_deal(deal: Deal, *, number: int, task: AnyTask, task_id: bytes, networ
     case = Case(number, task, network, agreement_id, agreement)
     if signers != case.parties or len(signers) != 2:
         raise case.refuse("agreement-signatures", "the agreement is not signed by two parties")
-    if isinstance(task, ScriptSpec) and (agreement.check_permille or deal.verdicts):
-        raise case.refuse("agreement-checks", "a script was to be re-executed, or judged: nothing of it can be")
+    on_credit = agreement.credit != NO_CREDIT
+    if (isinstance(task, ScriptSpec) or on_credit) and (agreement.check_permille or deal.verdicts):
+        what = "work on credit" if on_credit else "a script"
+        raise case.refuse("agreement-checks", f"{what} was to be re-executed, or judged: nothing of it can be")
     _check_terms(case, task_id)
     open_deal_tolerance(case, deal.profiles)
     _check_receipts(case, deal.receipts)
@@ -70,9 +73,11 @@ def check_deal(deal: Deal, *, number: int, task: AnyTask, task_id: bytes, networ
     )
     apply_correction(case, report)
     check_closing(case, closing, report)
-    if isinstance(task, ScriptSpec):
-        # Nobody re-executes a script: that both parties signed for its outputs is all that can be known.
-        report.verified = bool(case.receipts and case.proof_id) and report.closed == "settled"
+    if isinstance(task, ScriptSpec) or on_credit:
+        # Nobody re-executes it: that both parties signed for its outputs is all that can be known.
+        ends = ("settled", "claimed") if on_credit else ("settled",)
+        report.verified = bool(case.receipts and case.proof_id) and report.closed in ends
+    report.credit = on_credit
     return report
 
 
@@ -89,6 +94,10 @@ def _check_terms(case: Case, task_id: bytes) -> None:
     if agreement.operations != operations:
         raise case.refuse("agreement-operations", f"{agreement.operations} operations, the task has {operations}")
     price_micro = amount_for(operations, agreement.unit_price)
+    if agreement.credit != NO_CREDIT:
+        if agreement.channel_micro or agreement.lock_micro:
+            raise case.refuse("agreement-credit", "a deal on credit with a channel or a lock")
+        return
     if agreement.channel_micro < price_micro:
         raise case.refuse("agreement-channel", f"a channel of {agreement.channel_micro} for work of {price_micro}")
     if isinstance(task, ScriptSpec):

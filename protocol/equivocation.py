@@ -1,19 +1,21 @@
 """Proof that a peer signed two records of which only one may exist.
 
 Two asks of one slot and sequence number, two bids of one nonce on one offer, two agreements under one sequence number
-of their submitter: whoever holds both can show them to anybody, and nobody can make them but the peer itself.
+of their submitter, two credit lines of one number to one debtor: whoever holds both can show them to anybody, and
+nobody can make them but the peer itself.
 """
 
 from __future__ import annotations
 
 from typing import TypeAlias
 
+from protocol.credit_records import CreditLine
 from protocol.errors import VerificationFailed
 from protocol.records import Agreement, Ask, Bid, Equivocation, Record, open_record
 
 __all__ = ["Placed", "check_equivocation", "place_of", "prove"]
 
-Placed: TypeAlias = Ask | Bid | Agreement
+Placed: TypeAlias = Ask | Bid | Agreement | CreditLine
 
 
 def place_of(record: Record) -> tuple[bytes, tuple[object, ...]] | None:
@@ -26,6 +28,8 @@ def place_of(record: Record) -> tuple[bytes, tuple[object, ...]] | None:
             return peer, ("bid", offer, number)
         case Agreement(submitter=peer, sequence=number):
             return peer, ("agreement", number)
+        case CreditLine(creditor=peer, debtor=debtor, sequence=number):
+            return peer, ("credit", debtor, number)
     return None
 
 

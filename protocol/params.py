@@ -59,6 +59,18 @@ SIGNATURES_AHEAD_MIN: Final = 8  # fewer are computed sooner where they are used
 MICRO_PER_CREDIT: Final = 1_000_000
 AMOUNT_MICRO_MAX: Final = 10**15  # a billion credits: sums of 1,000 of them stay far inside 63 bits
 
+# --- mutual credit (peer/credit.py, peer/netting.py) -------------------------------------------------------
+CREDIT_LINES_MAX: Final = 1_024  # given or got by one peer: people it knows
+CREDIT_DEALS_MAX: Final = 4_096  # of one pair, not netted yet: 5 MiB of rows; then no new deal before a netting
+CREDIT_LIFETIME_NS_MAX: Final = 3_660 * 86_400 * 10**9  # ten years: a mistyped number of days, not a rule of trade
+CREDIT_REPEAT_NS: Final = 60 * 10**9  # a line is told again to its debtor: one message may be lost
+CREDIT_CYCLE_MAX: Final = 6  # parties of a clearing: longer ones are rare and take everybody's signature
+CREDIT_CLEARINGS_MAX: Final = 16  # proposed from one look at the debts, and kept open by one peer
+CREDIT_PATHS_MAX: Final = 4_000  # looked at for cycles: at most 0.1 s; a group of friends has hundreds
+CREDIT_DEBTS_TOLD_MAX: Final = 256  # of one peer, to one it has an account with
+CREDIT_HOLD_NS: Final = 600 * 10**9  # a clearing that one party does not sign holds the others' debts so long
+NETTING_COVERS_MAX: Final = 512  # deals and clearings of one netting: 40 KiB in a message
+
 # --- the node ----------------------------------------------------------------------------------------------
 TICK_MS: Final = 100  # timers and gossip bundles; one tick costs about 50 microseconds
 RESEND_NS: Final = 2 * 10**9  # an unanswered direct message is repeated after this

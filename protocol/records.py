@@ -14,6 +14,7 @@ import msgspec
 from protocol import params
 from protocol.bench_records import BenchCard, BenchChallenge
 from protocol.codec import Digest, PeerKey, Signature, Uint, blake, decode, encode
+from protocol.credit_records import NO_CREDIT, Clearing, CreditLine, CreditRecord, Netting
 from protocol.errors import MalformedRecord, VerificationFailed, WrongNetwork
 from protocol.keys import SigningKey, verify
 from protocol.lately import Lately
@@ -85,7 +86,7 @@ class Offer(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, k
     checkpoint_bytes: Uint
     sandbox: Annotated[int, msgspec.Meta(ge=0, le=4)]
     unit_price_max: Price
-    budget_micro: Amount
+    budget_micro: Amount  # 0: on credit, so only who gives its submitter a line can take it (protocol/credit_records)
     check_permille: Permille
     lock_micro: Amount
     created_ns: Uint
@@ -165,6 +166,12 @@ class Agreement(
     segment_deadline_ns: Uint  # the longest silence between two receipts, a duration
     created_ns: Uint
     tolerance: Digest = EXACT  # of a tolerant task: what its work is judged by (protocol.profile.tolerance_id)
+    credit: Digest = NO_CREDIT  # the solver's CreditLine; then there is no channel and no lock, and no ledger takes it
+
+    @property
+    def promise_micro(self) -> int:
+        """The most its vouchers may promise: what the channel holds; on credit, the price of all the work."""
+        return self.channel_micro or amount_for(self.operations, self.unit_price)
 
 
 class Receipt(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/receipt/1"):
@@ -388,6 +395,7 @@ Record: TypeAlias = (
     | BenchChallenge
     | BenchCard
     | Profile
+    | CreditRecord
 )
 
 
@@ -420,9 +428,13 @@ def parties(record: Record) -> frozenset[bytes]:
             return frozenset((peer,))
         case Move(player=peer) | Arbitration(author=peer) | Fault(author=peer) | Equivocation(author=peer):
             return frozenset((peer,))
-        case BenchChallenge(challenger=peer):
+        case BenchChallenge(challenger=peer) | CreditLine(creditor=peer):
             return frozenset((peer,))
+        case Clearing(parties=peers):
+            return frozenset(peers)
         case Agreement(submitter=a, solver=b) | Settlement(submitter=a, solver=b) | BenchCard(peer=a, challenger=b):
+            return frozenset((a, b))
+        case Netting(first=a, second=b):
             return frozenset((a, b))
         case Receipt():
             return frozenset()  # its parties are those of its agreement: the caller compares

@@ -17,7 +17,7 @@ from protocol import params
 from protocol.codec import blake
 from protocol.errors import LimitExceeded, MalformedRecord, VerificationFailed
 from protocol.network import Rules
-from protocol.records import Ask, Bid, Offer
+from protocol.records import Ask, Bid, Offer, amount_for
 
 NETWORK = bytes(32)
 NOW = 10**18
@@ -157,6 +157,21 @@ def test_every_refused_bid_gets_its_reason(code: str, bids: list[tuple[bytes, Bi
     choice = match(bids, **more)
     assert choice.winner is None
     assert [refusal.code for _, refusal in choice.refused] == [code]
+
+
+def test_a_job_on_credit_goes_to_the_best_of_those_who_give_enough_of_it() -> None:
+    on_credit = offer(budget_micro=0)
+    need = amount_for(on_credit.operations, 600)
+    bids = [bid(2, unit_price=500), bid(3, unit_price=600), bid(4, unit_price=600)]
+    choice = match_round(
+        on_credit, b"o", bids, round_number=0, free_stake_micro=lambda _: 10**9,
+        reputation_of=lambda _: Reputation.known(20, 0),
+        excluded=(), reachable=lambda _: True, credit_micro=lambda p: {peer(3): need, peer(4): need - 1}.get(p, 0),
+    )  # fmt: skip
+    assert choice.winner is not None
+    assert choice.winner.solver == peer(3)
+    assert [(solver, refusal.code) for solver, refusal in choice.refused] == [(peer(2), "credit"), (peer(4), "credit")]
+    assert match(bids).winner.solver == peer(2), "one with a budget asks nobody for credit"
 
 
 def test_newcomers_get_their_share_of_rounds_and_the_audit_sees_why() -> None:

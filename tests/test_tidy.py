@@ -23,10 +23,11 @@ SANS_IO = {  # everything the simulator runs as the daemon does, and the simulat
     f"peer/{name}.py"
     for name in (
         "acceptance", "answers", "arbiter", "beacon", "bidding", "challenger", "checker", "checking", "clock",
-        "commands", "correcting", "deals", "delivery", "desk", "disputant", "dispute_file", "disputes", "drawing",
-        "drops", "events", "forcing", "hearing", "intake", "jobs", "market_view", "matches", "messages", "node",
-        "pricing", "profiles", "prover", "receipt_rows", "reputations", "restored", "rulings", "sealing", "settler",
-        "simulated_faults", "simulated_work", "simulator", "solver", "submitter", "whistleblower", "witness",
+        "commands", "correcting", "credit", "credit_messages", "deals", "delivery", "desk", "disputant",
+        "dispute_file", "disputes", "drawing", "drops", "events", "forcing", "hearing", "intake", "jobs",
+        "market_view", "matches", "messages", "netting", "node", "pricing", "profiles", "prover", "receipt_rows",
+        "reputations", "restored", "rulings", "sealing", "settler", "simulated_faults", "simulated_work", "simulator",
+        "solver", "submitter", "whistleblower", "witness",
     )
 }  # fmt: skip
 BANNED_NAMES = {"utils", "helpers", "common", "misc"}
