@@ -48,6 +48,11 @@ class Known(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     credit_micro: Uint = 0  # what was left of its credit line, of an offer on credit
 
     @property
+    def proven(self) -> Proven:
+        """How fast it is known to be."""
+        return Proven(self.grade, self.operations_per_second)
+
+    @property
     def reputation(self) -> Reputation:
         """What it was ranked by."""
         if not self.evidence_day:
@@ -129,7 +134,7 @@ def check_match(match: Match) -> Audit:
         reputation_of=lambda peer: known[peer].reputation,
         excluded=[peer for peer, one in known.items() if one.excluded],
         reachable=lambda peer: known[peer].reachable,
-        proven=lambda peer: Proven(known[peer].grade, known[peer].operations_per_second),
+        proven=lambda peer: known[peer].proven,
         link=lambda peer: known[peer].bytes_per_second,
         stake_min_micro=match.stake_min_micro,
         now_ns=match.now_ns,

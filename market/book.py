@@ -7,7 +7,7 @@ arrival order, so nothing here depends on it. It knows neither peers' connection
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
@@ -150,10 +150,13 @@ class OrderBook:
         """The unexpired bids on an offer as (id, bid), in order of their ids."""
         return sorted((i, b) for i, b in self.bids.get(offer_id, {}).values() if now_ns < b.expires_ns)
 
-    def packed_bids(self, bids: Sequence[tuple[bytes, Bid]]) -> bytes:
-        """`pack_bid` of each, in their order; empty where one of them came without its envelope."""
-        rows = [self.packed.get(bid_id, b"") for bid_id, _ in bids]
-        return b"".join(rows) if all(rows) else b""
+    def round_bids(self, offer_id: bytes, *, now_ns: int) -> tuple[list[tuple[bytes, Bid]], bytes]:
+        """The unexpired bids on an offer, in no order, which a round does not need; and `pack_bid` of each, or nothing
+        where one of them came without its envelope."""
+        bids = [pair for pair in self.bids.get(offer_id, {}).values() if now_ns < pair[1].expires_ns]
+        rows = [self.packed.get(bid_id) for bid_id, _ in bids]
+        whole = [row for row in rows if row is not None]
+        return bids, b"".join(whole) if len(whole) == len(rows) else b""
 
     def live_asks(self, *, role: int, now_ns: int, peers: Collection[bytes] | None = None) -> list[Ask]:
         """The unexpired asks of peers in `role`, in order of their keys; of `peers` only, if given."""

@@ -4,8 +4,9 @@ small. What each bid is worth to each offer is market/matching.py's; who goes to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,7 +18,10 @@ from market.scoring import Bidders
 from protocol import params
 from protocol.records import Bid, Offer, amount_for
 
-__all__ = ["TAKEN", "Candidate", "match_offers"]
+if TYPE_CHECKING:
+    from market.audit import Known
+
+__all__ = ["TAKEN", "Candidate", "Played", "Round", "match_offers"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,45 @@ class Candidate:
     stake_min_micro: int = 0
     now_ns: int = 0
     packed: bytes = b""  # `pack_bid` of each of the bids; empty: it is made where it is needed
+
+
+@dataclass(frozen=True)
+class Played:
+    """What a Round came to: the choice for each offer, by its id."""
+
+    number: int
+    choices: dict[bytes, Choice]
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round and all that it rests on, so that it can be played anywhere, and made again (market/audit.py).
+
+    known: what the submitter knows of each who bids.
+    """
+
+    number: int
+    candidates: tuple[Candidate, ...]
+    known: Mapping[bytes, Known]
+
+    @property
+    def bids(self) -> int:
+        """How many bids it weighs."""
+        return sum(len(one.bids) for one in self.candidates)
+
+    def play(self) -> Played:
+        """Match the offers."""
+        known = self.known
+        choices = match_offers(
+            self.candidates,
+            free_stake_micro=lambda peer: known[peer].free_stake_micro,
+            reputation_of=lambda peer: known[peer].reputation,
+            reachable=lambda peer: known[peer].reachable,
+            proven=lambda peer: known[peer].proven,
+            link=lambda peer: known[peer].bytes_per_second,
+            credit_micro=lambda peer: known[peer].credit_micro,
+        )
+        return Played(self.number, choices)
 
 
 def match_offers(

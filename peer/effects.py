@@ -1,7 +1,6 @@
 """The effects of the node, performed: sends, fetches and work, each in its own bounded task.
 
-Called only after the commit that explains them (peer/daemon.py). A failed effect becomes an input of the node or a
-counter, never an exception: the node repeats what matters.
+Called only after the commit that explains them. A failed effect becomes an input or a counter, never an exception.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any
 
 import trio
 
+from market.rounds import Round
 from peer.bench_process import BenchRunner
 from peer.blobs import BlobStore
 from peer.drops import Drops
@@ -154,6 +154,8 @@ class Performer:
                     log.error("blobs of a sealed job are not served: %s", error)
             case ReadBlob():
                 self.nursery.start_soon(self._read, effect)
+            case Round():
+                self.nursery.start_soon(self._play, effect)
             case StartWork():
                 self._start_work(effect)
             case Inspect():
@@ -210,20 +212,17 @@ class Performer:
     # --- blobs ---------------------------------------------------------------------------------------------
     async def _fetch(self, effect: Fetch) -> None:
         error, forged, note, meter = "", False, "", LinkMeter(effect.peers)
+        fetch = partial(self.blobs.fetch, self.host, peers=effect.peers, keys=effect.keys)
         try:
             if not self.blobs.has(effect.blob):
-                await self.blobs.fetch(
-                    self.host, effect.blob, effect.peers, size_max=effect.size_max, progress=meter, keys=effect.keys
-                )
+                await fetch(effect.blob, size_max=effect.size_max, progress=meter)
             self.blobs.pin(effect.blob, effect.token.hex())
             if effect.state_root and not effect.program:
                 check_result = partial(check_script_result, self.blobs.path(effect.blob), effect.state_root)
                 note = await trio.to_thread.run_sync(check_result)
             elif effect.state_root:
                 # The program says what the checkpoint must hold; it may still be on its way in another fetch.
-                await self.blobs.fetch(
-                    self.host, effect.program, effect.peers, size_max=params.PROGRAM_BYTES_MAX, keys=effect.keys
-                )
+                await fetch(effect.program, size_max=params.PROGRAM_BYTES_MAX)
                 check = partial(
                     check_checkpoint, self.blobs.path(effect.blob), self.blobs.path(effect.program), effect.state_root
                 )
@@ -233,6 +232,9 @@ class Performer:
         except (IchibaError, OSError) as failure:
             error = str(failure)
         await self.inbox.send(Fetched(effect.blob, effect.token, error, forged, note, *meter.told()))
+
+    async def _play(self, effect: Round) -> None:
+        await self.inbox.send(await trio.to_thread.run_sync(effect.play))
 
     async def _read(self, effect: ReadBlob) -> None:
         data, error = b"", ""

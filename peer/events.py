@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from market.entries import Entry
+from market.rounds import Played, Round
 from protocol.bench_card import Figures, Opening
 from protocol.profile import Findings, Gauge
 from protocol.records import BenchChallenge
@@ -263,6 +264,7 @@ Input: TypeAlias = (
     | ProfileMade
     | WorkEnded
     | Inspected
+    | Played
     | BenchInput
     | Command
 )
@@ -470,6 +472,7 @@ Effect: TypeAlias = (
     | StartWork
     | StopWork
     | Inspect
+    | Round
     | Suspend
     | BenchEffect
     | Release

@@ -5,16 +5,15 @@ Sans-IO. What a job needs from a deal reaches it through `peer/submitter.py`; th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import msgspec
 
-from market.audit import Known
-from market.matching import Choice, Proven
+from market.matching import Choice, Proven, Scored, believed_ns, refuse_bid, transfer_ns
 from market.quoting import channel_micro, lock_micro
-from market.rounds import Candidate, match_offers
+from market.rounds import Candidate, Played, Round
 from peer.deals import Job, JobState, PassedOver, operations_per_check, salt_of, task_of
 from peer.desk import MARKET, Desk
 from peer.matches import Matches
@@ -33,6 +32,15 @@ from protocol.task import TaskSpec, task_id
 __all__ = ["JobDesk"]
 
 
+@dataclass(frozen=True)
+class _Awaited:
+    """A round, whose offer is whose, and the envelopes of the bids when it began."""
+
+    begun: Round
+    candidates: dict[bytes, Candidate]  # by job
+    envelopes: Mapping[bytes, bytes]  # by bid
+
+
 @dataclass
 class JobDesk:
     """All jobs of this peer, and the offers of the open ones. `on_choice(job, offer, bid, choice)` proposes."""
@@ -45,6 +53,8 @@ class JobDesk:
     rounds: dict[bytes, int] = field(default_factory=dict)  # job -> next round at
     repeats: dict[bytes, int] = field(default_factory=dict)  # job -> gossip the offer again at
     sequence: int = 0  # of the last agreement; grows across restarts with the clock
+    rounds_begun: int = 0
+    awaited: _Awaited | None = None  # the round that is played in a thread
     told: dict[bytes, Choice] = field(default_factory=dict)  # job -> last round, for `why`
 
     def __post_init__(self) -> None:
@@ -229,7 +239,7 @@ class JobDesk:
         if offer is None:
             self.offer(job)
             return None
-        bids = book.live_bids(job.offer_id, now_ns=self.desk.wall_ns)
+        bids, packed = book.round_bids(job.offer_id, now_ns=self.desk.wall_ns)
         return Candidate(
             offer_id=job.offer_id,
             offer=offer,
@@ -238,35 +248,66 @@ class JobDesk:
             excluded=self.excluded(job),
             stake_min_micro=rules.checker_stake_min_micro if offer.mode == "profile" else 0,
             now_ns=self.desk.wall_ns,
-            packed=book.packed_bids(bids),
+            packed=packed,
         )
 
     def _match(self, due: list[Job]) -> None:
-        """One round over all offers whose time it is."""
+        """One round over all offers whose time it is. A large one is played in a thread, and waited for."""
         candidates = {job.id: found for job in due if (found := self._candidate(job)) is not None}
-        choices = match_offers(
-            list(candidates.values()),
-            free_stake_micro=self.settler.free_stake,
-            reputation_of=self.settler.reputation,
-            reachable=lambda peer: peer in self.desk.peers,
-            proven=self.speed_of,
-            link=self.desk.link_speed,
-            credit_micro=self._credit_of,
-        )
-        for job in due:
-            if job.id in candidates:
-                self._tell(job, choices[job.offer_id])
-        winners = {choice.winner.solver for choice in choices.values() if choice.winner is not None}
-        facts: dict[bytes, Known] = {}
-        for job in due:
-            if job.id in candidates and (winner := choices[job.offer_id].winner) is not None:
-                one, choice = candidates[job.id], choices[job.offer_id]
-                taken = winners - {winner.solver}
-                self.matches.note(one, choice, job.offer, len(candidates), taken, facts, self.speed_of)
-                self.on_choice(job, one.offer, dict(one.bids)[winner.bid_id], choice)
+        known = self.matches.gather(candidates.values(), self.speed_of)
+        self.rounds_begun += 1
+        begun = Round(self.rounds_begun, tuple(candidates.values()), known)
+        envelopes = self.desk.book.envelopes
+        if begun.bids < params.ROUND_THREAD_MIN:
+            self._award(_Awaited(begun, candidates, envelopes), begun.play().choices)
+            return
+        self.awaited = _Awaited(begun, candidates, dict(envelopes))
+        self.desk.add(begun)
 
-    def _credit_of(self, solver: bytes) -> int:
-        return self.settler.credit.left_micro(creditor=solver, debtor=self.desk.me)
+    def on_played(self, event: Played) -> None:
+        """The round that was waited for: propose to the winners that can still have the work."""
+        awaited = self.awaited
+        if awaited is not None and awaited.begun.number == event.number:  # one from before a restart counts for nothing
+            self.awaited = None
+            self._award(awaited, event.choices, late=True)
+
+    def _award(self, awaited: _Awaited, choices: dict[bytes, Choice], *, late: bool = False) -> None:
+        """late: things may have changed since the round began; what is not as it was waits for the next one."""
+        winners = {choice.winner.solver for choice in choices.values() if choice.winner is not None}
+        asked = [
+            (job, one, choices[one.offer_id])
+            for job_id, one in awaited.candidates.items()
+            if (job := self.jobs.get(job_id)) and job.state == JobState.OFFERED and job.offer_id == one.offer_id
+        ]
+        for job, _, choice in asked:
+            self._tell(job, choice)
+        for job, one, choice in asked:
+            if (winner := choice.winner) is None or (late and self._overtaken(job, one, winner)):
+                continue
+            taken = winners - {winner.solver}
+            offers, known = len(awaited.candidates), awaited.begun.known
+            self.matches.note(one, choice, job.offer, offers, taken, known, awaited.envelopes)
+            self.on_choice(job, one.offer, dict(one.bids)[winner.bid_id], choice)
+
+    def _overtaken(self, job: Job, one: Candidate, winner: Scored) -> bool:
+        """Whether the winner of a round can no longer have the work: its bid is gone, or would be refused by now."""
+        standing = self.desk.book.bids.get(one.offer_id, {}).get(winner.solver)
+        if one.offer_id not in self.desk.book.offers or standing is None or standing[0] != winner.bid_id:
+            return True
+        bid, now_ns = standing[1], self.desk.wall_ns
+        takes_ns = believed_ns(one.offer.operations, bid.eta_ns, self.speed_of(bid.solver))
+        refusal = refuse_bid(
+            one.offer,
+            bid,
+            free_stake_micro=self.settler.free_stake(bid.solver),
+            excluded=self.excluded(job),
+            reachable=bid.solver in self.desk.peers,
+            stake_min_micro=one.stake_min_micro,
+            now_ns=now_ns,
+            takes_ns=takes_ns + transfer_ns(one.offer, self.desk.link_speed(bid.solver)),
+            credit_micro=self.settler.credit.left_micro(creditor=bid.solver, debtor=self.desk.me),
+        )
+        return refusal is not None or bid.expires_ns <= now_ns
 
     def _tell(self, job: Job, choice: Choice) -> None:
         """Keep the round for `why`, and say what changed."""
@@ -405,7 +446,7 @@ class JobDesk:
             if job.state in (JobState.OFFERED, JobState.PROFILING):
                 self.end(job, JobState.FAILED, self.missed(job))
         offered = [job for job in offered if job.open]
-        if any(now >= self.rounds.setdefault(job.id, now) for job in offered):
+        if self.awaited is None and any(now >= self.rounds.setdefault(job.id, now) for job in offered):
             # Those that would be due soon come along: together they are matched better than one after the other.
             soon = now + self.desk.network.rules.round_ms * 10**6 // 2
             self._match([job for job in offered if soon >= self.rounds.setdefault(job.id, now)])

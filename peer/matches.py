@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,25 +37,28 @@ class Matches:
         offer: bytes,
         offers: int,
         taken: Collection[bytes],
-        facts: dict[bytes, Known],
-        proven: Callable[[bytes], Proven],
+        facts: Mapping[bytes, Known],
+        standing: Mapping[bytes, bytes],
     ) -> None:
-        """A round found a winner for an offer; the proposal comes next. taken: the winners of the other offers. facts:
-        what is known of each bidder, gathered once in a round."""
+        """A round found a winner for an offer; the proposal comes next. taken: the winners of the other offers. facts,
+        standing: what was known of each bidder, and the envelopes of the bids, when the round began."""
         assert choice.winner is not None, "only a match is kept"
-        envelopes = {i: e for i, _ in candidate.bids if (e := self.desk.book.envelopes.get(i)) is not None}
+        envelopes = {i: e for i, _ in candidate.bids if (e := standing.get(i)) is not None}
         if choice.winner.bid_id not in envelopes:
             return
         known = []
         for solver in [bid.solver for bid_id, bid in candidate.bids if bid_id in envelopes]:
-            if solver not in facts:
-                facts[solver] = self._known(solver, proven)
             excluded, gone = solver in candidate.excluded, solver in taken
             fact = facts[solver]
             known.append(msgspec.structs.replace(fact, excluded=excluded, taken=gone) if excluded or gone else fact)
         self._noted = {
             candidate.offer_id: note_match(candidate, choice, envelopes, offer=offer, known=known, offers=offers)
         }
+
+    def gather(self, candidates: Iterable[Candidate], proven: Callable[[bytes], Proven]) -> dict[bytes, Known]:
+        """What this peer knows now of each who bids on one of these offers."""
+        solvers = {bid.solver for one in candidates for _, bid in one.bids}
+        return {solver: self._known(solver, proven) for solver in sorted(solvers)}
 
     def _known(self, solver: bytes, proven: Callable[[bytes], Proven]) -> Known:
         history, speed, weighed = self.settler.history(solver), proven(solver), self.settler.reputation(solver)

@@ -13,6 +13,7 @@ from typing import Any
 
 from market import entries as money
 from market.ledger import Ledger
+from market.rounds import Played
 from peer import messages as m
 from peer.beacon import Beacons
 from peer.bidding import Bidder
@@ -228,6 +229,8 @@ class Node:
                 self.desk.attempt(self.disputes.fetched, event)
             case BlobRead():
                 self.desk.attempt(self.disputes.read, event)
+            case Played():
+                self.desk.attempt(self.jobs.on_played, event)
             case Inspected():
                 self.desk.attempt(self.disputes.inspected, event)
             case ScriptSaid():

@@ -14,6 +14,7 @@ from typing import Any
 
 from market.entries import Entry
 from market.ledger import Ledger
+from market.rounds import Round
 from peer.desk import Means
 from peer.events import (
     BenchEffect,
@@ -300,8 +301,8 @@ class Simulation:
                 case Penalise(peer=target, reason=reason):
                     accused = self.by_key[target].name if target in self.by_key else target.hex()
                     self.penalties.append((peer.name, accused, reason))
-                case _:
-                    pass
+                case Round():
+                    self._at(1 + SECOND // 10, peer, effect.play())
 
     def _deliver(self, target: SimulatedPeer, event: Input) -> None:
         faulty = self.now_ns < START_NS + self.faults.until_ns

@@ -88,6 +88,7 @@ WITNESS_PLACES_MAX: Final = 10_000  # first records kept to prove a second one: 
 BAR_NS: Final = 24 * 3600 * 10**9  # no business with who signed twice: longer than any record of it lives
 BARRED_MAX: Final = 10_000  # peers barred at a time; a key costs nothing, so the list must be bounded
 ROUND_COLUMNS_MIN: Final = 512  # bids of a round from which columns are faster than records
+ROUND_THREAD_MIN: Final = 8_192  # bids of a round from which it is played in a thread: it takes 10 ms
 MATCHES_KEPT_MAX: Final = 1_000  # with all their bids, some 10 kB each in a market of twenty solvers
 JOBS_OPEN_MAX: Final = 256  # of one submitter's daemon
 PENDING_SETTLEMENT_MAX: Final = 1024  # records that wait for one they depend on

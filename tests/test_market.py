@@ -278,6 +278,9 @@ def test_a_place_for_a_bid_is_taken_from_one_past_its_time() -> None:
     assert book.add_bid(*bid(999), now_ns=NOW + 1, envelope=b"e")
     assert len(book.live_bids(blake("offer"), now_ns=NOW + 1)) == params.BOOK_BIDS_PER_OFFER_MAX
     assert len(book.envelopes) == params.BOOK_BIDS_PER_OFFER_MAX
+    bids, packed = book.round_bids(blake("offer"), now_ns=NOW + 1)
+    assert sorted(bids) == book.live_bids(blake("offer"), now_ns=NOW + 1)
+    assert len(packed) == 72 * sum(bool(book.envelopes.get(bid_id)) for bid_id, _ in bids)
 
 
 @pytest.mark.parametrize(
