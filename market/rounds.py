@@ -73,6 +73,7 @@ class Round:
             proven=lambda peer: known[peer].proven,
             link=lambda peer: known[peer].bytes_per_second,
             credit_micro=lambda peer: known[peer].credit_micro,
+            bidders=known.keys(),
         )
         return Played(self.number, choices)
 
@@ -86,17 +87,17 @@ def match_offers(
     proven: Callable[[bytes], Proven],
     link: Callable[[bytes], int] = lambda _: params.LINK_BYTES_PER_SECOND,
     credit_micro: Callable[[bytes], int] = lambda _: 0,
+    bidders: Collection[bytes] | None = None,
 ) -> dict[bytes, Choice]:
     """The choice for each offer, by its id; the winners are distinct solvers.
 
     With one offer it is `match_round`. With more, offers that explore take their newcomer first, in the order of their
     ids, and the auction gives the others theirs; none of those is left with a worse bid than one that nobody took. That
-    an offer rests costs twice its limit: a bid is always better.
+    an offer rests costs twice its limit: a bid is always better. bidders: all who bid, where that is known.
     """
     if sum(len(one.bids) for one in candidates) >= params.ROUND_COLUMNS_MIN:
-        solvers = {bid.solver for one in candidates for _, bid in one.bids}
         known = Bidders.of(
-            solvers,
+            {bid.solver for one in candidates for _, bid in one.bids} if bidders is None else bidders,
             free_stake_micro=free_stake_micro,
             reputation_of=reputation_of,
             reachable=reachable,
