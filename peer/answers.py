@@ -354,7 +354,10 @@ class Answers:
             ]
         for deal in (self.submitter.deals[d] for d in job.deals[-_DEALS_TOLD:] if d in self.submitter.deals):
             solver = peer_name(agreement_of(deal, self.desk.network.id).solver)[-8:]
-            if deal.lifecycle == State.DECLINED:
+            if deal.lifecycle == State.DECLINED and deal.uncertified:
+                words = f"the opening of a channel with {solver} was not certified: {deal.note}"
+                found.append(Reason("proposal", f"uncertified-{deal.uncertified}", 1, words))
+            elif deal.lifecycle == State.DECLINED:
                 words = f"{solver} declined a proposal: {deal.note or 'no answer in time'}"
                 found.append(Reason("proposal", "declined", 1, words))
             elif deal.ended_early:
@@ -383,6 +386,9 @@ class Answers:
             then = f"its work goes back to the market after {rules.lost_grace_ms // 1000} s"
             found.append(Reason("work", "unreachable", 1, words, then, severity=1))
         match deal.lifecycle:
+            case State.PROPOSED if deal.doubt:
+                words = f"{solver} accepted, and the notaries have not certified the opening of the channel yet"
+                found.append(Reason("proposal", "certifying", 1, words, severity=3))
             case State.PROPOSED:
                 left_ns = agreement.accept_before_ns - self.desk.wall_ns
                 words = f"{solver} was proposed to and has {_ago(left_ns)} left to answer"

@@ -38,6 +38,7 @@ class Bidder:
     settler: Settler
     slots_free: Callable[[], int] = lambda: 0
     carded: Callable[[], int] = lambda: 0  # operations a second of this peer's bench card, 0 for none
+    in_doubt_micro: Callable[[], int] = lambda: 0  # of this peer's stake, promised to openings that may come yet
     seeds: dict[bytes, tuple[bytes, bytes, Bid]] = field(default_factory=dict)  # bid id -> seed, secret, terms
     bid_on: dict[bytes, int] = field(default_factory=dict)  # offer -> when our bid on it expires
     refusals: dict[bytes, Refusal] = field(default_factory=dict)  # offer -> why not, for `why`
@@ -67,7 +68,7 @@ class Bidder:
             unit_price=self.price_of(offer),
             memory_bytes=means.memory_bytes,
             sandbox=means.sandbox,
-            stake_micro=self.settler.free_stake(self.desk.me),
+            stake_micro=self.settler.free_stake(self.desk.me) - self.in_doubt_micro(),
             slots_free=self.slots_free(),
             solves=solves,
             verifies=verifies,
@@ -218,7 +219,7 @@ class Bidder:
             return Refusal("range", "the proposal covers other segments or operations than the offer")
         if task is not None and (refusal := self.refuse_task(agreement, task, profiles)):
             return refusal
-        if self.settler.free_stake(self.desk.me) < agreement.lock_micro:
+        if self.settler.free_stake(self.desk.me) - self.in_doubt_micro() < agreement.lock_micro:
             return Refusal("stake", "the stake is locked elsewhere by now")
         return None
 

@@ -17,6 +17,7 @@ from peer.evidence import open_draw
 from peer.messages import CheckAccept, CheckDecline, CheckRequest, JuryAsk, Records
 from peer.settler import Settler
 from protocol import params
+from protocol.certificate import check_certified
 from protocol.codec import blake
 from protocol.errors import VerificationFailed
 from protocol.forced import check_forced
@@ -142,14 +143,14 @@ def open_case(request: CheckRequest, *, network: Network, me: bytes, sender: byt
 def open_evidence(request: CheckRequest, *, network: Network) -> Case:
     """The evidence of a deal, whoever gives it to whom. Raises VerificationFailed (or another RemoteProtocolError).
 
-    The agreement carries both signatures; the receipts form one chain from its base root, each with both
-    signatures; the proof is over their roots; the seeds match their commitments, the notaries' randomness is for them;
-    the segments have receipts. With an ordered error the case is about the work without it, and its verdict is on that
-    Forced instead of the proof.
+    The agreement is certified; the receipts form one chain from its base root, each with both signatures; the proof is
+    over their roots; the seeds match their commitments, the notaries' randomness is for them; the segments have
+    receipts. With an ordered error the case is about the work without it, and its verdict is on that, not the proof.
     """
     agreement, agreement_id, signers = open_record(request.agreement, network=network.id)
-    if not isinstance(agreement, Agreement) or len(signers) != 2:
-        raise VerificationFailed("a case rests on an agreement with both signatures")
+    if not isinstance(agreement, Agreement):
+        raise VerificationFailed("a case rests on an agreement")
+    check_certified(agreement, signers, network)
     task = TaskSpec.from_bytes(request.task, network=network.id)
     if task_id(task) != agreement.task:
         raise VerificationFailed("the case is about another task than the agreement")

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
+from peer.certificate_messages import CertificateMessage, Sealed, Shares, Text
 from peer.credit_messages import CreditMessage
 from protocol import params
 from protocol.bench_card import Figures, Opening
@@ -34,6 +35,7 @@ __all__ = [
     "Cancel",
     "CaseAsk",
     "CaseGiven",
+    "CertificateMessage",
     "CheckAccept",
     "CheckDecline",
     "CheckRequest",
@@ -70,12 +72,9 @@ __all__ = [
     "unpack",
 ]
 
-Sealed = Annotated[bytes, msgspec.Meta(max_length=params.GOSSIP_RECORD_BYTES_MAX)]
-Shares = Annotated[tuple[Sealed, ...], msgspec.Meta(max_length=params.NOTARIES_MAX)]  # envelopes of Beacons
 Profiles = Annotated[tuple[Sealed, ...], msgspec.Meta(max_length=params.PROFILES_KEPT_MAX)]
 Box = Annotated[bytes, msgspec.Meta(max_length=params.GOSSIP_RECORD_BYTES_MAX + 1024)]
 Quorum = Annotated[tuple[PeerKey, ...], msgspec.Meta(min_length=1, max_length=params.NOTARIES_MAX)]
-Text = Annotated[str, msgspec.Meta(max_length=500)]
 
 
 class Propose(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="propose"):
@@ -462,6 +461,7 @@ Message: TypeAlias = (
     | SyncDigest
     | SyncIds
     | BeaconMessage
+    | CertificateMessage
     | BenchAsk
     | BenchInvite
     | BenchStart

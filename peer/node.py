@@ -17,6 +17,7 @@ from market.rounds import Played
 from peer import messages as m
 from peer.beacon import Beacons
 from peer.bidding import Bidder
+from peer.certificates import Certificates
 from peer.challenger import Challenger
 from peer.checker import Checker
 from peer.checking import CheckDesk
@@ -114,12 +115,15 @@ class Node:
         self.bidder = Bidder(self.desk, self.settler)
         self.beacons = Beacons(self.desk, self.settler)
         self.forcing = Forcing(self.desk, self.settler, self.beacons)
-        self.solver = Solver(self.desk, self.settler, self.bidder, self.forcing)
+        self.witness, self.intake = Witness(self.desk), Intake(self.desk, self.bidder)
+        self.certificates = Certificates(self.desk, self.settler, self.witness)
+        self.bidder.in_doubt_micro = self.certificates.locks_in_doubt_micro
+        self.solver = Solver(self.desk, self.settler, self.bidder, self.forcing, self.certificates.watch)
         self.forcing.go, self.forcing.offer = self.solver.go, self.solver.offer
         self.bidder.slots_free = self.solver.slots_free
         self.checks = CheckDesk(self.desk, self.settler, Corrections(self.desk, self.settler))
         self.jobs = JobDesk(self.desk, self.settler)
-        self.submitter = Submitter(self.desk, self.settler, self.checks, self.jobs, self.beacons)
+        self.submitter = Submitter(self.desk, self.settler, self.checks, self.jobs, self.beacons, self.certificates)
         self.jobs.on_choice = self.submitter.propose
         self.profiles = Profiles(self.desk, self.settler, self.jobs, self.submitter.deals)
         self.checks.on_right = self.submitter.checked_right
@@ -137,7 +141,6 @@ class Node:
             self.desk, self.settler, self.jobs, self.submitter, self.bidder, self.solver, self.pausing, self.prover,
             self.challenger, self.disputes, self.profiles, self.sealing,
         )  # fmt: skip
-        self.witness, self.intake = Witness(self.desk), Intake(self.desk, self.bidder)
         self.restored = Restored(self.desk, self.settler, answer=self.commands.handle, on_heard=self._heard)
         self.next_sync_ns = now_ns
         self._deposit()
@@ -148,6 +151,7 @@ class Node:
         self.submitter.restore(rows)
         self.pausing.restore(rows)
         self.solver.restore(rows)
+        self.certificates.restore(rows, self.submitter.deals, self.solver.deals)
         self.checker.restore(rows)
         self.disputes.restore(rows)
         self.prover.restore(rows)
@@ -175,6 +179,7 @@ class Node:
                 self._opened(agreement_id)
 
     def _opened(self, agreement_id: bytes) -> None:
+        self.certificates.opened(agreement_id)
         if self.restored.listening:
             return
         # The offer is taken: nobody need bid on it any more, whatever late gossip says.
@@ -220,9 +225,8 @@ class Node:
                 if event.bytes_per_second:
                     self.desk.measured(event.peer, event.bytes_per_second)
                 deal = self.submitter.deals.get(event.token)
-                if deal is not None and event.note:
-                    self.jobs.note(deal.job, event.note)
                 if deal is not None:
+                    self.jobs.note(deal.job, event.note)
                     self.desk.attempt(self.checks.corrections.on_fetched, deal, event)
                 for role in (self.submitter, self.solver, self.checker):
                     self.desk.attempt(role.on_fetched, event)
@@ -286,6 +290,7 @@ class Node:
         self.jobs.tick()
         self.profiles.tick()
         self.submitter.tick()
+        self.certificates.tick()
         self.bidder.tick()
         self.beacons.tick()
         self.forcing.tick()
@@ -299,8 +304,7 @@ class Node:
         self.desk.book.expire(now_ns=self.desk.wall_ns)
         if self.desk.now_ns >= self.next_sync_ns and self.desk.peers:
             self.next_sync_ns = self.desk.now_ns + params.SYNC_NS
-            count, digest = self.settler.digest()
-            self.desk.send(self.desk.rng.choice(sorted(self.desk.peers)), m.SyncDigest(count, digest))
+            self.desk.send(self.desk.rng.choice(sorted(self.desk.peers)), m.SyncDigest(*self.settler.digest()))
         self.desk.flush_outbox()
 
     def _peer_up(self, peer: bytes) -> None:
@@ -433,6 +437,8 @@ class Node:
             case m.BenchDecline():
                 self.prover.on_decline(peer, message)
                 self.challenger.on_decline(peer, message)
+            case _ if isinstance(message, m.CertificateMessage):
+                self.certificates.message(peer, message)
             case _:
                 assert isinstance(message, m.DisputeMessage), message
                 self.disputes.message(peer, message)

@@ -220,9 +220,7 @@ class Sealing:
         """A party has its own; another peer those in the box, which `incoming` has opened once."""
         if case.box:
             return read_keys(self.desk.key.open_box(case.box))
-        own: Any = [*self.submitter.deals.values(), *self.solver.deals.values()]
-        deal = next((d for d in own if d.agreement == case.agreement), None)
-        return self._keys_of_deal(deal.id) if deal is not None else None
+        return self._keys_of_deal(open_record(case.agreement, network=self.desk.network.id)[1])
 
     # --- for people ------------------------------------------------------------------------------------------
     def describe(self, job: Job) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from peer.judgement import Judgement, NotYet
 from peer.netting import Nettings
 from protocol import params
 from protocol.arbitration import Judged
+from protocol.certificate import check_certified
 from protocol.codec import ids_digest
 from protocol.errors import CorruptStore, InsufficientFunds, LimitExceeded, RemoteProtocolError, VerificationFailed
 from protocol.keys import peer_key
@@ -92,8 +93,10 @@ class Settler:
             return False
         if len(self.log) >= params.SETTLEMENT_LOG_MAX:
             raise LimitExceeded("the settlement log is full", next_step="move this network to notaries")
-        if isinstance(record, Agreement | Settlement) and len(signers) != 2:
-            raise VerificationFailed(f"{type(record).__name__.lower()} without both signatures")
+        if isinstance(record, Settlement) and len(signers) != 2:
+            raise VerificationFailed("settlement without both signatures")
+        if isinstance(record, Agreement):
+            check_certified(record, signers, self.desk.network)
         was = self._stage(record)
         try:
             self._fold(record, record_id, self.desk.now_ns)

@@ -63,6 +63,7 @@ class Solver:
     settler: Settler
     bidder: Bidder
     forcing: Forcing
+    watch: Callable[[Deal], None]  # a deal that both signed, until its channel is open or never will be
     deals: dict[bytes, Deal] = field(default_factory=dict)
     receipts: ReceiptRows = field(init=False)  # co-signed
     made: ReceiptRows = field(init=False)  # every receipt signed here, co-signed or not
@@ -101,6 +102,7 @@ class Solver:
     def take(self, deal: Deal) -> None:
         """Acceptance: this proposal is signed and takes a slot."""
         self.deals[deal.id], self.receipts[deal.id], self.made[deal.id] = deal, [], []
+        self.watch(deal)
         save(self.desk, deal)
         self.resend[deal.id] = self.desk.now_ns + params.RESEND_NS
         self.desk.send(self._submitter(deal), m.Accept(deal.agreement))
@@ -114,8 +116,8 @@ class Solver:
 
     def on_opened(self, peer: bytes, message: m.Opened) -> None:
         """The channel is funded: the log takes the agreement, and `opened` starts the work."""
-        record, agreement_id, signers = open_record(message.agreement, network=self.desk.network.id)
-        if agreement_id not in self.deals or not isinstance(record, Agreement) or len(signers) != 2:
+        record, agreement_id, _ = open_record(message.agreement, network=self.desk.network.id)
+        if agreement_id not in self.deals or not isinstance(record, Agreement):
             raise VerificationFailed("an opening this peer did not agree to")
         self.unlock(self.deals[agreement_id], message)
         if agreement_id not in self.settler.every:
@@ -130,6 +132,7 @@ class Solver:
             self._publish_claim(deal)  # opened after we had given it up: get the stake back
         if deal is None or deal.lifecycle != State.PROPOSED or not deal.task:
             return  # of a sealed job the task comes with Opened
+        deal.agreement = self.settler.log.get(deal.id, deal.agreement)  # with all the signatures that it took
         move(self.desk, deal, Event.ACCEPTED)
         move(self.desk, deal, Event.STARTED)
         self.desk.emit("started", deal=deal.id, submitter=self._submitter(deal))
@@ -280,7 +283,7 @@ class Solver:
     # --- payment and proof ---------------------------------------------------------------------------------
     def on_receipt_back(self, peer: bytes, message: m.ReceiptBack) -> None:
         """A receipt with both signatures and the voucher that pays for everything so far."""
-        record, _, signers = open_record(message.receipt, network=self.desk.network.id)
+        record, receipt_id, signers = open_record(message.receipt, network=self.desk.network.id)
         voucher, _, _ = open_record(message.voucher, network=self.desk.network.id)
         if not isinstance(record, Receipt) or not isinstance(voucher, Voucher):
             raise VerificationFailed("a receipt comes back with a voucher")
@@ -297,10 +300,7 @@ class Solver:
         deal.cumulative_operations += record.operations
         self.receipts.add(self.desk, deal.id, message.receipt)
         deal.receipts += 1
-        deal.last_receipt, deal.last_root = (
-            open_record(message.receipt, network=self.desk.network.id)[1],
-            record.out_root,
-        )
+        deal.last_receipt, deal.last_root = receipt_id, record.out_root
         deal.news_ns = self.desk.now_ns
         save(self.desk, deal)
         self.desk.emit("earned", deal=deal.id, segment=record.segment, cumulative_micro=due)

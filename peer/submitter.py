@@ -6,6 +6,7 @@ matters is repeated by `tick` until the deal moves on, and every handler does no
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import msgspec
@@ -13,6 +14,7 @@ import msgspec
 from market.acceptance import PASSED_OVER
 from market.matching import Choice
 from peer.beacon import Beacons
+from peer.certificates import Certificates
 from peer.checking import CheckDesk
 from peer.deals import (
     Deal,
@@ -69,13 +71,15 @@ class Submitter:
     checks: CheckDesk
     jobs: JobDesk
     beacons: Beacons
+    certificates: Certificates
     deals: dict[bytes, Deal] = field(default_factory=dict)
     receipts: ReceiptRows = field(init=False)  # deal -> co-signed envelopes
     proposals: dict[bytes, int] = field(default_factory=dict)  # deal -> resend at
-    waiting: dict[bytes, tuple[bytes, ReceiptOffer, bytes]] = field(default_factory=dict)  # deal -> awaited blob
+    waiting: dict[bytes, tuple[bytes, ReceiptOffer]] = field(default_factory=dict)  # deal -> awaited blob
 
     def __post_init__(self) -> None:
         self.receipts = ReceiptRows("receipts", lambda deal: self.deals[deal].receipts)
+        self.certificates.on_certified, self.certificates.on_refused = self.certified, self.uncertified
         self.drawing = Drawing(self.desk, self.checks, self.beacons, self.deals, self.receipts)
 
     # --- a person's wishes ---------------------------------------------------------------------------------
@@ -145,33 +149,49 @@ class Submitter:
 
     # --- messages ------------------------------------------------------------------------------------------
     def on_accept(self, peer: bytes, message: Accept) -> None:
-        """The solver's signature: the deal is agreed, the channel funded, the solver told."""
+        """The solver's signature: the channel can be funded, once notaries have certified it where there are some."""
         record, agreement_id, signers = open_record(message.agreement, network=self.desk.network.id)
         deal = self.deals.get(agreement_id)
-        if deal is None or not isinstance(record, Agreement) or peer != record.solver or len(signers) != 2:
+        if deal is None or not isinstance(record, Agreement) or peer != record.solver:
             raise VerificationFailed("acceptance of an agreement that was never proposed")
+        if signers != {self.desk.me, peer}:
+            raise VerificationFailed("an agreement is accepted with both signatures, and no others")
         if deal.lifecycle == State.DECLINED:
             self.desk.send(peer, Decline(deal.id, "too-late", "the proposal was withdrawn"))
             return
-        if deal.lifecycle == State.PROPOSED:
+        if deal.lifecycle != State.PROPOSED:
+            self.desk.send(peer, Opened(deal.agreement))
+        elif not deal.doubt:
             deal.agreement = message.agreement
-            try:
-                applied = self.settler.accept(message.agreement, publish=True)
-            except VerificationFailed:
-                applied = False
-            if not applied:
-                self._decline(deal, "funds", "the channel cannot be funded")
-                self.jobs.reoffer(
-                    self.jobs.jobs[deal.job], "the channel could not be funded: solver's stake or own balance"
-                )
-                return
-            self.proposals.pop(deal.id, None)
-            move(self.desk, deal, Event.ACCEPTED)
-            move(self.desk, deal, Event.STARTED)
-            self.desk.book.remove_offer(self.jobs.jobs[deal.job].offer_id)
-            after_ns = self.desk.now_ns - self.jobs.jobs[deal.job].offered_ns
-            self.desk.emit("agreed", deal.job, deal=deal.id, solver=peer, after_ns=after_ns)
-        self.desk.send(peer, Opened(deal.agreement))
+            self.certificates.certify(deal)
+
+    def certified(self, deal: Deal) -> None:
+        """All signatures that the opening takes are on the agreement: fund the channel, and `opened` goes on."""
+        with suppress(VerificationFailed):
+            self.settler.accept(deal.agreement, publish=True)
+        if deal.id not in self.settler.every:
+            self.uncertified(deal, "funds", "the channel could not be funded: solver's stake or own balance")
+
+    def uncertified(self, deal: Deal, code: str, why: str) -> None:
+        """The notaries did not certify the opening, or its money is not there: try again with what is."""
+        deal.note, deal.uncertified = why[:300], code
+        self._decline(deal, code, why)
+        job = self.jobs.jobs[deal.job]
+        if code == "stake":
+            self._rest(job, self.solver_of(deal))
+        self.jobs.reoffer(job, why)
+
+    def _begin(self, deal: Deal) -> None:
+        """The channel is open: tell the solver."""
+        deal.agreement = self.settler.log.get(deal.id, deal.agreement)  # on credit it is in no log
+        self.proposals.pop(deal.id, None)
+        move(self.desk, deal, Event.ACCEPTED)
+        move(self.desk, deal, Event.STARTED)
+        job = self.jobs.jobs[deal.job]
+        self.desk.book.remove_offer(job.offer_id)
+        solver, after_ns = self.solver_of(deal), self.desk.now_ns - job.offered_ns
+        self.desk.emit("agreed", deal.job, deal=deal.id, solver=solver, after_ns=after_ns)
+        self.desk.send(solver, Opened(deal.agreement))
 
     def on_decline(self, peer: bytes, message: Decline) -> None:
         """The solver will not, or can no longer."""
@@ -195,7 +215,7 @@ class Submitter:
 
     def on_receipt(self, peer: bytes, message: ReceiptOffer) -> None:
         """A segment done: check the chain, fetch its checkpoint, then co-sign and pay."""
-        record, receipt_id, signers = open_record(message.receipt, network=self.desk.network.id)
+        record, _, signers = open_record(message.receipt, network=self.desk.network.id)
         if not isinstance(record, Receipt) or signers != {peer}:
             raise VerificationFailed("a receipt comes from its solver, with its signature alone")
         deal = self.deals.get(record.agreement)
@@ -209,8 +229,8 @@ class Submitter:
             return
         if record.sequence > deal.receipts:
             return
-        if deal.id in self.waiting and self.waiting[deal.id][2] == receipt_id:
-            return
+        if deal.id in self.waiting:
+            return  # what is on its way is held against the root of that receipt: no other may take its place
         check_receipt(deal, record, self.desk.network.id, self.desk.now_ns)
         deal.news_ns, task = self.desk.now_ns, task_of(deal.task)
         if isinstance(task, ProfileSpec):
@@ -218,7 +238,7 @@ class Submitter:
             deal.profiles = [message.profile]
             self._pay_receipt(deal, message.receipt)
             return
-        self.waiting[deal.id] = (record.checkpoint, message, receipt_id)
+        self.waiting[deal.id] = (record.checkpoint, message)
         job = self.jobs.jobs[deal.job]
         self.desk.add(
             Fetch(
@@ -236,7 +256,7 @@ class Submitter:
         deal = self.deals.get(event.token)
         if deal is None or deal.id not in self.waiting or self.waiting[deal.id][0] != event.blob:
             return
-        _, message, _ = self.waiting.pop(deal.id)
+        _, message = self.waiting.pop(deal.id)
         if deal.lifecycle != State.RUNNING or deal.ended_early:
             return
         if event.error:
@@ -315,6 +335,8 @@ class Submitter:
         deal = self.deals.get(agreement_id)
         if deal is not None and deal.lifecycle == State.DECLINED:
             self.checks.claim(deal)
+        elif deal is not None and deal.lifecycle == State.PROPOSED:
+            self._begin(deal)
 
     def closed(self, agreement_id: bytes, how: str) -> None:
         """The settler closed this channel: finish the deal and move its job."""
@@ -426,7 +448,7 @@ class Submitter:
         agreement = agreement_of(deal, self.desk.network.id)
         gone, grace_ns = agreement.solver not in self.desk.peers, rules.lost_grace_ms * 10**6
         match deal.lifecycle:
-            case State.PROPOSED:
+            case State.PROPOSED if not deal.doubt:
                 if now - deal.entered_ns >= rules.proposal_ms * 10**6:  # when it says, unless the clock jumped
                     self._decline(deal, "expired", "no answer in time")
                     self.jobs.reoffer(self.jobs.jobs[deal.job], "the solver did not answer in time")

@@ -36,14 +36,19 @@ class Witness:
         if place is not None and place[0] in signers:
             known = self.held.setdefault(place, (record_id, envelope))
             if known[0] != record_id and place[0] not in self.barred:
-                proof = prove(known[1], envelope, network=self.desk.network.id, author=self.desk.me)
-                self.desk.publish(MARKET, self.desk.seal(proof))
-                self.on_proof(proof)
+                self.convict(known[1], envelope)
             while len(self.held) > params.WITNESS_PLACES_MAX:
                 del self.held[next(iter(self.held))]
         match record:
             case Offer(submitter=peer) | Ask(peer=peer) | Bid(solver=peer):
                 self._refuse(peer)
+
+    def convict(self, first: bytes, second: bytes) -> None:
+        """Show two records of one place to everybody. Raises VerificationFailed if they are not."""
+        proof = prove(first, second, network=self.desk.network.id, author=self.desk.me)
+        if proof.culprit not in self.barred:
+            self.desk.publish(MARKET, self.desk.seal(proof))
+            self.on_proof(proof)
 
     def on_proof(self, proof: Equivocation) -> None:
         """Two records of one place, seen here or by somebody else. Raises VerificationFailed, and what `open_record`

@@ -11,6 +11,7 @@ from protocol.bundle_closing import check_closing, open_closing
 from protocol.bundle_correction import apply_correction, check_ordered, run_by
 from protocol.bundle_disputes import finding_words, open_disputes, unanswered
 from protocol.bundle_tolerance import check_distances, cleared_by, open_deal_tolerance, tolerance_words
+from protocol.certificate import check_certified
 from protocol.credit_records import NO_CREDIT
 from protocol.errors import RemoteProtocolError, VerificationFailed
 from protocol.forced import draws_from, open_beacon
@@ -31,8 +32,10 @@ def check_deal(deal: Deal, *, number: int, task: AnyTask, task_id: bytes, networ
     """Check all evidence of one deal. Raises Refused, which names the check."""
     agreement, agreement_id, signers = open_as(deal.agreement, Agreement, "agreement", number, network)
     case = Case(number, task, network, agreement_id, agreement)
-    if signers != case.parties or len(signers) != 2:
-        raise case.refuse("agreement-signatures", "the agreement is not signed by two parties")
+    try:
+        check_certified(agreement, signers, network)
+    except VerificationFailed as error:
+        raise case.refuse("agreement-signatures", error.what, why=error.why) from None
     on_credit = agreement.credit != NO_CREDIT
     if (isinstance(task, ScriptSpec) or on_credit) and (agreement.check_permille or deal.verdicts):
         what = "work on credit" if on_credit else "a script"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+from protocol.certificate import signed_by
 from protocol.credit_records import CreditLine
 from protocol.errors import VerificationFailed
 from protocol.records import Agreement, Ask, Bid, Equivocation, Record, open_record
@@ -36,11 +37,15 @@ def place_of(record: Record) -> tuple[bytes, tuple[object, ...]] | None:
 def prove(first: bytes, second: bytes, *, network: bytes, author: bytes) -> Equivocation:
     """The record that shows two envelopes to anybody; the author signs it. Raises VerificationFailed if they prove
     nothing, and what `open_record` raises."""
-    found = sorted((open_record(e, network=network)[1], e) for e in (first, second))
-    place = place_of(open_record(first, network=network)[0])
+    opened = [(open_record(envelope, network=network), envelope) for envelope in (first, second)]
+    place = place_of(opened[0][0][0])
+    if place is None:
+        raise VerificationFailed("a record of which there may be many")
+    # Its signature alone: an agreement may carry those of notaries as well, on each peer of others.
+    found = sorted((record_id, signed_by(envelope, place[:1])) for (_, record_id, _), envelope in opened)
     proof = Equivocation(
         network=network,
-        culprit=place[0] if place is not None else bytes(32),
+        culprit=place[0],
         author=author,
         first=found[0][1],
         second=found[1][1],

@@ -34,8 +34,7 @@ __all__ = [
 def givers(network: Network, agreement: Agreement) -> tuple[bytes, ...]:
     """The notaries that give randomness for an agreement, sorted: all but its parties. Empty where they are too few
     for a quorum: then there is no beacon, the seeds alone decide, and no error is ordered."""
-    able = sorted(network.notary_keys - {agreement.submitter, agreement.solver})
-    return tuple(able) if network.notaries and len(able) >= network.notary_quorum else ()
+    return network.impartial(agreement.submitter, agreement.solver)
 
 
 def draws_from(network: Network, agreement: Agreement) -> bool:

@@ -34,8 +34,8 @@ class State(IntEnum):
 class Event(Enum):
     """What moves a deal."""
 
-    ACCEPTED = "both signatures are on the agreement"
-    REFUSED = "the solver declined, or did not answer in time"
+    ACCEPTED = "both signatures are on the agreement, and those of notaries if the network has any"
+    REFUSED = "the solver or the notaries declined, or did not answer in time"
     STARTED = "the solver began to run"
     PROOF_COMMITTED = "the solver committed the roots of all its checkpoints"
     SOLVER_LOST = "the solver fell silent, or the job was cancelled, after at least one receipt"

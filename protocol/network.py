@@ -100,6 +100,12 @@ class Network(msgspec.Struct, frozen=True, dict=True):
         """2f + 1 of 3f + 1 notaries: so many of one word decide, whatever f of them do. 0 without notaries."""
         return len(self.notaries) - (len(self.notaries) - 1) // 3 if self.notaries else 0
 
+    def impartial(self, *parties: bytes) -> tuple[bytes, ...]:
+        """The notaries that are none of these peers, by key: who decides where they are parties. Empty where they are
+        too few for a quorum."""
+        able = tuple(sorted(self.notary_keys - set(parties)))
+        return able if self.notaries and len(able) >= self.notary_quorum else ()
+
 
 def load(text: str) -> Network:
     """Parse and check a network file. Raises BadNetworkFile saying which line of thought failed."""

@@ -374,6 +374,12 @@ BEACON_WAIT_NS: Final = 30 * 10**9  # a solver begins without a beacon after thi
 BEACONS_ASKED_MAX: Final = 256  # beacons this peer waits for at once: one for each deal that begins or is drawn
 CORRECTION_WAIT_NS: Final = 120 * 10**9  # for the true state of an ordered error; then its segment is done again
 CORRECTION_FETCH_NS: Final = 10 * 10**9  # between two attempts to get that state
+# --- certified openings (peer/notary.py, peer/certificates.py) ---------------------------------------------
+CERTIFY_LATE_NS: Final = CLOCK_SKEW_NS_MAX  # after a proposal's time a notary signs nothing anew: clocks differ so much
+CERTIFY_NEVER_NS: Final = 24 * 3600 * 10**9  # and after this not though others did; then its promises can be forgotten
+CERTIFY_END_NS: Final = 10 * 10**9  # between two rounds of questions about an agreement that was given up
+RESERVATIONS_MAX: Final = 16_384  # agreements one notary holds, 1 kB each; a day's given-up ones among them
+RESERVATIONS_PER_SUBMITTER_MAX: Final = 1_024  # JOBS_OPEN_MAX jobs, each with profiles and a deal that was given up
 # --- what people ask (market/filters.py, market/prints.py, peer/answers.py) --------------------------------
 FOREVER_NS: Final = 2**63 - 1  # later than any time a record can hold
 RUN_NS_MAX: Final = 366 * 86_400 * 10**9  # work that is believed to take longer is nobody's plan

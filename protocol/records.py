@@ -18,6 +18,7 @@ from protocol.credit_records import NO_CREDIT, Clearing, CreditLine, CreditRecor
 from protocol.errors import MalformedRecord, VerificationFailed, WrongNetwork
 from protocol.keys import SigningKey, verify
 from protocol.lately import Lately
+from protocol.notary_records import Beacon, Void
 from protocol.profile import EXACT, UNBOUNDED, Profile
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Settlement",
     "Slash",
     "Verdict",
+    "Void",
     "Voucher",
     "add_signature",
     "amount_for",
@@ -139,7 +141,7 @@ class Bid(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_
 class Agreement(
     _Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/agreement/1"
 ):
-    """Both parties' word, and, with both signatures, the opening of a channel and the locking of a stake.
+    """Both parties' word, and, with the signatures of protocol/certificate.py, a channel's opening and a stake's lock.
 
     `sequence` orders the openings of one submitter: two agreements of one number prove a double reservation.
     Freeze rule: once a wrong verdict of the quorum is known, nothing of the channel is paid to the solver.
@@ -281,13 +283,6 @@ class Slash(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, k
     verdicts: Annotated[tuple[Sealed, ...], msgspec.Meta(min_length=1, max_length=8)]  # Envelopes of Verdicts
 
 
-class Beacon(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/beacon/1"):
-    """A notary's share of the randomness of `subject`, an agreement or a proof: a signature nobody foresees."""
-
-    notary: PeerKey
-    subject: Digest
-
-
 class Forced(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/forced/1"):
     """The solver tells the notaries, before it hands in the receipt: this segment's root is an error that was ordered,
     `secret` proves it, and this is the true end."""
@@ -385,6 +380,7 @@ Record: TypeAlias = (
     | Claim
     | Slash
     | Beacon
+    | Void
     | Forced
     | Challenge
     | Move
@@ -400,10 +396,12 @@ Record: TypeAlias = (
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A record's bytes and one or two signatures over them, each with its signer's key, in key order."""
+    """A record's bytes and signatures over them, in key order: of its parties, and of an Agreement's notaries."""
 
     body: Annotated[bytes, msgspec.Meta(max_length=params.GOSSIP_RECORD_BYTES_MAX)]
-    signatures: Annotated[tuple[tuple[PeerKey, Signature], ...], msgspec.Meta(min_length=1, max_length=2)]
+    signatures: Annotated[
+        tuple[tuple[PeerKey, Signature], ...], msgspec.Meta(min_length=1, max_length=2 + params.NOTARIES_MAX)
+    ]
 
 
 _SIGNING_DOMAIN = "ichiba/record"
@@ -424,11 +422,11 @@ def parties(record: Record) -> frozenset[bytes]:
             return frozenset((peer,))
         case Proof(author=peer) | Reveal(author=peer) | Claim(author=peer) | Slash(author=peer):
             return frozenset((peer,))
-        case Beacon(notary=peer) | Ruling(notary=peer) | Challenge(challenger=peer) | Forced(solver=peer):
+        case Beacon(notary=peer) | Void(notary=peer) | Ruling(notary=peer) | CreditLine(creditor=peer):
+            return frozenset((peer,))
+        case Challenge(challenger=peer) | Forced(solver=peer) | BenchChallenge(challenger=peer):
             return frozenset((peer,))
         case Move(player=peer) | Arbitration(author=peer) | Fault(author=peer) | Equivocation(author=peer):
-            return frozenset((peer,))
-        case BenchChallenge(challenger=peer) | CreditLine(creditor=peer):
             return frozenset((peer,))
         case Clearing(parties=peers):
             return frozenset(peers)
@@ -452,8 +450,8 @@ def add_signature(envelope: bytes, key: SigningKey, *, network: bytes) -> bytes:
     """The envelope with `key`'s signature added (once), signers in order of their keys."""
     old = decode(Envelope, envelope, bytes_max=params.GOSSIP_RECORD_BYTES_MAX)
     signature = key.sign(_SIGNING_DOMAIN, network, old.body)
-    both = dict(old.signatures) | {key.public: signature}
-    return encode(Envelope(old.body, tuple(sorted(both.items()))))
+    every = dict(old.signatures) | {key.public: signature}
+    return encode(Envelope(old.body, tuple(sorted(every.items()))))
 
 
 def decode_body(body: bytes, *, network: bytes) -> Record:
@@ -472,7 +470,8 @@ def open_record(data: bytes, *, network: bytes) -> tuple[Record, bytes, frozense
     """Check an envelope completely. Returns (record, id, signers).
 
     Every signature is verified, every signer must be a party of the record (of its agreement, for a receipt,
-    which the caller checks), and bytes must be canonical. Raises RemoteProtocolError subclasses.
+    which the caller checks), and bytes must be canonical. An Agreement's other signers must be notaries, which
+    protocol/certificate.py checks. Raises RemoteProtocolError subclasses.
 
     A small envelope is opened once: peer/verifying.py does it ahead of the node, which then does it at each step.
     """
@@ -484,8 +483,8 @@ def open_record(data: bytes, *, network: bytes) -> tuple[Record, bytes, frozense
     signers = [peer for peer, _ in envelope.signatures]
     if signers != sorted(set(signers)):
         raise MalformedRecord("signatures are not in strict order of their keys")
-    allowed = parties(record)
-    if allowed and not allowed.issuperset(signers):
+    strangers = set(signers) - (parties(record) or set(signers[:2]))
+    if strangers and not isinstance(record, Agreement):
         raise VerificationFailed(f"{type(record).__name__.lower()} signed by a peer that is no party to it")
     for peer, signature in envelope.signatures:
         verify(peer, _SIGNING_DOMAIN, network, envelope.body, signature)

@@ -154,7 +154,7 @@ def written(
         segment_deadline_ns=1, created_ns=1, tolerance=tolerance,
     )  # fmt: skip
     both = (alice, bob)
-    agreement, agreement_id = _sealed(terms, *both)
+    agreement, agreement_id = _sealed(terms, *both, *notaries)
     receipts, previous = [], bytes(32)
     for number in range(task.segments):
         receipt = Receipt(

@@ -60,7 +60,17 @@ TERMS = Agreement(
     submitter_commitment=bytes(32), solver_commitment=bytes(32), forced_commitment=bytes(32), accept_before_ns=1,
     segment_deadline_ns=1, created_ns=1,
 )  # fmt: skip
-AGREEMENT = add_signature(seal(TERMS, KEYS["submitter"]), KEYS["solver"], network=NETWORK.id)
+
+
+def certified(terms: Agreement) -> bytes:
+    """An agreement with every signature that it can have."""
+    envelope = seal(terms, KEYS["submitter"])
+    for key in (KEYS["solver"], *NOTARIES):
+        envelope = add_signature(envelope, key, network=NETWORK.id)
+    return envelope
+
+
+AGREEMENT = certified(TERMS)
 ID = open_record(AGREEMENT, network=NETWORK.id)[1]
 DEPOSITED = len(KEYS) * (10**8 + STAKE_MICRO)
 
@@ -328,7 +338,7 @@ def test_who_signed_that_it_was_right_loses_its_stake_once(disk: Disk, finding: 
 
 def test_a_dispute_lost_on_purpose_takes_no_more_from_a_checker_than_it_burns(disk: Disk) -> None:
     small = msgspec.structs.replace(TERMS, lock_micro=1_000, sequence=2)
-    opened = add_signature(seal(small, KEYS["submitter"]), KEYS["solver"], network=NETWORK.id)
+    opened = certified(small)
     disk.give(opened)
     agreement = open_record(opened, network=NETWORK.id)[1]
 

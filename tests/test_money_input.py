@@ -11,8 +11,8 @@ from protocol import params
 from protocol.codec import blake
 from protocol.errors import IchibaError, LimitExceeded, MalformedRecord, VerificationFailed, WrongNetwork
 from protocol.keys import SigningKey
-from protocol.records import Agreement, Claim, Settlement, Voucher, add_signature, open_record, seal
-from tests.test_judgement import AGREEMENT, ID, KEYS, NETWORK, SECOND, TERMS, Disk, settlement
+from protocol.records import Agreement, Claim, Settlement, Voucher, open_record, seal
+from tests.test_judgement import AGREEMENT, ID, KEYS, NETWORK, SECOND, TERMS, Disk, certified, settlement
 from tests.test_judgement_attacks import CHANNEL_MICRO
 
 STRANGER = KEYS["stranger"]
@@ -73,7 +73,7 @@ def one_sided() -> bytes:
 
 def opening(**changes: Any) -> bytes:
     terms: Agreement = msgspec.structs.replace(TERMS, **changes)
-    return add_signature(seal(terms, KEYS["submitter"]), KEYS["solver"], network=NETWORK.id)
+    return certified(terms)
 
 
 @pytest.mark.parametrize("name", WRONG)

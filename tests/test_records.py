@@ -19,7 +19,6 @@ from protocol.errors import (
 )
 from protocol.keys import SigningKey
 from protocol.records import (
-    Agreement,
     Ask,
     Envelope,
     Settlement,
@@ -167,16 +166,6 @@ def test_amounts_beyond_the_limit_are_no_record() -> None:
     )
     with pytest.raises(MalformedRecord):
         open_record(seal(big, ALICE), network=NETWORK)
-
-
-def test_an_agreement_needs_its_own_parties() -> None:
-    fields: dict[str, object] = {f.name: bytes(32) for f in msgspec.structs.fields(Agreement)}
-    numbers = ("sequence", "first_segment", "last_segment", "operations", "unit_price", "channel_micro", "lock_micro")
-    fields |= dict.fromkeys((*numbers, "accept_before_ns", "segment_deadline_ns", "created_ns"), 1)
-    fields |= {"check_permille": 200, "network": NETWORK, "submitter": ALICE.public, "solver": BOB.public}
-    agreement = Agreement(**fields)  # type: ignore[arg-type]
-    with pytest.raises(VerificationFailed):
-        open_record(add_signature(seal(agreement, ALICE), EVE, network=NETWORK), network=NETWORK)
 
 
 def test_another_msgpack_library_reads_the_same_record() -> None:
