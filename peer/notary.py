@@ -125,11 +125,11 @@ class Notary:
     # --- given up --------------------------------------------------------------------------------------------
     def _end(self, agreement: Agreement, agreement_id: bytes, envelope: bytes) -> CertificateMessage:
         """Promise never to certify an agreement, when it is too late for it to be asked for in earnest."""
+        self._taken(agreement, agreement_id, envelope)
         late_ns = min(self.desk.now_ns, self.desk.wall_ns) - agreement.accept_before_ns
         if late_ns <= params.CERTIFY_LATE_NS:
             wait_s = (params.CERTIFY_LATE_NS - late_ns) // 10**9 + 1
             return CertifyRefuse(agreement_id, "early", f"it may still be asked for in earnest for {wait_s} s")
-        self._taken(agreement, agreement_id, envelope)
         if late_ns < params.CERTIFY_NEVER_NS:  # beyond that nothing is certified anyhow, and nothing has to be kept
             if refusal := self._full(agreement):
                 return CertifyRefuse(agreement_id, *refusal)

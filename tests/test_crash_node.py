@@ -24,6 +24,7 @@ from peer.node import Node
 from peer.simulator import SECOND, Faults, SimulatedPeer
 from peer.store import Store
 from tests.crash_node_child import Birth, frame, read_frame
+from tests.dispute_swarm import court
 from tests.swarm_scenario import job_state, make_swarm, submit
 
 DOWN_NS = 2 * SECOND  # more than a second, or a goodbye could reach the others after the next greeting
@@ -100,7 +101,7 @@ class Mortal:
     def run(self) -> None:
         """Jobs from offer to rest, one after the other, until one ends with no death."""
         self.directory = self.root / "data"
-        self.simulation = make_swarm(1, Faults(until_ns=0))
+        self.simulation = court(1) if self.name.startswith("notary") else make_swarm(1, Faults(until_ns=0))
         self.seed = bytes(self.simulation.peers[self.name].key._key)
         _MortalRun(self).finish()
 
@@ -120,6 +121,8 @@ class _MortalRun:
         simulation.crash(mortal.name, for_ns=DOWN_NS)
         if mortal.name == "bob":
             simulation.crash("carol", for_ns=0)  # or each death would send the job to her
+        if mortal.name == "notary0":
+            simulation.crash("notary3", for_ns=0)  # or the others could certify without it
         assert peer.node is None
 
     def _load(self, peer: SimulatedPeer, rng: random.Random) -> Node:
@@ -196,9 +199,14 @@ SOLVERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "kinds"), [("alice", SUBMITTERS), ("bob", SOLVERS)])
+NOTARIES = {"send Certified", "send BeaconGiven"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "commits_min"), [("alice", SUBMITTERS, 7), ("bob", SOLVERS, 7), ("notary0", NOTARIES, 2)]
+)
 def test_a_process_killed_at_every_effect_loses_nothing_and_pays_once(
-    tmp_path: Path, nursery: Nursery, name: str, kinds: set[str]
+    tmp_path: Path, nursery: Nursery, name: str, kinds: set[str], commits_min: int
 ) -> None:
     mortal = Mortal(name, tmp_path, nursery)
     mortal.run()
@@ -207,5 +215,5 @@ def test_a_process_killed_at_every_effect_loses_nothing_and_pays_once(
         for when in ("torn ", "before the commit of ")
     )
     assert torn >= kinds, sorted(kinds - torn)
-    assert len(commits) >= 7
+    assert len(commits) >= commits_min
     assert {point.removeprefix("after ") for point in mortal.covered if point.startswith("after ")} >= kinds

@@ -12,6 +12,7 @@ from tests.adversaries.strategies import (
     Cheat,
     Colluder,
     Copier,
+    DoubleReservation,
     Equivocator,
     ForgedOpenings,
     ForgingChallenger,
@@ -182,6 +183,8 @@ ADVERSARIES: tuple[Adversary, ...] = (
               late_s=1200, note="it pays for what it co-signed, and its job is late"),
     Adversary("never signs the settlement", "submitter", lambda: {"alice": NeverSettles()},
               note="the solver claims with its last voucher"),
+    Adversary("reserves its balance twice", "submitter", lambda: {"alice": DoubleReservation()}, state="", late_s=600,
+              note="no channel opens, and both agreements together bar it"),
     Adversary("is gone after the proof", "submitter", lambda: {"alice": Vanishing()}, state="", late_s=600,
               note="the solver claims with its last voucher"),
 )  # fmt: skip

@@ -11,6 +11,7 @@ from peer.deals import agreement_of
 from peer.disputant import request_of
 from peer.events import Effect, GossipIn, Input, Inspected, SegmentMade, Send, Tick
 from peer.messages import (
+    CertifyAsk,
     CheckRequest,
     Message,
     MoveOffer,
@@ -27,13 +28,14 @@ from peer.node import Node
 from peer.simulated_frauds import WRONG_PRODUCT
 from protocol import params
 from protocol.codec import blake, decode
-from protocol.records import Move, Proof, Receipt, Verdict, open_record
+from protocol.records import Agreement, Move, Proof, Receipt, Verdict, add_signature, open_record
 from tests.adversaries.stage import Stage, Strategy
 
 __all__ = [
     "Cheat",
     "Colluder",
     "Copier",
+    "DoubleReservation",
     "Equivocator",
     "ForgedOpenings",
     "ForgingChallenger",
@@ -292,6 +294,38 @@ class NeverSettles(Unpaying):
     """A submitter that has the work checked, and never signs the settlement."""
 
     dropped = (SettleOffer,)
+
+
+class DoubleReservation(Strategy):
+    """A submitter that asks some notaries to certify one agreement and, with `other` in league, the rest another one
+    under the same sequence number; then it is gone."""
+
+    def __init__(self, asked: int = 2, other: str = "carol") -> None:
+        self.asked, self.other = asked, other  # notaries that see the first one; empty: the rest sees nothing
+        self.done = False
+
+    def does(self, effects: list[Effect], node: Node, stage: Stage) -> list[Effect]:
+        """The first question to each notary, and nothing after it."""
+        found = [self._shown(effect, node, stage) for effect in effects]
+        if self.done:
+            stage.gone.add("alice")
+            stage.crash("alice", for_ns=0)
+        return [effect for effect in found if effect is not None]
+
+    def _shown(self, effect: Effect, node: Node, stage: Stage) -> Effect | None:
+        message = message_of(effect)
+        if not isinstance(effect, Send) or not isinstance(message, CertifyAsk):
+            return effect
+        self.done = True
+        if effect.peer in sorted(node.desk.network.notary_keys)[: self.asked]:
+            return effect
+        agreement, _, _ = open_record(message.agreement, network=node.desk.network.id)
+        if not self.other or not isinstance(agreement, Agreement):
+            return None
+        second = msgspec.structs.replace(agreement, solver=stage.public(self.other))
+        key = stage.peers[self.other].key
+        both = add_signature(node.desk.seal(second), key, network=node.desk.network.id)
+        return Send(effect.peer, pack(CertifyAsk(both)))
 
 
 class Vanishing(Strategy):
