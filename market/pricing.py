@@ -11,56 +11,81 @@ Pure: integers in, an integer out.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from protocol import params
 
-__all__ = ["Wanted", "goes_without", "next_price"]
+__all__ = ["Terms", "clearing_price", "goes_without", "next_price", "rounds_until_next"]
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Work that a solver could do: the most it pays per giga-operation, in micro-credits, and the memory it takes."""
+class Terms:
+    """One side's word: an offer's limit and the memory it needs, or a free slot's ask and the memory it has.
 
-    limit: int
+    unit_price: micro-credits per giga-operation.
+    """
+
+    unit_price: int
     memory_bytes: int
 
 
-def goes_without(wanted: Iterable[Wanted], free_memory_bytes: Sequence[int]) -> int:
-    """The highest limit that is left when every free slot has taken work, best limit first; 0 if all of it is taken.
+def clearing_price(limits: Sequence[int], asks: Sequence[int]) -> int:
+    """The highest limit at which more is wanted than is free, so that it goes without; 0 if there is none.
 
-    wanted: highest limit first, and is read no further than the first that is left.
-    free_memory_bytes: of each free slot of the market, this solver's own among them. Work goes to the smallest slot
-    that it fits, so that what is left could not be had by moving anything: slots differ by memory alone, of which who
-    has more can do all that who has less can, and for such sets the greedy choice is the best one.
+    limits: highest first. asks: lowest first, of the other free slots; the one that is priced counts at any price. More
+    are wanted and fewer are free the lower the price, so halving finds the place.
     """
-    free = sorted(free_memory_bytes)
+    place = bisect_left(range(len(limits)), 1, key=lambda k: k + 1 > 1 + bisect_right(asks, limits[k]))
+    return limits[place] if place < len(limits) else 0
+
+
+def goes_without(wanted: Sequence[Terms], free: Sequence[Terms], *, memory_bytes: int) -> int:
+    """The highest limit that a slot of so much memory could serve and that goes without at the price that clears; 0 if
+    nothing does.
+
+    wanted: highest limit first. free: lowest ask first, of the other free slots. Slots differ by memory, of which who
+    has more can do all that who has less can: so by Hall's theorem it is enough to hold, for each need that the slot
+    can serve, all that needs at least as much against all that has at least as much. Of the work that is too large for
+    the slot only as much counts as there are larger slots: what has none takes nothing from anybody.
+    """
+    larger = sum(1 for one in free if one.memory_bytes > memory_bytes)
+    counted = []
     for one in wanted:
-        place = bisect_left(free, one.memory_bytes)
-        if place == len(free):
-            return one.limit
-        del free[place]
-    return 0
+        larger -= one.memory_bytes > memory_bytes
+        if one.memory_bytes <= memory_bytes or larger >= 0:
+            counted.append(one)
+    prices = [0]
+    for need in sorted({one.memory_bytes for one in counted if one.memory_bytes <= memory_bytes}):
+        limits = [one.unit_price for one in counted if one.memory_bytes >= need]
+        prices.append(clearing_price(limits, [one.unit_price for one in free if one.memory_bytes >= need]))
+    return max(prices)
 
 
-def next_price(price: int, *, floor: int, left: int, sold: int, idle_rounds: int) -> int:
-    """The price of the next round; never below `floor`, and never past what it moves towards.
+def next_price(price: int, *, floor: int, left: int, best: int, sold: int, idle_rounds: int) -> int:
+    """One move of the price; never below `floor`, and never past what it moves towards.
 
-    All prices in micro-credits per giga-operation. left: what `goes_without` says. sold: the middle of what others sold
-    for of late, 0 if nothing tells. idle_rounds: for how many rounds a slot has been free; 0 while all are taken. Who
-    has waited PRICE_PATIENCE_ROUNDS for work that is said to go without does not believe in it any more.
+    All prices in micro-credits per giga-operation. left: what `goes_without` says. best: the highest limit of the work
+    that stands and that this solver could do, 0 if there is none. sold: the middle of what others sold for of late, 0
+    if nothing tells. idle_rounds: for how many rounds a slot has been free; 0 while all are taken. Who has waited
+    PRICE_PATIENCE_ROUNDS for work that is said to go without does not believe in it any more.
     """
     price = max(price, floor)
-    if left > price and idle_rounds <= params.PRICE_PATIENCE_ROUNDS:
-        return price + _share(left - price, params.PRICE_RISE_SHARE)
+    if idle_rounds and price > best >= max(floor, price - price // params.PRICE_NEAR_SHARE):
+        return best  # work that pays nearly as much is at hand: the wait for better costs more than the rest
+    if left and idle_rounds <= params.PRICE_PATIENCE_ROUNDS:
+        return price + _share(max(floor, left) - price, params.PRICE_MOVE_SHARE)
     if idle_rounds:
-        least = max(floor, left) if idle_rounds <= params.PRICE_PATIENCE_ROUNDS else floor
-        return price - _share(max(0, price - least), params.PRICE_FALL_SHARE)
+        return price + _share(floor - price, params.PRICE_FALL_SHARE)
     return price + _share(max(0, sold - price), params.PRICE_FOLLOW_SHARE)
 
 
-def _share(distance: int, part: int) -> int:
-    """One part of a distance, rounded up, so that the last micro-credit is gone too."""
-    return -(-distance // part)
+def rounds_until_next(idle_rounds: int) -> int:
+    """How many rounds the price then stands: one while a slot has just become free, else PRICE_CALM_ROUNDS."""
+    return 1 if 0 < idle_rounds <= params.PRICE_PATIENCE_ROUNDS else params.PRICE_CALM_ROUNDS
+
+
+def _share(way: int, part: int) -> int:
+    """One part of a way up or down, rounded away from zero, so that the last micro-credit is gone too."""
+    return -(-way // part) if way > 0 else way // part

@@ -45,6 +45,7 @@ class Bidder:
     ask_sequence: int = 0
     ask_again_ns: int = 0
     ask: bytes = b""
+    told_price: int = 0  # as the last ask said
     operations_per_second: int = 0
     _looks: dict[bytes, None] = field(default_factory=dict)  # offers to look at again, in turn
     _brought: Any = None  # what this peer brought when they were queued
@@ -191,7 +192,7 @@ class Bidder:
             device=means.device,
             device_memory_bytes=means.device_memory_bytes,
         )
-        self.ask = self.desk.seal(ask)
+        self.ask, self.told_price = self.desk.seal(ask), ask.unit_price
         self.desk.book.add_ask(ask, now_ns=self.desk.wall_ns)
         self.desk.publish(MARKET, self.ask)
 
@@ -288,7 +289,7 @@ class Bidder:
     def tick(self) -> None:
         """Repeat the ask, renew bids that run out, and look again at offers refused before."""
         self.pricer.tick()
-        if self.desk.means.roles and self.desk.now_ns >= self.ask_again_ns:
+        if self.desk.means.roles and (self.desk.now_ns >= self.ask_again_ns or self._ask_is_stale()):
             self.publish_ask()
         self._look_again()
         for table in (self.bid_on, self.refusals):
@@ -296,6 +297,12 @@ class Bidder:
                 del table[offer_id]
         while self._seed_ends and self._seed_ends[0][0] <= self.desk.wall_ns:
             self.seeds.pop(heappop(self._seed_ends)[1], None)
+
+    def _ask_is_stale(self) -> bool:
+        """Whether others reckon with another price: a free slot tells what it asks now (market/pricing.py)."""
+        moved = abs(self.pricer.price - self.told_price)
+        rested = self.desk.now_ns >= self.ask_again_ns - params.ASK_REPEAT_NS + params.PRICE_TELL_NS
+        return rested and self.slots_free() > 0 and moved * params.PRICE_TELL_SHARE > self.told_price
 
     def _brings(self) -> Any:
         """All but credit that `refuse_offer` knows of this peer: while it stays, what was refused would be again (time

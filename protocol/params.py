@@ -97,9 +97,13 @@ EVENTS_PER_JOB_MAX: Final = 20_000  # lines kept for `job logs`
 
 # --- matching ----------------------------------------------------------------------------------------------
 EXPLORATION_PERMILLE: Final = 50  # rounds in which a newcomer goes first, or nobody new ever gets work
-PRICE_RISE_SHARE: Final = 4  # a round's move of an ask: this part of the way to what goes without work
-PRICE_FALL_SHARE: Final = 32  # of the way to the floor: half of it in 22 idle rounds
-PRICE_FOLLOW_SHARE: Final = 32  # of the way to what others sold for, while every slot is taken
+PRICE_MOVE_SHARE: Final = 4  # a move of an ask: this part of the way to the price at which demand meets supply
+PRICE_FALL_SHARE: Final = 32  # of the way to the floor, while a slot is idle and nothing goes without
+PRICE_FOLLOW_SHARE: Final = 8  # of the way to what others sold for, while every slot is taken
+PRICE_NEAR_SHARE: Final = 16  # who pays this part less than is asked, and stands there, is taken
+PRICE_CALM_ROUNDS: Final = 5  # between two moves, but each round while a slot has just become free
+PRICE_TELL_NS: Final = 5 * 10**9  # between two asks that differ in price by an eighth or more
+PRICE_TELL_SHARE: Final = 8
 PRICE_PATIENCE_ROUNDS: Final = 8  # a slot idle for longer does not believe that anybody goes without
 PRICE_PRINTS_NS: Final = 60 * 10**9  # prints are read again so often: all of a log of 16,384 take 30 ms
 PROPOSALS_WAITING_MAX: Final = 256  # for one solver's answer, up to 32 KiB each; one a bid, for about a round

@@ -46,7 +46,7 @@ class Solver:
     def hear(self, number: int, **terms: Any) -> bytes:
         offer_id = blake("offer", number.to_bytes(4, "big"))
         lasting = {"expires_ns": START_NS + 3600 * 10**9, "created_ns": START_NS}
-        author = {"network": NETWORK.id, "submitter": number.to_bytes(32, "big"), "nonce": number}
+        author = {"network": NETWORK.id, "submitter": (number + 1).to_bytes(32, "big"), "nonce": number}
         one = offer(**{**author, **lasting, **terms})
         self.desk.book.add_offer(offer_id, one, now_ns=self.desk.now_ns)
         self.bidder.consider(offer_id, one)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 
 import pytest
@@ -11,85 +10,118 @@ from hypothesis import strategies as st
 
 from market.acceptance import PASSED_OVER, Proposal, choose
 from market.matching import refuse_bid
-from market.pricing import Wanted, goes_without, next_price
+from market.pricing import Terms, clearing_price, goes_without, next_price, rounds_until_next
 from protocol import params
 from protocol.codec import blake
 from tests.test_market import bid, offer
 
 PRICE = st.integers(0, 10**12)
-WANTED = st.builds(Wanted, st.integers(1, 20), st.integers(1, 4))
-ROUNDS = st.integers(0, 3 * params.PRICE_PATIENCE_ROUNDS)
+TERMS = st.builds(Terms, st.integers(1, 12), st.integers(1, 3))
+PATIENCE = params.PRICE_PATIENCE_ROUNDS
+ROUNDS = st.integers(0, 3 * PATIENCE)
 
 
 # --- prices ------------------------------------------------------------------------------------------------
-@given(PRICE, PRICE, PRICE, PRICE, ROUNDS)
-def test_a_price_is_never_below_its_floor_and_moves_a_share_of_the_way_at_most(
-    price: int, floor: int, left: int, sold: int, idle: int
+@given(PRICE, PRICE, PRICE, PRICE, PRICE, ROUNDS)
+def test_a_price_is_never_below_its_floor_nor_past_what_it_moves_to(
+    price: int, floor: int, left: int, best: int, sold: int, idle: int
 ) -> None:
     before = max(price, floor)
-    after = next_price(price, floor=floor, left=left, sold=sold, idle_rounds=idle)
-    assert floor <= after <= max(before, left, sold), "never below the floor, never past what it moves to"
-    assert after == next_price(price, floor=floor, left=left, sold=sold, idle_rounds=idle)
-    up, down = max(left, sold, before) - before, before - floor
-    assert -down // params.PRICE_FALL_SHARE - 1 <= after - before <= up // params.PRICE_RISE_SHARE + 1
+    after = next_price(price, floor=floor, left=left, best=best, sold=sold, idle_rounds=idle)
+    assert floor <= after <= max(before, left, sold)
+    assert after == next_price(price, floor=floor, left=left, best=best, sold=sold, idle_rounds=idle)
+    assert after - before <= max(left - before, sold - before, 0) // params.PRICE_MOVE_SHARE + 1, "bounded upwards"
+    assert before - after <= before // params.PRICE_MOVE_SHARE + 1, "and downwards"
 
 
-def test_a_price_rises_while_work_goes_without_and_falls_while_the_slot_is_idle() -> None:
-    assert next_price(100, floor=50, left=200, sold=0, idle_rounds=0) == 125
-    assert next_price(100, floor=50, left=200, sold=0, idle_rounds=3) == 125
-    assert next_price(100, floor=50, left=0, sold=500, idle_rounds=1) == 98, (
-        "nobody goes without: an idle slot is cheap"
-    )
-    assert next_price(100, floor=50, left=0, sold=500, idle_rounds=0) == 113, "a taken one follows what others get"
-    assert next_price(100, floor=50, left=0, sold=80, idle_rounds=0) == 100
+def move(price: int, **changes: int) -> int:
+    return next_price(price, **{"floor": 50, "left": 0, "best": 0, "sold": 0, "idle_rounds": 0, **changes})
+
+
+def test_a_price_follows_what_goes_without_and_falls_while_nothing_does() -> None:
+    assert [move(100, left=200, idle_rounds=idle) for idle in (0, 1, PATIENCE)] == [125, 125, 125]
+    assert move(300, left=200, idle_rounds=1) == 275
+    assert move(100, sold=500, idle_rounds=1) == 98, "an idle slot gets cheaper whatever others got"
+    assert move(100, sold=180) == 110, "a taken one follows what others got"
+    assert move(100, sold=80) == 100
 
 
 def test_who_waits_in_vain_for_work_that_goes_without_asks_less() -> None:
     price, seen = 100, []
     for idle in range(1, 60):
-        price = next_price(price, floor=50, left=200, sold=0, idle_rounds=idle)
+        price = move(price, left=200, idle_rounds=idle)
         seen.append(price)
-    patience = params.PRICE_PATIENCE_ROUNDS
-    assert seen[:patience] == sorted(seen[:patience])
-    assert seen[patience:] == sorted(seen[patience:], reverse=True)
+    assert seen[:PATIENCE] == sorted(seen[:PATIENCE])
+    assert seen[PATIENCE:] == sorted(seen[PATIENCE:], reverse=True)
+
+
+def test_work_at_hand_that_pays_nearly_as_much_is_taken() -> None:
+    assert move(160, left=200, best=150, idle_rounds=3) == 150
+    assert move(160, left=200, best=149, idle_rounds=3) == 170, "a sixteenth less is nearly as much, more is not"
+    assert move(160, left=200, best=150, idle_rounds=0) == 170, "a taken slot takes nothing"
+    assert move(51, best=49, idle_rounds=3) == 50, "the floor stays the floor"
 
 
 @given(PRICE, PRICE)
 def test_a_price_reaches_its_goal_and_stays(floor: int, above: int) -> None:
     price = floor
     for _ in range(400):
-        price = next_price(price, floor=floor, left=floor + above, sold=0, idle_rounds=0)
+        price = next_price(price, floor=floor, left=floor + above, best=0, sold=0, idle_rounds=0)
     assert price == floor + above
     for _ in range(3000):
-        price = next_price(price, floor=floor, left=0, sold=0, idle_rounds=1)
+        price = next_price(price, floor=floor, left=0, best=0, sold=0, idle_rounds=1)
     assert price == floor
 
 
-def left_by_search(wanted: list[Wanted], free: list[int]) -> int:
-    """The best limit left over by the assignment that is worth most, by trying them all."""
-    worst, result = -1, 0
-    slots: list[int | None] = [*free, *[None] * len(wanted)]
-    for places in set(itertools.permutations(slots, len(wanted))):
-        fits = [place is not None and place >= one.memory_bytes for one, place in zip(wanted, places, strict=True)]
-        if any(place is not None and not fit for place, fit in zip(places, fits, strict=True)):
-            continue
-        worth = sum(one.limit for one, fit in zip(wanted, fits, strict=True) if fit)
-        left = max((one.limit for one, fit in zip(wanted, fits, strict=True) if not fit), default=0)
-        if worth > worst or (worth == worst and left < result):
-            worst, result = worth, left
-    return result
+def test_a_price_moves_each_round_only_while_its_slot_has_just_become_free() -> None:
+    calm = params.PRICE_CALM_ROUNDS
+    assert [rounds_until_next(idle) for idle in (0, 1, PATIENCE, PATIENCE + 1)] == [calm, 1, 1, calm]
 
 
-@given(st.lists(WANTED, max_size=4), st.lists(st.integers(1, 4), max_size=3), st.randoms(use_true_random=False))
-def test_what_goes_without_is_what_the_best_assignment_leaves(
-    wanted: list[Wanted], free: list[int], rng: random.Random
+@given(st.lists(st.integers(1, 20), max_size=8), st.lists(st.integers(1, 20), max_size=8))
+def test_the_clearing_price_is_the_highest_at_which_more_is_wanted_than_is_free(
+    limits: list[int], asks: list[int]
 ) -> None:
-    expected = left_by_search(wanted, free)
-    for _ in range(3):
-        rng.shuffle(wanted)
-        rng.shuffle(free)
-        best_first = sorted(wanted, key=lambda one: -one.limit)
-        assert goes_without(best_first, free) == expected, "the order of like limits, or of slots, says nothing"
+    short = [
+        price for price in limits if sum(limit >= price for limit in limits) > 1 + sum(ask <= price for ask in asks)
+    ]
+    found = clearing_price(sorted(limits, reverse=True), sorted(asks))
+    if not short:
+        # Of several offers at one limit the first may clear and the last not: then that limit is what clears.
+        assert found == 0
+    else:
+        assert found == max(short)
+
+
+@given(st.lists(TERMS, max_size=6), st.lists(TERMS, max_size=6), st.integers(1, 3), st.randoms(use_true_random=False))
+def test_what_goes_without_is_a_limit_that_the_slot_could_serve_and_no_order_matters(
+    wanted: list[Terms], free: list[Terms], memory: int, rng: random.Random
+) -> None:
+    def found() -> int:
+        return goes_without(
+            sorted(wanted, key=lambda one: (-one.unit_price, one.memory_bytes)),
+            sorted(free, key=lambda one: one.unit_price),
+            memory_bytes=memory,
+        )
+
+    left = found()
+    assert left <= max((one.unit_price for one in wanted), default=0)
+    if all(one.memory_bytes > memory for one in wanted) or len(wanted) < 2:
+        assert left == 0, "its slot is enough"
+    rng.shuffle(wanted)
+    rng.shuffle(free)
+    assert found() == left
+
+
+def test_large_work_competes_for_large_slots_only() -> None:
+    small, large = 8, 16
+    wanted = [Terms(900, large), Terms(800, large), Terms(500, small)]
+    assert goes_without(wanted, [], memory_bytes=small) == 0, "the small slot takes the small work"
+    assert goes_without(wanted, [Terms(100, large)], memory_bytes=small) == 0, "the large one is taken by large work"
+    assert goes_without(wanted, [], memory_bytes=large) == 800
+    assert goes_without([*wanted, Terms(400, small)], [Terms(100, large)], memory_bytes=small) == 400
+    assert goes_without([*wanted, Terms(400, small)], [Terms(450, small)], memory_bytes=small) == 400, "asks too much"
+    assert goes_without([*wanted, Terms(400, small)], [Terms(300, small)], memory_bytes=small) == 0
 
 
 # --- acceptance --------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def test_prices_rise_with_the_shortage_and_stay_between_floor_and_limit(shortage
     assert any(price > floors[solver] * 5 // 4 for solver, price in sold)
     for peer in shortage.peers.values():
         if peer.node is not None and peer.means.roles & 1:
-            assert peer.node.bidder.pricer.price == peer.means.unit_price, "idle for minutes, it asks its floor again"
+            assert peer.node.bidder.pricer.price < peer.means.unit_price * 5 // 4, "idle, it asks less again"
 
 
 def test_every_match_of_the_shortage_can_be_made_again(shortage: Simulation) -> None:
