@@ -57,6 +57,6 @@ def test_the_optimum_of_a_market_without_conflicts_is_the_sum_of_its_surpluses()
     world.jobs = [job]
     job.arrives, job.units, job.value, job.memory_bytes = 0.0, 1, 5000, int(world.memory.min())
     assert optimum(world) == pytest.approx(5000 - world.cost.min())
-    job.arrives = 599.0
-    assert optimum(world) < 5000 - world.cost.min(), "what the end of the session cuts off does not count"
+    job.arrives, job.units = 599.0, 9
+    assert optimum(world) < 9 * (5000 - world.cost.min()), "what the end of the session cuts off does not count"
     assert others
