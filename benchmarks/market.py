@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,10 +126,18 @@ def main() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     with ProcessPoolExecutor(min(len(cases), os.cpu_count() or 1)) as pool:
         running = {case: pool.submit(measure, case[0], peers, given.seed, case[1]) for case in cases}
+        for case, future in running.items():
+            future.add_done_callback(lambda done, case=case: progress(case, done))
         found = {case: future.result() for case, future in running.items()}
     if not given.json:
         table(found)
     print(json.dumps(summary(found, peers, given.seed)))
+
+
+def progress(case: tuple[str, bool], done: Future[dict[str, Outcome]]) -> None:
+    """One line for each case as it ends: a whole run takes minutes."""
+    said = {rule: one.efficiency for rule, one in done.result().items()}
+    print(f"{case[0]}, {'true' if case[1] else 'marked up'} prices: {said}", file=sys.stderr, flush=True)
 
 
 def table(found: dict[tuple[str, bool], dict[str, Outcome]]) -> None:
