@@ -69,6 +69,7 @@ class Challenger:
     """See the module docstring."""
 
     desk: Desk
+    on_proven: Callable[[OpenCard], None] = lambda _: None
     waiting: dict[bytes, tuple[BenchAsk, int]] = field(default_factory=dict)  # peer -> its ask, and since when
     met: dict[frozenset[bytes], int] = field(default_factory=dict)  # look-alikes challenged together -> until when
     open: dict[bytes, _Challenge] = field(default_factory=dict)  # challenge id -> it
@@ -308,6 +309,7 @@ class Challenger:
         self.desk.send(peer, BenchWitness(envelope))
         for other in one.absent:
             self._forget(other, "absent", "a peer that looks like it was challenged, and it did not come forward")
+        self.on_proven(opened)
         self.desk.emit("proven", peer=peer, card=opened.id, speed=opened.operations_per_second)
 
     # --- refusing ------------------------------------------------------------------------------------------

@@ -203,26 +203,32 @@ def report(terminal: Terminal, days: int) -> None:
     first = date.today() - timedelta(days=days - 1)
     since_ns = int(datetime.combine(first, datetime.min.time()).timestamp()) * 10**9
     earned: dict[str, int] = {}
+    available: dict[str, int] = {}
     with terminal.client() as client:
         for row in client.earnings(since_ns=since_ns):
             day = datetime.fromtimestamp(row["time_ns"] / 1e9).date().isoformat()
             earned[day] = earned.get(day, 0) + row["micro"]
+            if row["role"] == "available":
+                available[day] = available.get(day, 0) + row["micro"]
     rows = []
     for day in ((first + timedelta(days=number)).isoformat() for number in range(days)):
-        rows.append(_day_row(day, earned.get(day, 0), book.days.get(day, Day()), held.kwh_micro))
+        used = book.days.get(day, Day())
+        rows.append(_day_row(day, earned.get(day, 0), available.get(day, 0), used, held.kwh_micro))
     for row in rows:
         terminal.record("ichiba.earn.day/1", row)
     _show_report(terminal, rows, held)
 
 
-def _day_row(day: str, earned_micro: int, used: Day, kwh_micro: int | None) -> dict[str, Any]:
-    """One day; what is not known is None. Energy costs are rounded up: a net that flatters misleads."""
+def _day_row(day: str, earned_micro: int, available_micro: int, used: Day, kwh_micro: int | None) -> dict[str, Any]:
+    """One day; what is not known is None. available_micro: of what was earned, the house's pay for passed challenges.
+    Energy costs are rounded up: a net that flatters misleads."""
     joules = used.configured_j + used.measured_j
     sources = [name for name, j in (("configured", used.configured_j), ("measured", used.measured_j)) if j]
     known = kwh_micro is not None and not used.unknown_s
     cost = math.ceil(joules / 3.6e6 * kwh_micro) if known and kwh_micro is not None else None
     return {
-        "day": day, "earned_micro": earned_micro, "work_s": round(used.work_s), "energy_wh": round(joules / 3600, 3),
+        "day": day, "earned_micro": earned_micro, "available_micro": available_micro,
+        "work_s": round(used.work_s), "energy_wh": round(joules / 3600, 3),
         "energy_source": " and ".join(sources), "unknown_s": round(used.unknown_s),
         "cost_micro": cost, "net_micro": None if cost is None else earned_micro - cost,
     }  # fmt: skip
@@ -231,11 +237,12 @@ def _day_row(day: str, earned_micro: int, used: Day, kwh_micro: int | None) -> d
 def _show_report(terminal: Terminal, rows: list[dict[str, Any]], held: GuestRules) -> None:
     terminal.table(
         "days",
-        ("day", ">earned", ">work", ">energy", "from", ">cost", ">net"),
+        ("day", ">earned", ">of it available", ">work", ">energy", "from", ">cost", ">net"),
         [
             (
                 row["day"],
                 credits_of(row["earned_micro"]),
+                credits_of(row["available_micro"]),
                 f"{row['work_s'] // 60} min",
                 f"{row['energy_wh'] / 1000:.3f} kWh",
                 {"configured": "configured, not measured", "measured": "the GPUs alone"}.get(

@@ -50,6 +50,7 @@ __all__ = [
     "ForcedTaken",
     "ForcedTell",
     "GameAt",
+    "HousePay",
     "JuryAsk",
     "Message",
     "MoveOffer",
@@ -425,6 +426,13 @@ class BaseGiven(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     dispute: Digest
 
 
+class HousePay(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="house-pay"):
+    """The house pays for a passed challenge: an agreement and its settlement, signed by it (protocol/house.py)."""
+
+    agreement: Sealed
+    settlement: Sealed
+
+
 DisputeMessage: TypeAlias = (
     JuryAsk
     | CaseAsk
@@ -474,6 +482,7 @@ Message: TypeAlias = (
     | BenchDecline
     | DisputeMessage
     | CreditMessage
+    | HousePay
 )
 
 

@@ -54,6 +54,7 @@ from peer.events import (
     WorkEnded,
 )
 from peer.forcing import Forcing
+from peer.house import House
 from peer.intake import Bundle, Intake
 from peer.jobs import JobDesk
 from peer.messages import unpack
@@ -132,6 +133,7 @@ class Node:
         self.pausing = Pausing(self.desk, self.bidder, self.solver, self.checker)
         self.prover = Prover(self.desk, free=self._idle)
         self.challenger = Challenger(self.desk)
+        self.house = House(self.desk, self.settler, self.jobs, self.challenger)
         self.disputes = Disputes(self.desk, self.settler, self.checker, self.submitter, self.solver)
         self.sealing = Sealing(self.desk, self.jobs, self.submitter, self.solver, self.disputes)
         self.disputes.arbiter.ordered = self.forcing.excuses
@@ -144,20 +146,15 @@ class Node:
         self.restored = Restored(self.desk, self.settler, answer=self.commands.handle, on_heard=self._heard)
         self.next_sync_ns = now_ns
         self._deposit()
-        self.settler.restore(rows)
-        self.beacons.restore(rows)
-        self.forcing.restore(rows)
-        self.jobs.restore(rows)
-        self.submitter.restore(rows)
-        self.pausing.restore(rows)
-        self.solver.restore(rows)
+        for first in (
+            self.settler, self.beacons, self.forcing, self.jobs, self.submitter, self.pausing, self.solver,
+        ):  # fmt: skip
+            first.restore(rows)
         self.certificates.restore(rows, self.submitter.deals, self.solver.deals)
-        self.checker.restore(rows)
-        self.disputes.restore(rows)
-        self.prover.restore(rows)
-        self.challenger.restore(rows)
-        self.restored.restore(rows)
-        self.witness.restore(rows)
+        for then in (
+            self.checker, self.disputes, self.prover, self.challenger, self.house, self.restored, self.witness,
+        ):  # fmt: skip
+            then.restore(rows)
         self.settler.on_open = self._opened
         self.settler.on_close = self._closed
         self.settler.on_judged = self.disputes.judged
@@ -299,6 +296,7 @@ class Node:
         self.pausing.tick()
         self.prover.tick()
         self.challenger.tick()
+        self.house.tick()
         self.disputes.tick()
         self.witness.tick()
         self.desk.book.expire(now_ns=self.desk.wall_ns)
@@ -415,25 +413,21 @@ class Node:
                 self.forcing.on_correction_ask(peer, message)
 
     def _bench_message(self, peer: bytes, message: m.Message) -> None:
+        acts: dict[type[m.Message], Callable[..., None]] = {
+            m.BenchInvite: lambda peer, _: self.prover.on_invite(peer),
+            m.BenchAsk: self.challenger.on_ask,
+            m.BenchStart: self.prover.on_start,
+            m.BenchDone: self.challenger.on_done,
+            m.BenchTimed: self.prover.on_timed,
+            m.BenchOffer: self.challenger.on_offer,
+            m.BenchProbe: self.prover.on_probe,
+            m.BenchProbed: self.challenger.on_probed,
+            m.BenchWitness: self.prover.on_witness,
+            m.HousePay: self.house.on_pay,
+        }
         match message:
-            case m.BenchInvite():
-                self.prover.on_invite(peer)
-            case m.BenchAsk():
-                self.challenger.on_ask(peer, message)
-            case m.BenchStart():
-                self.prover.on_start(peer, message)
-            case m.BenchDone():
-                self.challenger.on_done(peer, message)
-            case m.BenchTimed():
-                self.prover.on_timed(peer, message)
-            case m.BenchOffer():
-                self.challenger.on_offer(peer, message)
-            case m.BenchProbe():
-                self.prover.on_probe(peer, message)
-            case m.BenchProbed():
-                self.challenger.on_probed(peer, message)
-            case m.BenchWitness():
-                self.prover.on_witness(peer, message)
+            case _ if type(message) in acts:
+                acts[type(message)](peer, message)
             case m.BenchDecline():
                 self.prover.on_decline(peer, message)
                 self.challenger.on_decline(peer, message)

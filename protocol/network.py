@@ -73,10 +73,23 @@ class Rules(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     tolerant_quorum: Annotated[int, msgspec.Meta(ge=1, le=8)] = 3  # jurors of one word, on work judged by its distance
 
 
+class House(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True):
+    """The peer that pays who stands ready, as long as a challenge proves it (protocol/house.py). In micro-credits.
+
+    daily_micro: the most it pays in a day (UTC), to all. availability_micro_per_hour: for each tera-operation a second
+    that a card proves, once an hour.
+    """
+
+    peer: str
+    daily_micro: Micro
+    availability_micro_per_hour: Micro
+
+
 class Network(msgspec.Struct, frozen=True, dict=True):
     """A loaded network file. `id` is 32 bytes; `bootstrap` holds multiaddrs and is not part of the id.
 
-    notaries: peers that arbitrate and give randomness, none or 3f + 1 of them; with none a quorum of checkers judges.
+    house: who pays for availability, if anybody does. notaries: peers that arbitrate and give randomness, none or
+    3f + 1 of them; with none a quorum of checkers judges.
     """
 
     name: str
@@ -84,11 +97,13 @@ class Network(msgspec.Struct, frozen=True, dict=True):
     deposits: tuple[Deposit, ...]
     bootstrap: tuple[str, ...] = ()
     notaries: tuple[str, ...] = ()
+    house: House | None = None
 
     @property
     def id(self) -> bytes:
-        """BLAKE2b-256 of name, rules, deposits and notaries."""
-        return blake("ichiba/network", encode((self.name, self.rules, self.deposits, self.notaries)))
+        """BLAKE2b-256 of name, rules, deposits, notaries and, where there is one, the house."""
+        named = (self.name, self.rules, self.deposits, self.notaries)
+        return blake("ichiba/network", encode(named if self.house is None else (*named, self.house)))
 
     @cached_property
     def notary_keys(self) -> frozenset[bytes]:
@@ -113,7 +128,7 @@ def load(text: str) -> Network:
         raw: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise BadNetworkFile(f"the network file is not TOML: {error}") from None
-    unknown = set(raw) - {"name", "rules", "deposits", "bootstrap", "notaries"}
+    unknown = set(raw) - {"name", "rules", "deposits", "bootstrap", "notaries", "house"}
     if unknown:
         raise BadNetworkFile(f"unknown keys {sorted(unknown)}", next_step="see docs/protocol.md")
     try:
@@ -132,6 +147,7 @@ def load(text: str) -> Network:
         name = msgspec.convert(raw.get("name"), Annotated[str, msgspec.Meta(min_length=1, max_length=40)])
         bootstrap = msgspec.convert(raw.get("bootstrap", []), tuple[str, ...])
         notaries = msgspec.convert(raw.get("notaries", []), tuple[str, ...])
+        house = _house(raw["house"]) if "house" in raw else None
     except (msgspec.ValidationError, AttributeError, TypeError) as error:
         raise BadNetworkFile(f"the network file does not fit: {error}") from None
     seen = [peer_key(d.peer) for d in deposits]
@@ -145,8 +161,18 @@ def load(text: str) -> Network:
             why="3f + 1 of them bear f that lie or are down",
             next_step="name 1, 4, 7 or 10, or none",
         )
+    if house is not None and peer_key(house.peer) not in seen:
+        raise BadNetworkFile("the house has no deposit to pay from", next_step="give it one, or name no house")
     check_incentives(rules)
-    return Network(name=name, rules=rules, deposits=deposits, bootstrap=bootstrap, notaries=notaries)
+    return Network(name=name, rules=rules, deposits=deposits, bootstrap=bootstrap, notaries=notaries, house=house)
+
+
+def _house(given: Any) -> House:
+    """The [house] table. Raises BadNetworkFile, and what msgspec raises."""
+    names = [f.name for f in msgspec.structs.fields(House)]
+    if not isinstance(given, dict) or set(given) != set(names):
+        raise BadNetworkFile(f"[house] takes {', '.join(names)}, all of them", next_step="see docs/protocol.md")
+    return msgspec.convert([given[name] for name in names], House)
 
 
 def check_incentives(rules: Rules) -> None:
@@ -197,6 +223,9 @@ def dump(network: Network) -> str:
     lines = [f"name = {json.dumps(network.name)}", f"bootstrap = {json.dumps(list(network.bootstrap))}"]
     lines += [f"notaries = {json.dumps(list(network.notaries))}", "", "[rules]"]
     lines += [f"{f.name} = {getattr(network.rules, f.name)}" for f in msgspec.structs.fields(Rules)]
+    if network.house is not None:
+        lines += ["", "[house]", f'peer = "{network.house.peer}"', f"daily_micro = {network.house.daily_micro}"]
+        lines += [f"availability_micro_per_hour = {network.house.availability_micro_per_hour}"]
     for deposit in network.deposits:
         assert peer_name(peer_key(deposit.peer)) == deposit.peer
         lines += ["", "[[deposits]]", f'peer = "{deposit.peer}"', f"free_micro = {deposit.free_micro}"]

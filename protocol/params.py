@@ -69,6 +69,8 @@ CREDIT_CLEARINGS_MAX: Final = 16  # proposed from one look at the debts, and kep
 CREDIT_PATHS_MAX: Final = 4_000  # looked at for cycles: at most 0.1 s; a group of friends has hundreds
 CREDIT_DEBTS_TOLD_MAX: Final = 256  # of one peer, to one it has an account with
 CREDIT_HOLD_NS: Final = 600 * 10**9  # a clearing that one party does not sign holds the others' debts so long
+HOUSE_RESEND_NS: Final = 10 * 10**9  # an unsigned availability pay is sent again (peer/house.py)
+HOUSE_PERIODS_KEPT: Final = 48  # hours that its rows are kept: of today and yesterday, in any time zone
 NETTING_COVERS_MAX: Final = 512  # deals and clearings of one netting: 40 KiB in a message
 
 # --- the node ----------------------------------------------------------------------------------------------

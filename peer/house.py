@@ -1,0 +1,208 @@
+"""The house of a network: once a period, at a moment nobody knows before, it has everybody who asks for work prove what
+their asks claim, and pays for each challenge that was passed, and for nothing else.
+
+All are called together, in one batch if there are no more than can be challenged at a time: one machine behind many
+names shares its time among them, and is paid for what it shares (protocol/house.py). A peer that works at that moment
+has no bench and no pay: it earns already. The other side, the peer that is paid, is here too. Sans-IO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from peer.challenger import Challenger
+from peer.desk import SETTLEMENT, Desk
+from peer.jobs import JobDesk
+from peer.messages import HousePay
+from peer.settler import Settler
+from protocol import params
+from protocol.bench_card import OpenCard
+from protocol.errors import VerificationFailed
+from protocol.house import AVAILABILITY_NS, availability_micro, check_pay, pay_agreement, pay_settlement
+from protocol.keys import peer_key
+from protocol.network import House as Terms
+from protocol.records import ROLE_SOLVER, Agreement, Ask, Settlement, add_signature, open_record
+
+__all__ = ["House"]
+
+_DAY_NS = 86_400 * 10**9
+
+
+class _Pay(msgspec.Struct, kw_only=True):
+    """A row: what the house signed for one peer in one period. deal: the agreement's id."""
+
+    peer: bytes
+    period: int
+    day: int
+    micro: int
+    deal: bytes
+    agreement: bytes
+    settlement: bytes
+
+
+@dataclass
+class House:
+    """See the module docstring. `claims`: what those who are called now said in their asks."""
+
+    desk: Desk
+    settler: Settler
+    jobs: JobDesk
+    challenger: Challenger
+    pays: dict[bytes, _Pay] = field(default_factory=dict)  # row key -> it
+    claims: dict[bytes, Ask] = field(default_factory=dict)
+    period: int = -1
+    call_ns: int = 0  # when this period's challenges begin
+    waiting: list[bytes] | None = None  # whom to call still; None before the moment
+    batch_ns: int = 0
+    resend: dict[bytes, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.challenger.on_proven = self._proven
+
+    @property
+    def terms(self) -> Terms | None:
+        """What the network's house pays, if it is this peer."""
+        house = self.desk.network.house
+        return house if house is not None and peer_key(house.peer) == self.desk.me else None
+
+    # --- the house -----------------------------------------------------------------------------------------
+    def tick(self) -> None:
+        """Draw the moment of each period, call everybody when it comes, repeat what is unanswered."""
+        if self.terms is None:
+            return
+        period, now = self.desk.wall_ns // AVAILABILITY_NS, self.desk.wall_ns
+        if period != self.period:
+            self.period, self.waiting = period, None
+            self.claims.clear()
+            room_ns = max(1, (period + 1) * AVAILABILITY_NS - now - params.BENCH_WINDOW_NS_MAX)
+            self.call_ns = now + self.desk.rng.randrange(room_ns)
+            self._forget(period)
+        if self.waiting is None and now >= self.call_ns:
+            self.waiting = self._callable(period)
+        if self.waiting and self.desk.now_ns >= self.batch_ns:
+            self._call()
+        for key, pay in self.pays.items():
+            late = pay.period + 1 < self.period  # it has gone without it
+            if not late and not self._settled(pay) and self.desk.now_ns >= self.resend.get(key, 0):
+                self._offer(key, pay)
+
+    def _callable(self, period: int) -> list[bytes]:
+        """Who asks for work, is connected, and was not paid in this period; in a drawn order."""
+        asks = self.desk.book.live_asks(role=ROLE_SOLVER, now_ns=self.desk.wall_ns)
+        self.claims = {a.peer: a for a in asks if a.peer in self.desk.peers and a.peer != self.desk.me}
+        paid = {pay.peer for pay in self.pays.values() if pay.period == period}
+        peers = sorted(self.claims.keys() - paid)
+        self.desk.rng.shuffle(peers)
+        return peers
+
+    def _call(self) -> None:
+        """Invite as many as can be challenged at once; the others as soon as those are through."""
+        assert self.waiting is not None, "the moment has come"
+        room = params.BENCH_OPEN_MAX - len(self.challenger.open) - len(self.challenger.waiting)
+        batch, self.waiting = self.waiting[: max(0, room)], self.waiting[max(0, room) :]
+        self.batch_ns = self.desk.now_ns + params.BENCH_ASK_NS
+        for peer in batch:
+            if peer in self.desk.peers:
+                self.challenger.invite(peer)
+        self.desk.emit("house-called", peers=len(batch), left=len(self.waiting))
+
+    def _proven(self, card: OpenCard) -> None:
+        """A challenge was passed: pay it if we called for it, and the card is as good as the ask."""
+        peer, terms = card.card.peer, self.terms
+        ask = self.claims.pop(peer, None)
+        if terms is None or ask is None:
+            return
+        block = params.BENCH_MEMORY_BLOCK_BYTES
+        claimed = min(ask.memory_bytes // block, params.BENCH_MEMORY_BLOCKS_MAX) * block
+        if card.operations_per_second < ask.operations_per_second or card.proven_memory_bytes < claimed:
+            self.desk.emit(
+                "house-unpaid", peer=peer, code="claim", why="the ask claims more than the challenge proved",
+                claimed=ask.operations_per_second, proven=card.operations_per_second,
+            )  # fmt: skip
+            return
+        day, micro = self.desk.wall_ns // _DAY_NS, availability_micro(terms, card)
+        spent = sum(pay.micro for pay in self.pays.values() if pay.day == day)
+        open_micro = sum(pay.micro for pay in self.pays.values() if not self._settled(pay))
+        if not micro:
+            self.desk.emit("house-unpaid", peer=peer, code="little", why="it comes to less than a micro-credit")
+        elif spent + micro > terms.daily_micro:
+            self.desk.emit("house-unpaid", peer=peer, code="budget", why="the budget of the day is spent")
+        elif open_micro + micro > self.settler.free_micro(self.desk.me):
+            self.desk.emit("house-unpaid", peer=peer, code="funds", why="the house has no money left")
+        else:
+            self._pay(card, micro, day)
+
+    def _pay(self, card: OpenCard, micro: int, day: int) -> None:
+        """Sign both records, journal them, and send them: what the peer has to sign too."""
+        network, peer = self.desk.network, card.card.peer
+        self.jobs.sequence = max(self.jobs.sequence + 1, self.desk.now_ns)
+        agreement = pay_agreement(
+            network, card, pay_micro=micro, sequence=self.jobs.sequence, now_ns=self.desk.wall_ns
+        )
+        envelope = self.desk.seal(agreement)
+        deal = open_record(envelope, network=network.id)[1]
+        settlement = self.desk.seal(pay_settlement(agreement, deal))
+        pay = _Pay(
+            peer=peer, period=self.period, day=day, micro=micro, deal=deal, agreement=envelope, settlement=settlement
+        )
+        key = peer + self.period.to_bytes(8, "big")
+        assert key not in self.pays, "once a period"
+        self.pays[key] = pay
+        self.desk.save("house", key, msgspec.msgpack.encode(pay))
+        self._offer(key, pay)
+        self.desk.emit("house-pays", peer=peer, deal=deal, micro=micro)
+
+    def _offer(self, key: bytes, pay: _Pay) -> None:
+        self.resend[key] = self.desk.now_ns + params.HOUSE_RESEND_NS
+        self.desk.send(pay.peer, HousePay(pay.agreement, pay.settlement))
+
+    def _settled(self, pay: _Pay) -> bool:
+        channel = self.settler.channels.get(pay.deal)
+        return channel is not None and bool(channel.closed)
+
+    def _forget(self, period: int) -> None:
+        """Rows of the day before yesterday that are settled, or that nobody came for."""
+        kept = params.HOUSE_PERIODS_KEPT
+        for key in [key for key, pay in self.pays.items() if pay.period + kept < period]:
+            del self.pays[key]
+            self.resend.pop(key, None)
+            self.desk.save("house", key, None)
+
+    # --- who is paid ---------------------------------------------------------------------------------------
+    def on_pay(self, peer: bytes, message: HousePay) -> None:
+        """The house pays for our card: sign both records, and let everybody know. Raises VerificationFailed."""
+        network = self.desk.network
+        agreement, deal, first = open_record(message.agreement, network=network.id)
+        settlement, _, second = open_record(message.settlement, network=network.id)
+        if not isinstance(agreement, Agreement) or not isinstance(settlement, Settlement):
+            raise VerificationFailed("availability pay is an agreement and its settlement")
+        if first != {peer} or second != {peer} or agreement.submitter != peer:
+            raise VerificationFailed("availability pay comes from the house, with its signature alone")
+        known = self.settler.channels.get(deal)
+        if known is not None and known.closed:
+            for envelope in self._closing(deal):  # the house has not heard of it yet
+                self.desk.publish(SETTLEMENT, envelope)
+            return
+        check_pay(agreement, deal, settlement, network=network, me=self.desk.me)
+        for envelope in (message.agreement, message.settlement):
+            both = add_signature(envelope, self.desk.key, network=network.id)
+            if not self.settler.accept(both, publish=True):
+                return  # not funded as far as this peer knows: the house asks again
+        self.desk.emit("availability", deal=deal, micro=agreement.channel_micro)
+
+    def _closing(self, deal: bytes) -> list[bytes]:
+        """The two records of a pay, as the log has them."""
+        found = []
+        for envelope in self.settler.log.values():
+            record, record_id, _ = open_record(envelope, network=self.desk.network.id)
+            if record_id == deal or (isinstance(record, Settlement) and record.agreement == deal):
+                found.append(envelope)
+        return found
+
+    def restore(self, rows: Callable[[str], Iterable[tuple[bytes, bytes]]]) -> None:
+        """What was signed before a restart, so that nobody is paid twice for one period."""
+        for key, value in rows("house"):
+            self.pays[key] = msgspec.msgpack.decode(value, type=_Pay)
