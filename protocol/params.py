@@ -418,3 +418,11 @@ GUEST_DAYS_KEPT_MAX: Final = 400  # of energy: a year and its comparison
 GUEST_BOOK_BYTES_MAX: Final = 1024 * 1024  # 400 days take about 60 kB
 GUEST_SENSOR_FILES_MAX: Final = 256  # looked at for one reading
 GUEST_SENSOR_BYTES_MAX: Final = 64 * 1024  # read of one file, or of what nvidia-smi says
+
+# --- placing many devices (market/placement*.py) --------------------------------------------------------------
+PLACEMENT_DEVICES_MAX: Final = 2048  # 16 MB a matrix of int32; market/c/placement.c has a stack for as many
+PLACEMENT_DELAY_MS_MAX: Final = 10**7  # three hours, one way: beyond any link one would train over
+PLACEMENT_GBPS_MIN: Final = 1e-9  # 1 bit/s, likewise; a link of nothing has no finite cost
+PLACEMENT_GBPS_MAX: Final = 1e9  # beyond the backbone of any continent
+PLACEMENT_GB_MAX: Final = 1e6  # a petabyte an iteration
+PLACEMENT_FILE_BYTES_MAX: Final = 256 * 1024 * 1024  # two float64 matrices of 2048 devices take 64 MiB
