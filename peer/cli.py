@@ -49,7 +49,7 @@ _COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "drops": ("peer.cli_doctor:drops", "Show what was dropped since the start, why, and whose it was."),
     "doctor": ("peer.cli_doctor:doctor", "Check this machine and peer, and say how to mend what is wrong."),
     "simulate": ("peer.cli_simulate:simulate", "Simulate the market before trusting it with money. Asks no daemon."),
-    "placement": ("peer.cli_placement:placement", "Plan which device holds which part of a model too big for one."),
+    "placement": ("peer.cli_placement:placement", "Plan which device holds which part of a model. Asks no daemon."),
     "swarm": (
         "peer.cli_swarm:swarm",
         "Run a whole swarm on this machine: five peers, a market between them, and a demonstration.",

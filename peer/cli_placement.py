@@ -3,6 +3,7 @@ daemon."""
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -24,7 +25,7 @@ _ROWS_SHOWN: Final = 40
 
 @click.group()
 def placement() -> None:
-    """Plan which device holds which part of a model too big for one. Asks no daemon."""
+    """Plan which device holds which part of a model. Asks no daemon."""
 
 
 @placement.command()
@@ -66,6 +67,8 @@ def plan(
     from market.placement import Planner, Traffic, lower_bound, model, random_mean
     from peer.link_file import read_links
 
+    if math.isnan(seconds):
+        raise click.BadParameter("nan is no number of seconds", param_hint="--seconds")
     start = time.perf_counter()
     measured, devices = read_links(
         links, memory_needed_gb=memory_gb, seconds_per_credit=credit_seconds, recovery_s=recovery_seconds

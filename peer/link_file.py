@@ -6,6 +6,7 @@ What is in it is believed no further than market.placement checks it. Refuses to
 from __future__ import annotations
 
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -86,6 +87,6 @@ def _header(stream: IO[bytes], name: str) -> tuple[tuple[int, ...], np.dtype[Any
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(stream)
-    except ValueError as error:
+    except (ValueError, SyntaxError, tokenize.TokenError, RecursionError) as error:  # numpy lets all of them through
         raise PlacementRefused(f"{name} is no numpy array: {error}", next_step=_MADE_BY) from None
     return shape, dtype
