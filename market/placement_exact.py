@@ -72,7 +72,7 @@ def best_path(costs: Floats) -> list[int]:
     """The shortest path through all K nodes with free ends, by Held and Karp (1962). costs: (K, K), K <= 12."""
     count = len(costs)
     assert count <= STAGES_EXACT_MAX, "2^K x K numbers"
-    table = _held_karp(costs[None])[0]
+    table = _held_karp(costs[:, :, None])[:, :, 0]
     mask, last = (1 << count) - 1, int(table[-1].argmin())
     path = [last]
     while len(path) < count:
@@ -129,21 +129,21 @@ def _pair_costs(problem: Problem, sets: Index) -> Floats:
 
 def _path_lengths(costs: Floats) -> Floats:
     """The length of the shortest path through all nodes of each of P matrices: (P, K, K) to (P,)."""
-    lengths: Floats = _held_karp(costs)[:, -1].min(axis=1)
+    lengths: Floats = _held_karp(np.ascontiguousarray(costs.transpose(1, 2, 0)))[-1].min(axis=0)
     return lengths
 
 
 def _held_karp(costs: Floats) -> Floats:
-    """table[p, m, v]: the shortest path through the nodes in m that ends in v. (P, K, K) to (P, 2^K, K)."""
-    problems, count, _ = costs.shape
-    table = np.full((problems, 1 << count, count), np.inf)
+    """table[m, v, p]: the shortest path through the nodes in m that ends in v. (K, K, P) to (2^K, K, P): P is innermost,
+    so that numpy works along it."""
+    count, _, problems = costs.shape
+    table = np.full((1 << count, count, problems), np.inf)
     masks = np.arange(1 << count)
     sizes = np.array([mask.bit_count() for mask in range(1 << count)])
     for node in range(count):
-        table[:, 1 << node, node] = 0
+        table[1 << node, node] = 0
     for size in range(1, count):
         for node in range(count):
             before = masks[(sizes == size) & (masks >> node & 1 == 0)]
-            steps = (table[:, before] + costs[:, None, :, node]).min(axis=2)
-            table[:, before | 1 << node, node] = steps
+            table[before | 1 << node, node] = (table[before] + costs[:, node]).min(axis=1)
     return table
