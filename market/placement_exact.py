@@ -134,8 +134,10 @@ def _path_lengths(costs: Floats) -> Floats:
 
 
 def _held_karp(costs: Floats) -> Floats:
-    """table[m, v, p]: the shortest path through the nodes in m that ends in v. (K, K, P) to (2^K, K, P): P is innermost,
-    so that numpy works along it."""
+    """table[m, v, p]: the shortest path through the nodes in m that ends in v. (K, K, P) to (2^K, K, P).
+
+    P is innermost, so that numpy works along it.
+    """
     count, _, problems = costs.shape
     table = np.full((1 << count, count, problems), np.inf)
     masks = np.arange(1 << count)
