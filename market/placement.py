@@ -27,6 +27,7 @@ from market.placement_cost import (
     bottleneck,
     cost_of,
     model,
+    straight_cost,
 )
 from market.placement_exact import PARTITIONS_MAX, best_plan, partitions
 from market.placement_search import ROUND_SHARES, Search
@@ -116,11 +117,10 @@ class Planner:
     def plan(self) -> Plan:
         """The best so far, its columns made pipelines, priced by the model itself."""
         search = self._search
-        table = _piped(self.problem, self._table if self.exact else search.best)
+        table = _piped(self.problem, self._table) if self.exact else search.state.best_pipelines()
         cost = cost_of(self.problem, table)
         if cost.total_s > search.greedy_s:  # by less than the search's units
-            table = _piped(self.problem, search.greedy)
-            cost = cost_of(self.problem, table)
+            table, cost = search.greedy, cost_of(self.problem, search.greedy)
         assignment = tuple(tuple(int(device) for device in row) for row in self.problem.ids[table])
         return Plan(assignment, cost, search.greedy_s, self.exact, search.moves)
 
@@ -159,9 +159,7 @@ def random_mean(problem: Problem, rng: Random) -> float:
     total = 0.0
     for _ in range(_SAMPLES):
         drawn = np.array(rng.sample(every, problem.placed)).reshape(problem.stages, problem.replicas)
-        sync = max(float(problem.sync[np.ix_(row, row)].sum(axis=1).max()) for row in drawn)
-        hops = problem.hop[drawn[:-1], drawn[1:]].max(axis=1).sum() if problem.stages > 1 else 0.0
-        total += sync + float(hops + problem.work[drawn].max(axis=1).sum() + problem.toll[drawn].sum())
+        total += straight_cost(problem, drawn)
     return total / _SAMPLES
 
 

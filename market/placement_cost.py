@@ -39,6 +39,7 @@ __all__ = [
     "chosen_bits",
     "cost_of",
     "model",
+    "straight_cost",
 ]
 
 Floats = npt.NDArray[np.float64]
@@ -251,6 +252,13 @@ def cost_of(problem: Problem, table: Table) -> Cost:
     hops = tuple(float(bottleneck(problem.hop[np.ix_(a, b)])[0]) for a, b in pairwise(table))
     work = float(problem.work[table].max(axis=1).sum())
     return Cost(sync, sum(hops), work, float(problem.toll[flat].sum()), hops)
+
+
+def straight_cost(problem: Problem, table: Table) -> float:
+    """Seconds of a plan whose columns are its pipelines as they stand: what it costs at most, and fast to say."""
+    sync = max(float(problem.sync[np.ix_(row, row)].sum(axis=1).max()) for row in table)
+    hops = problem.hop[table[:-1], table[1:]].max(axis=1).sum() if problem.stages > 1 else 0.0
+    return sync + float(hops + problem.work[table].max(axis=1).sum() + problem.toll[table].sum())
 
 
 def bottleneck(costs: Floats) -> tuple[float, list[int]]:

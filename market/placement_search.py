@@ -31,11 +31,15 @@ class Search:
     def __init__(self, problem: Problem, *, seed: int, compiled: bool = True) -> None:
         self.problem, self.moves, self._seed, self._compiled = problem, 0, seed, compiled
         plans = [greedy_pipelines(problem), greedy_groups(problem)]
-        costs = [cost_of(problem, plan).total_s for plan in plans]
-        self.greedy_s = min(costs)
+        self.state = State(problem, plans[0], seed=seed, shares=_SHARES, compiled=compiled)
+        costs = []
+        for plan in plans:
+            self.state.begin(plan)
+            costs.append(int(self.state.totals[0]))
         self._starts = [plans[place] for place in sorted(range(len(plans)), key=costs.__getitem__)]
-        self.greedy = self._starts[0]
-        self.state = State(problem, self._starts[0], seed=seed, shares=_SHARES, compiled=compiled)
+        self.greedy = self.state.best_pipelines()
+        self.greedy_s = cost_of(problem, self.greedy).total_s
+        self.state.begin(self._starts[0])
 
     @property
     def best(self) -> Table:

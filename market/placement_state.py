@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from market.placement_anneal import Moves
-from market.placement_cost import Floats, Problem, Table, cost_of
+from market.placement_cost import Floats, Problem, Table, straight_cost
 
 __all__ = ["PATIENCE_BITS", "State", "library"]
 
@@ -84,7 +84,7 @@ class State:
         """table: the plan to start from. shares: of 1024 moves, those along the path, guided and to near devices.
         compiled: by compiled moves, where there are any."""
         count, groups, size = len(problem), problem.stages, problem.replicas
-        cap = 2 * cost_of(problem, table).total_s  # an edge above it is in no plan better than this one
+        cap = 2 * straight_cost(problem, table)  # an edge above it is in no plan better than this one
         self.unit_s = cap / _UNITS if cap > 0 else 1.0
         self.devices, self.groups, self.size = count, groups, size
         self.near_count = min(count - 1, max(_NEAR_MIN, min(_NEAR_MAX, count // _NEAR_SHARE)))
@@ -173,6 +173,21 @@ class State:
         """The best plan so far, (K, R), rows in the order of the path."""
         groups = self.best_slots[: self.groups * self.size].reshape(self.groups, self.size)
         return groups[self.best_order].astype(np.int64)
+
+    def best_pipelines(self) -> Table:
+        """The best plan so far, its columns along the matchings of neighbouring stages. The plan under change stays."""
+        changing = _ARRAYS[_ARRAYS.index("slots") :]
+        kept = {name: getattr(self, name).copy() for name in changing}
+        self.begin(self.best_table())
+        groups = self.slots[: self.groups * self.size].reshape(self.groups, self.size).astype(np.int64)
+        table, rows = groups.copy(), np.arange(self.size, dtype=np.int32)  # rows: each pipeline's slot in its stage
+        for stage in range(1, self.groups):  # begin numbers the groups along the path: the pair is (stage - 1, stage)
+            first = ((stage - 1) * self.groups + stage) * self.size
+            rows = self.matching[first : first + self.size][rows]
+            table[stage] = groups[stage][rows]
+        for name, array in kept.items():
+            getattr(self, name)[:] = array
+        return table
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Every array by name, for comparison."""
