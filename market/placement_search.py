@@ -19,9 +19,9 @@ __all__ = ["ROUND_SHARES", "Search", "greedy_groups", "greedy_pipelines"]
 
 ROUND_SHARES: Final = (0.05, 0.05, 0.9)  # of the budget: from one greedy plan, from the other, from the best so far
 _SHARES: Final = (100, 512, 800)  # of 1024 moves: along the path, of a deciding device, with a device near it (0019)
-_WARMTH: Final = 0.09  # the warmest, as a share of the cost of a stage, where there are moves enough
-_MOVES_ENOUGH: Final = 15_000  # a round, for each device; with fewer it starts cooler, as it could not settle again
-_COOLING: Final = 1 / 25  # from the warmest to the coldest of a round
+_WARMTH: Final = 0.4  # the warmest, as a share of the cost of a stage, where there are moves enough
+_MOVES_ENOUGH: Final = 300_000  # a round, for each device; with fewer it starts cooler, as it could not settle again
+_COOLING: Final = 1 / 50  # from the warmest to the coldest of a round
 
 
 class Search:
