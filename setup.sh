@@ -58,6 +58,6 @@ pip install -q -c constraints.txt -e '.[dev]' || {
 ls worker/exact/_compiled*.so >/dev/null 2>&1 ||
     say "the compiled helper was not built: same bits, about half the speed. To build it, install gcc and run this again"
 ls market/_placement*.so >/dev/null 2>&1 ||
-    say "the compiled moves of placement were not built: same plans, searched some 200 times slower. Likewise"
+    say "the compiled moves of placement were not built: same plans, searched 170 times slower. Likewise"
 printf '%s\n' "$wanted" >$stamp
 say "done: .venv/bin/ichiba"
