@@ -57,7 +57,7 @@ NULL_KEY: Final = bytes(32)
 KINDS: Final = frozenset(
     {
         *("deposit", "withdraw", "open", "settle", "slash", "stake-add", "stake-withdraw", "jackpot"),
-        *("unlock", "convict", "lost-challenge", "fault"),  # market/penalties.py
+        *("unlock", "convict", "lost-challenge", "fault", "equivocation"),  # market/penalties.py
     }
 )
 CLOSING_KINDS: Final = frozenset({"settle", "slash", "convict", "unlock"})

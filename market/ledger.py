@@ -211,7 +211,7 @@ class Ledger:
                     flow.paid_micro -= delta_micro
                 case "settle", "free":
                     flow.earned_micro += delta_micro
-                case ("slash" | "convict", "lock") | ("lost-challenge" | "fault", "stake"):
+                case ("slash" | "convict", "lock") | ("lost-challenge" | "fault" | "equivocation", "stake"):
                     flow.slashed_micro -= delta_micro
                 case ("slash" | "convict", "free" | "channel") | ("jackpot" | "lost-challenge", "free"):
                     # The channel's debit cancels its refund, so only what came from the lock is counted.

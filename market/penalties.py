@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from market.entries import Account, Entry, Shares, accounts_of, amount, close_key, divided
+from market.entries import BURNED, Account, Entry, Shares, accounts_of, amount, close_key, divided
 from protocol.codec import blake
 from protocol.outcomes import FAULT, LOCK, STAKE, Split
 
-__all__ = ["convict", "fault", "jackpot_key", "lost_challenge", "release_key", "unlock"]
+__all__ = ["convict", "equivocation", "fault", "jackpot_key", "lost_challenge", "release_key", "unlock"]
 
 
 def release_key(agreement_id: bytes) -> bytes:
@@ -81,3 +81,11 @@ def lost_challenge(dispute: bytes, *, challenger: bytes, micro: int, costs: Shar
 def fault(verdict: bytes, *, checker: bytes, micro: int) -> Entry:
     """A checker signed that wrong work was right: `micro` of its stake; half burns, half fills the pool."""
     return _from_stake(blake("ichiba/entry/fault", verdict), "fault", checker, micro, (), FAULT)
+
+
+def equivocation(culprit: bytes, sequence: int, *, micro: int) -> Entry:
+    """A submitter signed two openings under one sequence number: `micro` of its stake burn, once for a number however
+    many openings it signed. All of it burns, so that nobody gains by a proof."""
+    amount(micro, "micro")
+    key = blake("ichiba/entry/equivocation", culprit, sequence.to_bytes(8, "big"))
+    return Entry(key, "equivocation", ((Account(culprit, "stake"), -micro), (BURNED, micro)))

@@ -22,9 +22,10 @@ from peer.settler import Settler
 from peer.witness import Witness
 from protocol import params
 from protocol.certificate import attach, certifiers, takes_certificate
+from protocol.equivocation import opened_twice
 from protocol.errors import VerificationFailed
 from protocol.lifecycle import State
-from protocol.records import Agreement, Void, open_record
+from protocol.records import Agreement, Equivocation, Void, open_record
 
 __all__ = ["Certificates"]
 
@@ -59,6 +60,7 @@ class Certificates:
 
     def __post_init__(self) -> None:
         self.notary = Notary(self.desk, self.settler, self.witness)
+        self.witness.on_caught = self._log
 
     def watch(self, deal: Deal) -> None:
         """Both parties signed: it is in doubt from here on, if it takes a certificate. The caller journals the deal."""
@@ -80,6 +82,15 @@ class Certificates:
         """What openings in doubt may still take of this peer's stake. Not to be promised again: two orders of an honest
         peer must not starve each other."""
         return sum(one.agreement.lock_micro for one in self.asked.values() if one.deal.side == "solver")
+
+    def caught(self, proof: Equivocation, envelope: bytes) -> None:
+        """Two records of one place, shown by somebody: a bar, and of two openings a stake. Raises as they do."""
+        self.witness.on_proof(proof)
+        self._log(proof, envelope)
+
+    def _log(self, proof: Equivocation, envelope: bytes) -> None:
+        if opened_twice(proof) is not None:
+            self.settler.accept(envelope)
 
     # --- what is said ----------------------------------------------------------------------------------------
     def message(self, peer: bytes, message: CertificateMessage) -> None:

@@ -6,6 +6,7 @@ something to take it from; while a challenge is open it stays for as long as a d
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,9 +18,10 @@ from peer.channel import Channel
 from peer.desk import Desk
 from protocol import params
 from protocol.arbitration import Judged, check_challenge, open_arbitration, refutes
-from protocol.errors import RemoteProtocolError, VerificationFailed
+from protocol.equivocation import opened_twice
+from protocol.errors import InsufficientFunds, LimitExceeded, RemoteProtocolError, VerificationFailed
 from protocol.outcomes import jackpot_micro
-from protocol.records import Arbitration, Challenge, Fault, Verdict, amount_for, open_record
+from protocol.records import Arbitration, Challenge, Equivocation, Fault, Verdict, amount_for, open_record
 
 __all__ = ["Judgement", "NotYet"]
 
@@ -36,6 +38,7 @@ class Judgement:
     channels: dict[bytes, Channel]
     histories: dict[bytes, History]
     slashed: Callable[[bytes, Channel], None]
+    twice: Counter[tuple[bytes, int]] = field(default_factory=Counter)  # proofs, by culprit and sequence number
     judging: bool = True  # False while the journal is folded again: the ledger has those entries
     judged: list[tuple[bytes, Judged]] = field(default_factory=list)  # news for the node
 
@@ -125,6 +128,21 @@ class Judgement:
             # somebody else must not cost more than what that burns of their lock.
             micro = min(self._at_stake(verdict.checker), channel.agreement.lock_micro // 2)
             self.desk.post(penalties.fault(verdict_id, checker=verdict.checker, micro=micro))
+
+    def opened_twice(self, proof: Equivocation) -> None:
+        """Fold the proof that a submitter signed two openings under one number. The amount is fixed, so that it is the
+        same on every peer in whatever order. Raises NotYet while the stake is not there, VerificationFailed."""
+        sequence = opened_twice(proof)
+        if sequence is None:
+            raise VerificationFailed("an equivocation that is not about openings moves no money")
+        micro = self.desk.network.rules.checker_stake_min_micro
+        if self.twice[proof.culprit, sequence] > params.MOOT_RECORDS_MAX:
+            raise LimitExceeded(f"more than {params.MOOT_RECORDS_MAX} proofs of one number opened twice")
+        try:
+            self.desk.post(penalties.equivocation(proof.culprit, sequence, micro=micro))
+        except InsufficientFunds as error:
+            raise NotYet(str(error)) from None
+        self.twice[proof.culprit, sequence] += 1  # a proof by another pair changes nothing, and every log keeps it
 
     def _at_stake(self, checker: bytes) -> int:
         """What a checker's word is worth: the least stake a checker must have, as far as its stake still reaches."""

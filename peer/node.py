@@ -331,7 +331,7 @@ class Node:
             case BenchCard():
                 self.challenger.on_card(envelope)
             case Equivocation():
-                self.witness.on_proof(record)
+                self.certificates.caught(record, envelope)
             case Verdict():
                 self.settler.freeze(record)
                 deal = self.submitter.deals.get(record.agreement)

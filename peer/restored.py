@@ -23,12 +23,12 @@ from peer.settler import Settler
 from protocol import params
 from protocol.codec import decode
 from protocol.errors import IchibaError, LimitExceeded, RemoteProtocolError
-from protocol.records import Agreement, Arbitration, Claim, Fault, Settlement, Slash, open_record
+from protocol.records import Agreement, Arbitration, Claim, Equivocation, Fault, Settlement, Slash, open_record
 
 __all__ = ["RESTORED_KEY", "RESTORED_TABLE", "Restored", "RestoredListens"]
 
 RESTORED_TABLE, RESTORED_KEY = "restored", b"since"  # value: the clock at the restoring, 8 bytes big-endian, ns
-_LOGGED = Agreement | Settlement | Claim | Slash | Arbitration | Fault
+_LOGGED = Agreement | Settlement | Claim | Slash | Arbitration | Fault | Equivocation
 _READS = frozenset({"status", "wallet", "jobs", "job", "book", "bundle", "drops", "reputation", "reputation-bundle"})
 
 

@@ -36,6 +36,7 @@ from protocol.records import (
     Arbitration,
     Claim,
     Envelope,
+    Equivocation,
     Fault,
     Record,
     Settlement,
@@ -101,6 +102,8 @@ class Settler:
         try:
             self._fold(record, record_id, self.desk.now_ns)
         except NotYet:
+            if isinstance(record, Equivocation):
+                return False  # not kept: keys without a stake cost nothing; who folded it shows it again
             if record_id not in self.pending and len(self.pending) >= params.PENDING_SETTLEMENT_MAX:
                 raise LimitExceeded("too many settlement records wait for others") from None
             self.pending[record_id] = envelope
@@ -218,6 +221,9 @@ class Settler:
 
     # --- the fold ------------------------------------------------------------------------------------------
     def _fold(self, record: Record, record_id: bytes, seen_ns: int) -> None:
+        if isinstance(record, Equivocation):
+            self.judgement.opened_twice(record)  # of a peer, and of no channel
+            return
         about = record_id if isinstance(record, Agreement) else getattr(record, "agreement", b"")
         moot = self.channels[about].moot if about in self.channels else 0
         self._apply(record, record_id, seen_ns)

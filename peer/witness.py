@@ -26,6 +26,7 @@ class Witness:
 
     desk: Desk
     held: dict[tuple[bytes, tuple[object, ...]], tuple[bytes, bytes]] = field(default_factory=dict)
+    on_caught: Callable[[Equivocation, bytes], None] = lambda _a, _b: None  # a proof was made here
     barred: dict[bytes, int] = field(default_factory=dict)  # culprit -> until, ns
 
     def see(self, record: Record, record_id: bytes, signers: frozenset[bytes], envelope: bytes) -> None:
@@ -45,10 +46,12 @@ class Witness:
 
     def convict(self, first: bytes, second: bytes) -> None:
         """Show two records of one place to everybody. Raises VerificationFailed if they are not."""
-        proof = prove(first, second, network=self.desk.network.id, author=self.desk.me)
+        proof = prove(first, second, network=self.desk.network.id)
         if proof.culprit not in self.barred:
-            self.desk.publish(MARKET, self.desk.seal(proof))
+            envelope = self.desk.seal(proof)
+            self.desk.publish(MARKET, envelope)
             self.on_proof(proof)
+            self.on_caught(proof, envelope)
 
     def on_proof(self, proof: Equivocation) -> None:
         """Two records of one place, seen here or by somebody else. Raises VerificationFailed, and what `open_record`

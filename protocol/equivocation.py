@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from protocol.certificate import signed_by
-from protocol.credit_records import CreditLine
+from protocol.credit_records import NO_CREDIT, CreditLine
 from protocol.errors import VerificationFailed
 from protocol.records import Agreement, Ask, Bid, Equivocation, Record, open_record
 
-__all__ = ["Placed", "check_equivocation", "place_of", "prove"]
+__all__ = ["Placed", "check_equivocation", "opened_twice", "place_of", "prove"]
 
 Placed: TypeAlias = Ask | Bid | Agreement | CreditLine
 
@@ -34,9 +34,9 @@ def place_of(record: Record) -> tuple[bytes, tuple[object, ...]] | None:
     return None
 
 
-def prove(first: bytes, second: bytes, *, network: bytes, author: bytes) -> Equivocation:
-    """The record that shows two envelopes to anybody; the author signs it. Raises VerificationFailed if they prove
-    nothing, and what `open_record` raises."""
+def prove(first: bytes, second: bytes, *, network: bytes) -> Equivocation:
+    """The record that shows two envelopes to anybody; whoever publishes it signs it. Raises VerificationFailed if they
+    prove nothing, and what `open_record` raises."""
     opened = [(open_record(envelope, network=network), envelope) for envelope in (first, second)]
     place = place_of(opened[0][0][0])
     if place is None:
@@ -46,7 +46,6 @@ def prove(first: bytes, second: bytes, *, network: bytes, author: bytes) -> Equi
     proof = Equivocation(
         network=network,
         culprit=place[0],
-        author=author,
         first=found[0][1],
         second=found[1][1],
     )
@@ -68,3 +67,12 @@ def check_equivocation(proof: Equivocation) -> tuple[Placed, Placed]:
     if place[0] != proof.culprit or proof.culprit not in signed_one & signed_two:
         raise VerificationFailed("an equivocation that its culprit did not sign")
     return one, two
+
+
+def opened_twice(proof: Equivocation) -> int | None:
+    """The sequence number under which the culprit signed two openings of channels; None for other places, and for deals
+    on credit, which take no money. Raises what `check_equivocation` does."""
+    one, two = check_equivocation(proof)
+    if not isinstance(one, Agreement) or not isinstance(two, Agreement):
+        return None
+    return one.sequence if one.credit == two.credit == NO_CREDIT else None

@@ -358,10 +358,10 @@ class Fault(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, k
 class Equivocation(
     _Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/equivocation/1"
 ):
-    """Two records that one peer must not both have signed (protocol/equivocation.py). Anybody may publish it."""
+    """Two records that one peer must not both have signed (protocol/equivocation.py). Anybody may sign and publish it,
+    and whoever does, it is the same record."""
 
     culprit: PeerKey
-    author: PeerKey
     first: Sealed  # Envelopes, the one with the smaller id first
     second: Sealed
 
@@ -426,7 +426,7 @@ def parties(record: Record) -> frozenset[bytes]:
             return frozenset((peer,))
         case Challenge(challenger=peer) | Forced(solver=peer) | BenchChallenge(challenger=peer):
             return frozenset((peer,))
-        case Move(player=peer) | Arbitration(author=peer) | Fault(author=peer) | Equivocation(author=peer):
+        case Move(player=peer) | Arbitration(author=peer) | Fault(author=peer):
             return frozenset((peer,))
         case Clearing(parties=peers):
             return frozenset(peers)
@@ -434,8 +434,8 @@ def parties(record: Record) -> frozenset[bytes]:
             return frozenset((a, b))
         case Netting(first=a, second=b):
             return frozenset((a, b))
-        case Receipt():
-            return frozenset()  # its parties are those of its agreement: the caller compares
+        case Receipt() | Equivocation():
+            return frozenset()  # its parties are those of its agreement: the caller compares. Or anybody's word will do
     raise AssertionError(type(record))
 
 

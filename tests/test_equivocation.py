@@ -23,7 +23,7 @@ def ask(key: SigningKey, **changes: object) -> bytes:
 
 
 def test_two_asks_of_one_number_convict_their_peer() -> None:
-    proof = prove(ask(CULPRIT), ask(CULPRIT, unit_price=6), network=NETWORK, author=WITNESS.public)
+    proof = prove(ask(CULPRIT), ask(CULPRIT, unit_price=6), network=NETWORK)
     one, two = check_equivocation(proof)
     assert proof.culprit == CULPRIT.public and {one.unit_price, two.unit_price} == {5, 6}  # type: ignore[union-attr]
 
@@ -35,11 +35,11 @@ def test_two_asks_of_one_number_convict_their_peer() -> None:
 )
 def test_records_that_may_both_exist_convict_nobody(second: bytes) -> None:
     with pytest.raises(VerificationFailed):
-        prove(ask(CULPRIT), second, network=NETWORK, author=WITNESS.public)
+        prove(ask(CULPRIT), second, network=NETWORK)
 
 
 def test_nobody_else_can_be_named() -> None:
-    proof = prove(ask(CULPRIT), ask(CULPRIT, unit_price=6), network=NETWORK, author=WITNESS.public)
+    proof = prove(ask(CULPRIT), ask(CULPRIT, unit_price=6), network=NETWORK)
     with pytest.raises(VerificationFailed):
         check_equivocation(msgspec.structs.replace(proof, culprit=WITNESS.public))
     with pytest.raises(VerificationFailed):

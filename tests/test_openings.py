@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from market.entries import Account
+from market.entries import BURNED, Account
 from peer.simulator import SECOND, Simulation
 from protocol import params
 from protocol.certificate import check_certified
@@ -79,7 +79,10 @@ def test_a_balance_that_is_reserved_twice_opens_nothing_and_bars_its_owner() -> 
     assert not openings(stage)
     nodes = [peer.node for name, peer in stage.peers.items() if name != "alice"]
     assert all(node is not None and stage.public("alice") in node.witness.barred for node in nodes)
-    stage.check_quiet()
+    stage.check_quiet()  # one ledger: it burned once, however many saw it
+    ledger, word = stage.node("bob").desk.ledger, stage.network.rules.checker_stake_min_micro
+    assert ledger.balance_micro(Account(stage.public("alice"), "stake")) == STAKE_MICRO - word
+    assert ledger.balance_micro(BURNED) == word
 
 
 def test_a_submitter_that_stops_at_two_signatures_holds_no_stake_of_its_solver() -> None:

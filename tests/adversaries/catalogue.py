@@ -183,8 +183,9 @@ ADVERSARIES: tuple[Adversary, ...] = (
               late_s=1200, note="it pays for what it co-signed, and its job is late"),
     Adversary("never signs the settlement", "submitter", lambda: {"alice": NeverSettles()},
               note="the solver claims with its last voucher"),
-    Adversary("reserves its balance twice", "submitter", lambda: {"alice": DoubleReservation()}, state="", late_s=600,
-              note="no channel opens, and both agreements together bar it"),
+    Adversary("reserves its balance twice", "submitter", lambda: {"alice": DoubleReservation()},
+              culprits={"alice": WORD}, state="", late_s=600,
+              note="no channel opens; both agreements together burn a stake and bar it"),
     Adversary("is gone after the proof", "submitter", lambda: {"alice": Vanishing()}, state="", late_s=600,
               note="the solver claims with its last voucher"),
 )  # fmt: skip
