@@ -22,9 +22,10 @@ from pathlib import Path
 
 from market import entries as money
 from market.ledger import Ledger
+from peer.certificate_messages import Certified, CertifyAsk
 from peer.desk import Desk, Means
 from peer.events import Save
-from peer.messages import Certified, CertifyAsk, pack, unpack
+from peer.messages import pack, unpack
 from peer.notary import Notary
 from peer.settler import Settler
 from peer.store import Batch, Store

@@ -57,7 +57,7 @@ class House:
     call_ns: int = 0  # when this period's challenges begin
     waiting: list[bytes] | None = None  # whom to call still; None before the moment
     batch_ns: int = 0
-    resend: dict[bytes, int] = field(default_factory=dict)
+    resend: dict[bytes, int] = field(default_factory=dict)  # those that may be unsigned yet -> next at
 
     def __post_init__(self) -> None:
         self.challenger.on_proven = self._proven
@@ -84,9 +84,11 @@ class House:
             self.waiting = self._callable(period)
         if self.waiting and self.desk.now_ns >= self.batch_ns:
             self._call()
-        for key, pay in self.pays.items():
-            late = pay.period + 1 < self.period  # it has gone without it
-            if not late and not self._settled(pay) and self.desk.now_ns >= self.resend.get(key, 0):
+        for key in [key for key, at in self.resend.items() if self.desk.now_ns >= at]:
+            pay = self.pays[key]
+            if self._settled(pay) or pay.period + 1 < self.period:  # or it goes without it
+                del self.resend[key]
+            else:
                 self._offer(key, pay)
 
     def _callable(self, period: int) -> list[bytes]:
@@ -206,3 +208,4 @@ class House:
         """What was signed before a restart, so that nobody is paid twice for one period."""
         for key, value in rows("house"):
             self.pays[key] = msgspec.msgpack.decode(value, type=_Pay)
+            self.resend[key] = 0

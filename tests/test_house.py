@@ -259,6 +259,11 @@ class _Card:
         ('[house]\npeer = "PEER"\ndaily_micro = -1\navailability_micro_per_hour = 1', "does not fit"),
         ('[house]\npeer = "PEER"\ndaily_micro = 1\navailability_micro_per_hour = 1\nmore = 1', "all of them"),
         ('[house]\npeer = "PEER"\ndaily_micro = 1\navailability_micro_per_hour = 1', "no deposit"),
+        (
+            'notaries = ["PEER"]\n[house]\npeer = "PEER"\ndaily_micro = 1\navailability_micro_per_hour = 1\n'
+            '[[deposits]]\npeer = "PEER"\nfree_micro = 1',
+            "with notaries",
+        ),
     ],
 )
 def test_a_bad_house_is_refused_with_the_reason(text: str, complaint: str) -> None:
