@@ -84,7 +84,7 @@ def market_of(setting: Setting, seed: int) -> World:
         earlier = Market(before)
         before.run()
         world.right = before.right
-        Market(world, prices=earlier.prices, sold=earlier.sold)
+        Market(world, prices=earlier.prices)
     world.run()
     return world
 

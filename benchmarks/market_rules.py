@@ -30,7 +30,6 @@ ROUND_S = Rules().round_ms / 1000
 WINDOW_S = min(ROUND_S, Rules().proposal_ms / 4000)  # as peer/acceptance.py has it
 SECOND = 10**9
 NEEDS = [size * GIGABYTE for size in (4, 12, 24)]
-PRINTS_S = params.PRICE_PRINTS_NS / SECOND
 START_NS = 1_700_000_000 * SECOND
 NOTHING = bytes(32)
 SPEED = 10**9  # operations a second of a machine of speed 1
@@ -53,12 +52,12 @@ class _Open:
 
 
 class Market:
-    """The market's own rules. prices: of the solvers, from an earlier session; sold: what work went for in it."""
+    """The market's own rules. prices: of the solvers, from an earlier session."""
 
-    def __init__(self, world: World, *, prices: npt.NDArray[np.int64] | None = None, sold: int = 0) -> None:
-        self.world, self.sold = world, sold
+    def __init__(self, world: World, *, prices: npt.NDArray[np.int64] | None = None) -> None:
+        self.world = world
         m = world.setting.solvers
-        self.prices = np.maximum(world.floor, sold) if prices is None else np.maximum(world.floor, prices)
+        self.prices = world.floor.copy() if prices is None else prices.copy()
         self.told = self.prices.copy()  # as their asks say
         self.told_at = np.zeros(m)
         self.since = np.zeros(m)
@@ -81,14 +80,6 @@ class Market:
             world.at(job.arrives, self._offer, job)
         for solver in range(m):
             world.at(float(world.rng.uniform(0, ROUND_S)), self._round, solver, 0.0)
-        world.at(PRINTS_S, self._prints)
-
-    def _prints(self) -> None:
-        """What work sold for of late, as every peer finds it in the settlement log."""
-        prices = [job.price for job in self.world.jobs if job.solver >= 0]
-        if len(prices) >= params.PRINTS_MIN:
-            self.sold = int(np.median(prices))
-        self.world.at(PRINTS_S, self._prints)
 
     # --- solvers -----------------------------------------------------------------------------------------
     def _now_ns(self) -> int:
@@ -105,7 +96,7 @@ class Market:
         left, best = self.left(solver)
         price = int(self.prices[solver])
         floor = int(world.floor[solver])
-        new = next_price(price, floor=floor, left=left, best=best, sold=self.sold, idle_rounds=idle)
+        new = next_price(price, floor=floor, left=left, best=best, idle_rounds=idle)
         self.prices[solver] = new
         told, later = int(self.told[solver]), (world.now - self.told_at[solver]) * SECOND
         if later >= params.PRICE_TELL_NS and abs(new - told) * params.PRICE_TELL_SHARE >= told:

@@ -1,12 +1,11 @@
-"""What a solver asks: between the least its owner works for and what the market bears, by one integer rule a round.
+"""What a solver asks: between the least its owner works for and what the market bears, by one integer rule.
 
 The rule looks for the price at which as many want work done as can do it. While more is offered than free machines can
 take, whoever goes without would have paid its limit: a price below that sells a slot to less than it is worth, so the
 price rises towards it (the uniform price of a multi-unit Vickrey auction, in which nobody gains by hiding its limit:
-Vickrey, 1961; Wurman et al., 1998). While a slot stands idle the price falls towards the floor; while it is taken it
-follows what others sold for. Each move is a fixed share of the way, so it never passes where it goes, and one false
-offer moves it little (the adaptive traders of Cliff, "Minimal-intelligence agents for bargaining behaviors", 1997).
-Pure: integers in, an integer out.
+Vickrey, 1961; Wurman et al., 1998). While a slot stands idle the price falls towards the floor. Each move is a fixed
+share of the way, so it never passes where it goes, and one false offer moves it little (the adaptive traders of Cliff,
+"Minimal-intelligence agents for bargaining behaviors", 1997). Pure: integers in, an integer out.
 """
 
 from __future__ import annotations
@@ -63,22 +62,20 @@ def goes_without(wanted: Sequence[Terms], free: Sequence[Terms], *, memory_bytes
     return max(prices)
 
 
-def next_price(price: int, *, floor: int, left: int, best: int, sold: int, idle_rounds: int) -> int:
+def next_price(price: int, *, floor: int, left: int, best: int, idle_rounds: int) -> int:
     """One move of the price; never below `floor`, and never past what it moves towards.
 
     All prices in micro-credits per giga-operation. left: what `goes_without` says. best: the highest limit of the work
-    that stands and that this solver could do, 0 if there is none. sold: the middle of what others sold for of late, 0
-    if nothing tells. idle_rounds: for how many rounds a slot has been free; 0 while all are taken. Who has waited
-    PRICE_PATIENCE_ROUNDS for work that is said to go without does not believe in it any more.
+    that stands and that this solver could do, 0 if there is none. idle_rounds: for how many rounds a slot has been
+    free; 0 while all are taken. Who has waited PRICE_PATIENCE_ROUNDS for work that is said to go without does not
+    believe in it any more.
     """
     price = max(price, floor)
     if idle_rounds and price > best >= max(floor, price - price // params.PRICE_NEAR_SHARE):
         return best  # work that pays nearly as much is at hand: the wait for better costs more than the rest
     if left and idle_rounds <= params.PRICE_PATIENCE_ROUNDS:
         return price + _share(max(floor, left) - price, params.PRICE_MOVE_SHARE)
-    if idle_rounds:
-        return price + _share(floor - price, params.PRICE_FALL_SHARE)
-    return price + _share(max(0, sold - price), params.PRICE_FOLLOW_SHARE)
+    return price + _share(floor - price, params.PRICE_FALL_SHARE) if idle_rounds else price
 
 
 def rounds_until_next(idle_rounds: int) -> int:

@@ -31,11 +31,9 @@ class Pricer:
     settler: Settler
     slots_free: Callable[[], int]
     left: int = 0
-    sold: int = 0  # the middle of recent prints of others, 0 where they are too few
     idle_since_ns: int = 0  # 0: no slot is free
     _above: int = 0  # the floor: an owner that moves its price moves the whole of it
     _moves_ns: int = 0
-    _prints_ns: int = 0
 
     @property
     def floor(self) -> int:
@@ -56,21 +54,18 @@ class Pricer:
         if free == bool(self.idle_since_ns) and now < self._moves_ns:
             return
         self.idle_since_ns = (self.idle_since_ns or now) if free else 0
-        if now >= self._prints_ns:
-            first, self._prints_ns = not self._prints_ns, now + params.PRICE_PRINTS_NS
-            self.sold = self._sold()
-            self._above = max(0, self.sold - self.floor) if first else self._above
+        if not self._moves_ns:
+            self._above = max(0, self._sold() - self.floor)
         idle_rounds = (now - self.idle_since_ns) // round_ns + 1 if free else 0
         self._moves_ns = now + rounds_until_next(idle_rounds) * round_ns
         wanted, own = self._wanted(), self.desk.means.memory_bytes
         self.left = goes_without(wanted, self._free(), memory_bytes=own)
         best = max((one.unit_price for one in wanted if one.memory_bytes <= own), default=0)
-        moved = next_price(
-            self.price, floor=self.floor, left=self.left, best=best, sold=self.sold, idle_rounds=idle_rounds
-        )
+        moved = next_price(self.price, floor=self.floor, left=self.left, best=best, idle_rounds=idle_rounds)
         self._above = moved - self.floor
 
     def _sold(self) -> int:
+        """The middle of what others sold for of late, 0 where that is too little to tell."""
         prints = (print_of(i, channel.agreement) for i, channel in self.settler.channels.items())
         found = statistics(prints, now_ns=self.desk.wall_ns, without=(self.desk.me,), within_ns=params.PRINTS_AGE_NS)
         return found.median if found.enough else 0

@@ -22,28 +22,27 @@ ROUNDS = st.integers(0, 3 * PATIENCE)
 
 
 # --- prices ------------------------------------------------------------------------------------------------
-@given(PRICE, PRICE, PRICE, PRICE, PRICE, ROUNDS)
+@given(PRICE, PRICE, PRICE, PRICE, ROUNDS)
 def test_a_price_is_never_below_its_floor_nor_past_what_it_moves_to(
-    price: int, floor: int, left: int, best: int, sold: int, idle: int
+    price: int, floor: int, left: int, best: int, idle: int
 ) -> None:
     before = max(price, floor)
-    after = next_price(price, floor=floor, left=left, best=best, sold=sold, idle_rounds=idle)
-    assert floor <= after <= max(before, left, sold)
-    assert after == next_price(price, floor=floor, left=left, best=best, sold=sold, idle_rounds=idle)
-    assert after - before <= max(left - before, sold - before, 0) // params.PRICE_MOVE_SHARE + 1, "bounded upwards"
+    after = next_price(price, floor=floor, left=left, best=best, idle_rounds=idle)
+    assert floor <= after <= max(before, left)
+    assert after == next_price(price, floor=floor, left=left, best=best, idle_rounds=idle)
+    assert after - before <= max(left - before, 0) // params.PRICE_MOVE_SHARE + 1, "bounded upwards"
     assert before - after <= before // params.PRICE_MOVE_SHARE + 1, "and downwards"
 
 
 def move(price: int, **changes: int) -> int:
-    return next_price(price, **{"floor": 50, "left": 0, "best": 0, "sold": 0, "idle_rounds": 0, **changes})
+    return next_price(price, **{"floor": 50, "left": 0, "best": 0, "idle_rounds": 0, **changes})
 
 
 def test_a_price_follows_what_goes_without_and_falls_while_nothing_does() -> None:
     assert [move(100, left=200, idle_rounds=idle) for idle in (0, 1, PATIENCE)] == [125, 125, 125]
     assert move(300, left=200, idle_rounds=1) == 275
-    assert move(100, sold=500, idle_rounds=1) == 98, "an idle slot gets cheaper whatever others got"
-    assert move(100, sold=180) == 110, "a taken one follows what others got"
-    assert move(100, sold=80) == 100
+    assert move(100, idle_rounds=1) == 98
+    assert move(100) == 100, "of a taken slot it stands while all that is wanted is served"
 
 
 def test_who_waits_in_vain_for_work_that_goes_without_asks_less() -> None:
@@ -66,10 +65,10 @@ def test_work_at_hand_that_pays_nearly_as_much_is_taken() -> None:
 def test_a_price_reaches_its_goal_and_stays(floor: int, above: int) -> None:
     price = floor
     for _ in range(400):
-        price = next_price(price, floor=floor, left=floor + above, best=0, sold=0, idle_rounds=0)
+        price = next_price(price, floor=floor, left=floor + above, best=0, idle_rounds=0)
     assert price == floor + above
     for _ in range(3000):
-        price = next_price(price, floor=floor, left=0, best=0, sold=0, idle_rounds=1)
+        price = next_price(price, floor=floor, left=0, best=0, idle_rounds=1)
     assert price == floor
 
 
