@@ -163,6 +163,12 @@ def load(text: str) -> Network:
         )
     if house is not None and peer_key(house.peer) not in seen:
         raise BadNetworkFile("the house has no deposit to pay from", next_step="give it one, or name no house")
+    if house is not None and notaries:
+        raise BadNetworkFile(
+            "a house in a network with notaries",
+            why="they certify every opening, and do not know the house's pay yet",
+            next_step="name no house, or no notaries",
+        )
     check_incentives(rules)
     return Network(name=name, rules=rules, deposits=deposits, bootstrap=bootstrap, notaries=notaries, house=house)
 
