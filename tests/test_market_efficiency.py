@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.market import SHARES, measure, setting_of
 from benchmarks.market_rules import Market
+from benchmarks.market_sessions import SHARES, measure, setting_of
 from benchmarks.market_world import World, optimum
 from market.pricing import Terms, goes_without
 
