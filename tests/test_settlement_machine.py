@@ -131,7 +131,9 @@ class Deal:
             solver_commitment=committed[self.solver.public], forced_commitment=bytes(32), accept_before_ns=1,
             segment_deadline_ns=1, created_ns=1,
         )  # fmt: skip
-        self.opening = add_signature(seal(self.terms, self.submitter), self.solver, network=network.id)
+        self.opening = seal(self.terms, self.submitter)
+        for key in (self.solver, *(NOTARIES if network.notaries else ())):
+            self.opening = add_signature(self.opening, key, network=network.id)
         self.id = open_record(self.opening, network=network.id)[1]
         proof = Proof(
             network=network.id, agreement=self.id, author=self.solver.public, receipts=SEGMENTS, root=blake("root"),
