@@ -24,7 +24,7 @@ PASSED_OVER = frozenset(("busy", "outbid"))
 class Proposal:
     """An award that waits for its solver's signature.
 
-    worth_micro: the most that its submitter would pay for the work, price_micro: what it will pay, by the bid.
+    worth_micro: the most that its submitter would pay for the work, and can, price_micro: what it will pay, by the bid.
     takes_ns: the time that the solver expects it to take. limit, unit_price: the same, per giga-operation.
     """
 

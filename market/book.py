@@ -114,7 +114,7 @@ class OrderBook:
         another one it bids again."""
         for on_offer in [self.bids.get(offer_id, {})] if offer_id else list(self.bids.values()):
             if solver in on_offer and on_offer[solver][1].created_ns <= until_ns:
-                self.envelopes.pop(on_offer.pop(solver)[0], None)
+                self._drop_bids(on_offer, [solver])
 
     def remove_offer(self, offer_id: bytes) -> None:
         """Forget an offer and its bids."""

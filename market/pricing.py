@@ -14,6 +14,9 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from protocol import params
 
 __all__ = ["Terms", "clearing_price", "goes_without", "next_price", "rounds_until_next"]
@@ -47,7 +50,9 @@ def goes_without(wanted: Sequence[Terms], free: Sequence[Terms], *, memory_bytes
     wanted: highest limit first. free: lowest ask first, of the other free slots. Slots differ by memory, of which who
     has more can do all that who has less can: so by Hall's theorem it is enough to hold, for each need that the slot
     can serve, all that needs at least as much against all that has at least as much. Of the work that is too large for
-    the slot only as much counts as there are larger slots: what has none takes nothing from anybody.
+    the slot only as much counts as there are larger slots: what has none takes nothing from anybody. Of more than
+    PRICE_NEEDS_MAX different needs so many are held against the slots, from the least to the largest: whoever makes
+    offers of ever other sizes must not take a solver's time, and one need says nearly what its neighbour says.
     """
     larger = sum(1 for one in free if one.memory_bytes > memory_bytes)
     counted = []
@@ -55,11 +60,21 @@ def goes_without(wanted: Sequence[Terms], free: Sequence[Terms], *, memory_bytes
         larger -= one.memory_bytes > memory_bytes
         if one.memory_bytes <= memory_bytes or larger >= 0:
             counted.append(one)
+    limits, sizes = _columns(counted)
+    asks, rooms = _columns(free)
+    needs = np.unique(sizes[sizes <= memory_bytes])
+    if needs.size > params.PRICE_NEEDS_MAX:
+        needs = needs[np.linspace(0, needs.size - 1, params.PRICE_NEEDS_MAX).astype(np.intp)]
     prices = [0]
-    for need in sorted({one.memory_bytes for one in counted if one.memory_bytes <= memory_bytes}):
-        limits = [one.unit_price for one in counted if one.memory_bytes >= need]
-        prices.append(clearing_price(limits, [one.unit_price for one in free if one.memory_bytes >= need]))
+    for need in needs:
+        prices.append(clearing_price(limits[sizes >= need].tolist(), asks[rooms >= need].tolist()))
     return max(prices)
+
+
+def _columns(terms: Sequence[Terms]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Their prices and their memory, in their order."""
+    prices = np.fromiter((one.unit_price for one in terms), np.int64, len(terms))
+    return prices, np.fromiter((one.memory_bytes for one in terms), np.int64, len(terms))
 
 
 def next_price(price: int, *, floor: int, left: int, best: int, idle_rounds: int) -> int:

@@ -131,7 +131,7 @@ class Acceptance:
         offer, bid = self.desk.book.offers[agreement.offer], self.bidder.seeds[agreement.bid][2]
         return Proposal(
             id=agreement_id,
-            worth_micro=amount_for(agreement.operations, offer.unit_price_max),
+            worth_micro=self.bidder.pricer.backed_micro(offer),
             price_micro=amount_for(agreement.operations, agreement.unit_price),
             takes_ns=bid.eta_ns,
             limit=offer.unit_price_max,

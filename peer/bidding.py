@@ -136,7 +136,7 @@ class Bidder:
 
     def awaited(self) -> set[bytes]:
         """The offers whose submitters may propose at any moment: they stand, and hold a bid of this peer."""
-        offers, now = self.desk.book.offers, self.desk.now_ns
+        offers, now = self.desk.book.offers, self.desk.wall_ns
         standing = (offer_id for offer_id, until_ns in self.bid_on.items() if now < until_ns and offer_id in offers)
         return {offer_id for offer_id in standing if offers[offer_id].submitter in self.desk.peers}
 

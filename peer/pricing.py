@@ -18,7 +18,7 @@ from market.prints import print_of, statistics
 from peer.desk import Desk
 from peer.settler import Settler
 from protocol import params
-from protocol.records import ROLE_SOLVER
+from protocol.records import ROLE_SOLVER, Offer, amount_for
 
 __all__ = ["Pricer"]
 
@@ -70,10 +70,22 @@ class Pricer:
         found = statistics(prints, now_ns=self.desk.wall_ns, without=(self.desk.me,), within_ns=params.PRINTS_AGE_NS)
         return found.median if found.enough else 0
 
+    def backed_micro(self, offer: Offer) -> int:
+        """What the work is worth by the limit of `offer`, in micro-credits, as far as its submitter can pay it by what
+        this peer knows: what costs nothing to say must neither move a price nor win a slot."""
+        worth = amount_for(offer.operations, offer.unit_price_max)
+        return min(worth, offer.budget_micro or worth, self._purse(offer))
+
+    def _purse(self, offer: Offer) -> int:
+        """What its submitter pays it from: its balance, or what is left of the credit line that this peer gives it."""
+        if offer.budget_micro:
+            return self.settler.free_micro(offer.submitter)
+        return self.settler.credit.left_micro(creditor=self.desk.me, debtor=offer.submitter)
+
     def _wanted(self) -> list[Terms]:
-        """The offers of others that stand, highest limit first, as far as their submitters can pay for them: what costs
-        nothing to say must not move a price. What this peer cannot serve for another reason than memory is left out."""
-        means, found, due = self.desk.means, [], Counter[bytes]()
+        """The offers of others that stand, highest limit first, as far as their submitters can pay for them all. What
+        this peer cannot serve for another reason than memory is left out."""
+        means, found, due = self.desk.means, [], Counter[tuple[bytes, bool]]()
         stake = self.settler.free_stake(self.desk.me)
         for offer in sorted(self.desk.book.offers.values(), key=lambda o: (-o.unit_price_max, o.submitter, o.nonce)):
             if offer.submitter == self.desk.me or offer.mode in ("script", "profile"):
@@ -89,8 +101,11 @@ class Pricer:
                 device_memory_bytes=means.device_memory_bytes,
                 now_ns=self.desk.wall_ns,
             )
-            due[offer.submitter] += offer.budget_micro
-            if refusal is None and due[offer.submitter] <= self.settler.free_micro(offer.submitter):
+            worth, on_credit = amount_for(offer.operations, offer.unit_price_max), not offer.budget_micro
+            due[offer.submitter, on_credit] += offer.budget_micro or worth
+            if refusal is not None or worth > (offer.budget_micro or worth):
+                continue
+            if due[offer.submitter, on_credit] <= self._purse(offer):
                 found.append(Terms(offer.unit_price_max, offer.memory_bytes))
         return found
 

@@ -1,0 +1,102 @@
+"""Where the parts of the market meet: what one of them believes of a record, another must not be cheated with."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from market import pricing
+from market.book import OrderBook
+from market.ledger import deposit
+from market.pricing import Terms, clearing_price, goes_without
+from protocol import params
+from protocol.records import amount_for
+from tests.credit_scene import give, key_of, make_friends, node_of
+from tests.test_bidding import START_NS, Solver
+from tests.test_market import NOW, bid, offer
+from tests.test_market import peer as peer_of
+
+RICH = 50_000  # the limit of an offer that nobody means, a hundred times the floor
+GIGA = 10**9
+
+
+def crowd(solver: Solver, *, budget_micro: int, balance_micro: int) -> int:
+    """Four offers at RICH, of strangers with so much money. What the solver's price follows then."""
+    for number in range(4):
+        author = (number + 1).to_bytes(32, "big")
+        if balance_micro:
+            solver.desk.ledger.post(deposit(bytes([number + 1]) * 32, author, balance_micro, 0))
+        solver.hear(
+            number, unit_price_max=RICH, operations=100 * GIGA, budget_micro=budget_micro, lock_micro=0,
+            check_permille=0,
+        )  # fmt: skip
+    solver.tick()
+    return solver.bidder.pricer.left
+
+
+def test_a_price_follows_limits_that_are_funded_and_no_others() -> None:
+    worth = amount_for(100 * GIGA, RICH)
+    assert crowd(Solver(), budget_micro=2 * worth, balance_micro=2 * worth) == RICH
+    assert crowd(Solver(), budget_micro=2 * worth, balance_micro=worth) == 0, "more than they have"
+    assert crowd(Solver(), budget_micro=1, balance_micro=2 * worth) == 0, "a budget that the limit exceeds"
+    assert crowd(Solver(), budget_micro=0, balance_micro=0) == 0, "on credit, from who has no line here"
+
+
+def test_work_is_worth_no_more_than_its_submitter_can_pay() -> None:
+    simulation = make_friends(1)
+    simulation.run(seconds=3)
+    give(simulation, "ben", "ann", limit_micro=70_000)
+    backed = node_of(simulation, "ben").bidder.pricer.backed_micro
+    ann, cat, rich = (key_of(simulation, name) for name in ("ann", "cat", "rich"))
+    terms = {"operations": 60 * GIGA, "unit_price_max": 2000}  # 120,000
+    assert backed(offer(submitter=ann, budget_micro=0, **terms)) == 70_000
+    assert backed(offer(submitter=cat, budget_micro=0, **terms)) == 0
+    assert backed(offer(submitter=cat, budget_micro=10**9, **terms)) == 0, "it has no deposit"
+    assert backed(offer(submitter=rich, budget_micro=1000, **terms)) == 1000
+    assert backed(offer(submitter=rich, budget_micro=10**7, **terms)) == 120_000
+
+
+def test_bids_that_are_void_leave_nothing_behind() -> None:
+    book = OrderBook()
+    book.add_offer(bytes(32), offer(), now_ns=NOW)
+    bid_id, one = bid(1, offer=bytes(32))
+    assert book.add_bid(bid_id, one, now_ns=NOW, envelope=b"signed")
+    book.void_bids(peer_of(1), until_ns=NOW)
+    assert not any(book.bids.values())
+    assert (book.envelopes, book.packed) == ({}, {})
+
+
+def test_a_bid_is_awaited_by_the_clock_that_it_is_dated_by() -> None:
+    for off_s in (-7200, 7200):
+        solver = Solver()
+        solver.desk.wall_off_ns = off_s * GIGA
+        solver.desk.peers[(1).to_bytes(32, "big")] = START_NS
+        dates = {"created_ns": solver.desk.wall_ns, "expires_ns": solver.desk.wall_ns + 3600 * GIGA}
+        one = offer(network=solver.desk.network.id, submitter=(1).to_bytes(32, "big"), **dates)
+        solver.desk.book.add_offer(b"o" * 32, one, now_ns=solver.desk.wall_ns)
+        solver.bidder.consider(b"o" * 32, one)
+        assert solver.bids(), solver.bidder.refusals
+        assert solver.bidder.awaited() == {b"o" * 32}
+        solver.desk.now_ns += solver.desk.network.rules.bid_lifetime_ms * 10**6 + params.TICK_MS
+        assert solver.bidder.awaited() == set(), "it ran out"
+
+
+def test_offers_of_ever_other_sizes_do_not_take_a_solvers_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+
+    def counted(limits: Sequence[int], asks: Sequence[int]) -> int:
+        looks.append(len(limits))
+        return clearing_price(limits, asks)
+
+    monkeypatch.setattr(pricing, "clearing_price", counted)
+    rng = random.Random(1)
+    wanted = [Terms(1000 - number, rng.randrange(1, 2**30)) for number in range(1000)]
+    free = [Terms(number, rng.randrange(2**30)) for number in range(300)]
+    found = goes_without(wanted, free, memory_bytes=2**30)
+    assert len(looks) <= params.PRICE_NEEDS_MAX
+    monkeypatch.setattr(params, "PRICE_NEEDS_MAX", 1000)
+    exact = goes_without(wanted, free, memory_bytes=2**30)
+    assert len(looks) > 900
+    assert exact * 95 // 100 < found <= exact
