@@ -147,6 +147,11 @@ class Submitter:
         self.proposals.pop(deal.id, None)
         self.desk.send(self.solver_of(deal), Decline(deal.id, code, why))
 
+    def _withdraw(self, deal: Deal, why: str) -> None:
+        """A proposal that came to nothing in its time: the job goes on without it, or is over."""
+        self._decline(deal, "expired", why)
+        self.jobs.reoffer(self.jobs.jobs[deal.job], why)
+
     # --- messages ------------------------------------------------------------------------------------------
     def on_accept(self, peer: bytes, message: Accept) -> None:
         """The solver's signature: the channel can be funded, once notaries have certified it where there are some."""
@@ -161,6 +166,8 @@ class Submitter:
             return
         if deal.lifecycle != State.PROPOSED:
             self.desk.send(peer, Opened(deal.agreement))
+        elif self.jobs.late(self.jobs.jobs[deal.job]):
+            self._withdraw(deal, "the deadline of the job passed")
         elif not deal.doubt:
             deal.agreement = message.agreement
             self.certificates.certify(deal)
@@ -449,9 +456,10 @@ class Submitter:
         gone, grace_ns = agreement.solver not in self.desk.peers, rules.lost_grace_ms * 10**6
         match deal.lifecycle:
             case State.PROPOSED if not deal.doubt:
-                if now - deal.entered_ns >= rules.proposal_ms * 10**6:  # when it says, unless the clock jumped
-                    self._decline(deal, "expired", "no answer in time")
-                    self.jobs.reoffer(self.jobs.jobs[deal.job], "the solver did not answer in time")
+                if self.jobs.late(self.jobs.jobs[deal.job]):
+                    self._withdraw(deal, "the deadline of the job passed")
+                elif now - deal.entered_ns >= rules.proposal_ms * 10**6:  # when it says, unless the clock jumped
+                    self._withdraw(deal, "the solver did not answer in time")
                 elif now >= self.proposals.get(deal.id, 0):
                     self._send_proposal(deal)
             case State.RUNNING:

@@ -12,8 +12,10 @@ from market.book import OrderBook
 from market.ledger import deposit
 from market.pricing import Terms, clearing_price, goes_without
 from protocol import params
+from protocol.lifecycle import TERMINAL, State
 from protocol.records import amount_for
 from tests.credit_scene import give, key_of, make_friends, node_of
+from tests.market_scene import make_market, submit_job
 from tests.test_bidding import START_NS, Solver
 from tests.test_market import NOW, bid, offer
 from tests.test_market import peer as peer_of
@@ -100,3 +102,22 @@ def test_offers_of_ever_other_sizes_do_not_take_a_solvers_time(monkeypatch: pyte
     exact = goes_without(wanted, free, memory_bytes=2**30)
     assert len(looks) > 900
     assert exact * 95 // 100 < found <= exact
+
+
+def test_a_deadline_that_passes_while_a_proposal_waits_ends_the_job_and_frees_the_solver() -> None:
+    simulation = make_market(6, submitters=1, solvers=1, floors=range(800, 801))
+    simulation.run(seconds=3)
+    job_id = submit_job(simulation, "a0", limit=1500, seed=1)
+    node, solver = simulation.peers["a0"].node, simulation.peers["s0"].node
+    assert node is not None
+    assert solver is not None
+    simulation.run(seconds=60, until=lambda: any(deal.side == "submitter" for deal in node.submitter.deals.values()))
+    (deal,), (job,) = node.submitter.deals.values(), node.jobs.jobs.values()
+    assert deal.lifecycle == State.PROPOSED
+    job.deadline_ns = node.desk.wall_ns  # it is now
+    simulation.run(seconds=20)
+    assert deal.lifecycle == State.DECLINED
+    state = simulation.command("a0", "job", {"job": job_id}).result
+    assert (state["state"], "deadline" in state["reason"]) == ("failed", True)
+    assert not node.settler.channels, "no stake is locked for work that nobody can use"
+    assert all(deal.lifecycle in TERMINAL for deal in solver.solver.deals.values())
