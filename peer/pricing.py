@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import numpy as np
+from operator import attrgetter
 
 from market.matching import refuse_offer
 from market.pricing import Terms, goes_without, next_price, rounds_until_next
@@ -58,8 +57,10 @@ class Pricer:
             self._above = max(0, self._sold() - self.floor)
         idle_rounds = (now - self.idle_since_ns) // round_ns + 1 if free else 0
         self._moves_ns = now + rounds_until_next(idle_rounds) * round_ns
-        wanted, own = self._wanted(), self.desk.means.memory_bytes
-        self.left = goes_without(wanted, self._free(), memory_bytes=own)
+        offers, own = self._wanted(), self.desk.means.memory_bytes
+        wanted = [Terms(offer.unit_price_max, offer.memory_bytes) for offer in offers]
+        others = self._free(min(offer.lock_micro for offer in offers)) if offers else []
+        self.left = goes_without(wanted, others, memory_bytes=own)
         best = max((one.unit_price for one in wanted if one.memory_bytes <= own), default=0)
         moved = next_price(self.price, floor=self.floor, left=self.left, best=best, idle_rounds=idle_rounds)
         self._above = moved - self.floor
@@ -82,7 +83,7 @@ class Pricer:
             return self.settler.free_micro(offer.submitter)
         return self.settler.credit.left_micro(creditor=self.desk.me, debtor=offer.submitter)
 
-    def _wanted(self) -> list[Terms]:
+    def _wanted(self) -> list[Offer]:
         """The offers of others that stand, highest limit first, as far as their submitters can pay for them all. What
         this peer cannot serve for another reason than memory is left out."""
         means, found, due = self.desk.means, [], Counter[tuple[bytes, bool]]()
@@ -106,12 +107,16 @@ class Pricer:
             if refusal is not None or worth > (offer.budget_micro or worth):
                 continue
             if due[offer.submitter, on_credit] <= self._purse(offer):
-                found.append(Terms(offer.unit_price_max, offer.memory_bytes))
+                found.append(offer)
         return found
 
-    def _free(self) -> list[Terms]:
-        """The asks of the other solvers without an open channel, the lowest first."""
-        taken = self.settler.busy() | {self.desk.me}
-        others = self.desk.book.asks.shelf(role=ROLE_SOLVER, now_ns=self.desk.wall_ns, without=taken)
-        order = np.argsort(others.unit_prices, kind="stable")
-        return [Terms(int(others.unit_prices[i]), int(others.memory_bytes[i])) for i in order]
+    def _free(self, lock_micro: int) -> list[Terms]:
+        """The asks of the other solvers without an open channel that have this stake, the lowest first: who could lock
+        nothing for any of the work takes none of it, whatever it says."""
+        taken, staked = self.settler.busy() | {self.desk.me}, None
+        if lock_micro:
+            balances = self.desk.ledger.balances().items()
+            staked = {account.owner for account, micro in balances if account.bucket == "stake" and micro >= lock_micro}
+        asks = self.desk.book.live_asks(role=ROLE_SOLVER, now_ns=self.desk.wall_ns, peers=staked)
+        free = [Terms(ask.unit_price, ask.memory_bytes) for ask in asks if ask.peer not in taken]
+        return sorted(free, key=attrgetter("unit_price"))

@@ -17,21 +17,21 @@ from protocol.records import amount_for
 from tests.credit_scene import give, key_of, make_friends, node_of
 from tests.market_scene import make_market, submit_job
 from tests.test_bidding import START_NS, Solver
-from tests.test_market import NOW, bid, offer
+from tests.test_market import NOW, ask, bid, offer
 from tests.test_market import peer as peer_of
 
 RICH = 50_000  # the limit of an offer that nobody means, a hundred times the floor
 GIGA = 10**9
 
 
-def crowd(solver: Solver, *, budget_micro: int, balance_micro: int) -> int:
+def crowd(solver: Solver, *, budget_micro: int, balance_micro: int, lock_micro: int = 0) -> int:
     """Four offers at RICH, of strangers with so much money. What the solver's price follows then."""
     for number in range(4):
         author = (number + 1).to_bytes(32, "big")
         if balance_micro:
             solver.desk.ledger.post(deposit(bytes([number + 1]) * 32, author, balance_micro, 0))
         solver.hear(
-            number, unit_price_max=RICH, operations=100 * GIGA, budget_micro=budget_micro, lock_micro=0,
+            number, unit_price_max=RICH, operations=100 * GIGA, budget_micro=budget_micro, lock_micro=lock_micro,
             check_permille=0,
         )  # fmt: skip
     solver.tick()
@@ -44,6 +44,17 @@ def test_a_price_follows_limits_that_are_funded_and_no_others() -> None:
     assert crowd(Solver(), budget_micro=2 * worth, balance_micro=worth) == 0, "more than they have"
     assert crowd(Solver(), budget_micro=1, balance_micro=2 * worth) == 0, "a budget that the limit exceeds"
     assert crowd(Solver(), budget_micro=0, balance_micro=0) == 0, "on credit, from who has no line here"
+
+
+def test_asks_of_who_has_no_stake_take_no_work_from_anybody() -> None:
+    for stake, left in ((0, RICH), (10**6, 0)):
+        solver = Solver()
+        for number in range(100, 110):
+            if stake:
+                solver.desk.ledger.post(deposit(bytes([number]) * 32, peer_of(number), 0, stake))
+            solver.desk.book.add_ask(ask(number, unit_price=1), now_ns=START_NS)
+        worth = amount_for(100 * GIGA, RICH)
+        assert crowd(solver, budget_micro=worth, balance_micro=worth, lock_micro=10**6) == left
 
 
 def test_work_is_worth_no_more_than_its_submitter_can_pay() -> None:
