@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from peer.cli_money import trusted_network
+from peer.cli_money import read_evidence, trusted_network
 from peer.cli_output import Terminal, ago, common, short_id, size_of, write_whole
 
 __all__ = ["dispute"]
@@ -158,20 +158,10 @@ def verify(terminal: Terminal, file: Path, network_file: Path | None) -> None:
     ichiba dispute verify dispute.json
     ichiba dispute verify dispute.json --network market.toml
     """
-    import json
-
     from peer.dispute_bundle import verify
     from peer.home import Home
-    from protocol import params
-    from protocol.errors import VerificationFailed
 
-    if file.stat().st_size > params.BUNDLE_BYTES_MAX:
-        raise VerificationFailed(f"{file} has more than {params.BUNDLE_BYTES_MAX} bytes")
-    try:
-        bundle = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise VerificationFailed(f"{file} is no JSON: {error}"[:300]) from None
-    report = verify(bundle, Home(terminal.data_dir).network(network_file).id)
+    report = verify(read_evidence(file), Home(terminal.data_dir).network(network_file).id)
     told = asdict(report) | {"dispute": report.dispute.hex()}
     terminal.record("ichiba.dispute-report/1", told)
     terminal.say(f"dispute {short_id(told['dispute'])} of segment {report.segment}, {report.rounds} rounds")

@@ -15,7 +15,7 @@ from protocol.money_line import MoneyLine
 if TYPE_CHECKING:
     from protocol.bundle import BundleReport
 
-__all__ = ["check_proof", "receipts", "show_proof", "trusted_network", "wallet"]
+__all__ = ["check_proof", "read_evidence", "receipts", "show_proof", "trusted_network", "wallet"]
 
 
 @click.group(invoke_without_command=True)
@@ -104,6 +104,21 @@ def verify(terminal: Terminal, path: Path, network_file: Path | None) -> None:
     proof = path / "proof.json" if path.is_dir() else path
     report, files = check_proof(proof, network.id)
     show_proof(terminal, report, files)
+
+
+def read_evidence(file: Path) -> Any:
+    """What a file of evidence says, as JSON that nothing is known of yet. Raises VerificationFailed."""
+    import json
+
+    from protocol import params
+    from protocol.errors import VerificationFailed
+
+    if file.stat().st_size > params.BUNDLE_BYTES_MAX:
+        raise VerificationFailed(f"{file} has more than {params.BUNDLE_BYTES_MAX} bytes")
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise VerificationFailed(f"{file} is no JSON: {error}"[:300]) from None
 
 
 def check_proof(proof: Path, network_id: bytes) -> tuple[BundleReport, list[str]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from peer.cli_money import trusted_network
+from peer.cli_money import read_evidence, trusted_network
 from peer.cli_output import Terminal, common, write_whole
 
 __all__ = ["reputation"]
@@ -115,21 +115,12 @@ def verify(terminal: Terminal, file: Path, network_file: Path | None) -> None:
     ichiba reputation verify theirs.json
     ichiba reputation verify theirs.json --network market.toml
     """
-    import json
-
     from market.reputation import DAY_NS
     from peer.home import Home
     from peer.reputation_bundle import CANNOT_KNOW, verify
     from peer.reputations import figures, reasons
-    from protocol import params
-    from protocol.errors import VerificationFailed
 
-    if file.stat().st_size > params.BUNDLE_BYTES_MAX:
-        raise VerificationFailed(f"{file} has more than {params.BUNDLE_BYTES_MAX} bytes")
-    try:
-        bundle = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise VerificationFailed(f"{file} is no JSON: {error}"[:300]) from None
+    bundle = read_evidence(file)
     network = Home(terminal.data_dir).network(network_file)
     report = verify(bundle, network.id, day=time.time_ns() // DAY_NS)
     roles: dict[str, dict[str, Any]] = {

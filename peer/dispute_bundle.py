@@ -18,8 +18,8 @@ from protocol import params
 from protocol.arbitration import open_arbitration
 from protocol.codec import decode
 from protocol.dispute import Result
-from protocol.errors import IchibaError, LocalProtocolError, NotFound, RemoteProtocolError, VerificationFailed
-from protocol.network import Network, load
+from protocol.errors import LocalProtocolError, NotFound, VerificationFailed
+from protocol.network import Network, load_trusted
 from protocol.program import program_id
 from protocol.records import Arbitration, open_record
 
@@ -138,17 +138,7 @@ def verify(bundle: Any, network_id: bytes) -> DisputeReport:
 def _network(given: _Bundle, network_id: bytes) -> Network:
     if given.schema != SCHEMA:
         raise VerificationFailed(f"a file of schema {given.schema[:40]!r}, this program reads {SCHEMA}")
-    try:
-        network = load(given.network)
-    except RemoteProtocolError:
-        raise
-    except IchibaError as error:
-        raise VerificationFailed(f"the network file in it is none: {error.what}") from None
-    if network.id != network_id:
-        raise VerificationFailed(
-            f"a dispute on network {network.id.hex()[:12]}", why=f"{network_id.hex()[:12]} is the one you trust"
-        )
-    return network
+    return load_trusted(given.network, network_id, what="a dispute")
 
 
 def _finding(given: _Bundle, file: DisputeFile, network: Network, result: Result) -> str:

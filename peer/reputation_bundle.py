@@ -21,9 +21,9 @@ from peer.reputations import WINDOW_OVER, figures
 from peer.settler import Settler
 from protocol import params
 from protocol.codec import blake
-from protocol.errors import IchibaError, RemoteProtocolError, VerificationFailed
+from protocol.errors import VerificationFailed
 from protocol.keys import SigningKey, peer_key
-from protocol.network import Network, load
+from protocol.network import Network, load_trusted
 from protocol.records import Agreement, open_record
 
 __all__ = ["CANNOT_KNOW", "SCHEMA", "ReputationReport", "verify"]
@@ -91,17 +91,7 @@ def verify(bundle: Any, network_id: bytes, *, day: int | None = None) -> Reputat
 def _network(given: _Bundle, network_id: bytes) -> Network:
     if given.schema != SCHEMA:
         raise VerificationFailed(f"a file of schema {given.schema[:40]!r}, this program reads {SCHEMA}")
-    try:
-        network = load(given.network)
-    except RemoteProtocolError:
-        raise
-    except IchibaError as error:
-        raise VerificationFailed(f"the network file in it is none: {error.what}") from None
-    if network.id != network_id:
-        raise VerificationFailed(
-            f"a reputation on network {network.id.hex()[:12]}", why=f"{network_id.hex()[:12]} is the one you trust"
-        )
-    return network
+    return load_trusted(given.network, network_id, what="a reputation")
 
 
 def _folded(deals: list[list[bytes]], network: Network) -> Settler:

@@ -15,11 +15,11 @@ import msgspec
 
 from protocol import params
 from protocol.codec import blake, encode
-from protocol.errors import IchibaError
+from protocol.errors import IchibaError, RemoteProtocolError, VerificationFailed
 from protocol.incentives import margins, stake_per_price
 from protocol.keys import peer_key, peer_name
 
-__all__ = ["BadNetworkFile", "Deposit", "Network", "Rules", "dump", "load"]
+__all__ = ["BadNetworkFile", "Deposit", "Network", "Rules", "dump", "load", "load_trusted"]
 
 Millis = Annotated[int, msgspec.Meta(ge=1, le=30 * 24 * 3600 * 1000)]
 Permille = Annotated[int, msgspec.Meta(ge=0, le=1000)]
@@ -171,6 +171,22 @@ def load(text: str) -> Network:
         )
     check_incentives(rules)
     return Network(name=name, rules=rules, deposits=deposits, bootstrap=bootstrap, notaries=notaries, house=house)
+
+
+def load_trusted(text: str, network_id: bytes, *, what: str) -> Network:
+    """The network that a file of evidence brings, which must be the one its reader trusts (id, 32 bytes). what: is on
+    it, in words. Raises RemoteProtocolError, mostly VerificationFailed."""
+    try:
+        network = load(text)
+    except RemoteProtocolError:
+        raise
+    except IchibaError as error:
+        raise VerificationFailed(f"the network file in it is none: {error.what}") from None
+    if network.id != network_id:
+        raise VerificationFailed(
+            f"{what} on network {network.id.hex()[:12]}", why=f"{network_id.hex()[:12]} is the one you trust"
+        )
+    return network
 
 
 def _house(given: Any) -> House:
