@@ -72,6 +72,7 @@ from protocol import params
 from protocol.codec import blake, decode
 from protocol.credit_records import CreditLine
 from protocol.errors import LimitExceeded, LocalProtocolError, MalformedRecord, RemoteProtocolError
+from protocol.house import is_availability
 from protocol.keys import SigningKey, peer_key
 from protocol.network import Network
 from protocol.profile_task import ProfileSpec
@@ -184,7 +185,8 @@ class Node:
         offer = self.desk.book.offers.get(agreement.offer)
         if offer is not None and offer.submitter == agreement.submitter:  # nobody takes another's offer off the market
             self.desk.book.take_offer(agreement.offer, now_ns=self.desk.wall_ns)
-        self.desk.book.void_bids(agreement.solver, until_ns=agreement.created_ns)  # on the slot that is taken now
+        if not is_availability(agreement, self.desk.network):  # pay for standing ready takes no slot
+            self.desk.book.void_bids(agreement.solver, until_ns=agreement.created_ns)
         self.submitter.opened(agreement_id)
         self.solver.opened(agreement_id)
 

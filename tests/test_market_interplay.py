@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 
 from market import pricing
@@ -17,6 +18,7 @@ from protocol.records import amount_for
 from tests.credit_scene import give, key_of, make_friends, node_of
 from tests.market_scene import make_market, submit_job
 from tests.test_bidding import START_NS, Solver
+from tests.test_house import market as house_market
 from tests.test_market import NOW, ask, bid, offer
 from tests.test_market import peer as peer_of
 
@@ -132,3 +134,18 @@ def test_a_deadline_that_passes_while_a_proposal_waits_ends_the_job_and_frees_th
     assert (state["state"], "deadline" in state["reason"]) == ("failed", True)
     assert not node.settler.channels, "no stake is locked for work that nobody can use"
     assert all(deal.lifecycle in TERMINAL for deal in solver.solver.deals.values())
+
+
+def test_pay_for_standing_ready_takes_no_slot_and_voids_no_bid() -> None:
+    simulation = house_market(2)
+    simulation.run(seconds=7200, until=lambda: any(kind == "house-pays" for _, _, kind, _ in simulation.log))
+    (paid,) = [data["peer"] for _, _, kind, data in simulation.log if kind == "house-pays"]
+    witness = next(peer.node for peer in simulation.peers.values() if peer.node and peer.key.public != paid)
+    now, book = witness.desk.wall_ns, witness.desk.book
+    life = {"network": witness.desk.network.id, "created_ns": now - 10 * GIGA, "expires_ns": now + 3600 * GIGA}
+    book.add_offer(b"o" * 32, offer(**life), now_ns=now)
+    _, one = bid(1, offer=b"o" * 32, **life)
+    assert book.add_bid(b"b" * 32, msgspec.structs.replace(one, solver=paid), now_ns=now)
+    simulation.run(seconds=10)
+    assert paid in {channel.agreement.solver for channel in witness.settler.channels.values()}, "it heard of the pay"
+    assert paid in book.bids[b"o" * 32]
