@@ -69,7 +69,7 @@ class Bidder:
             unit_price=self.price_of(offer),
             memory_bytes=means.memory_bytes,
             sandbox=means.sandbox,
-            stake_micro=self.settler.free_stake(self.desk.me) - self.in_doubt_micro(),
+            stake_micro=self._stake(),
             slots_free=self.slots_free(),
             solves=solves,
             verifies=verifies,
@@ -132,7 +132,11 @@ class Bidder:
         rules, price_micro = self.desk.network.rules, amount_for(offer.operations, self.price_of(offer))
         rate = check_rate(rules, self.settler.history(self.desk.me).streak)
         wanted = lock_needed(rules, price_micro, rate)
-        return max(offer.lock_micro, min(wanted, self.settler.free_stake(self.desk.me)))
+        return max(offer.lock_micro, min(wanted, self._stake()))
+
+    def _stake(self) -> int:
+        """What this peer can promise to lock."""
+        return self.settler.free_stake(self.desk.me) - self.in_doubt_micro()
 
     def awaited(self) -> set[bytes]:
         """The offers whose submitters may propose at any moment: they stand, and hold a bid of this peer."""
@@ -220,7 +224,7 @@ class Bidder:
             return Refusal("range", "the proposal covers other segments or operations than the offer")
         if task is not None and (refusal := self.refuse_task(agreement, task, profiles)):
             return refusal
-        if self.settler.free_stake(self.desk.me) - self.in_doubt_micro() < agreement.lock_micro:
+        if self._stake() < agreement.lock_micro:
             return Refusal("stake", "the stake is locked elsewhere by now")
         return None
 
@@ -311,7 +315,7 @@ class Bidder:
             self.desk.means,
             self.speed(),
             self.pricer.price,
-            self.settler.free_stake(self.desk.me),
+            self._stake(),
             self.slots_free() > 0,
             self.desk.resting(),
             tuple(self.desk.link_speeds.items()),

@@ -119,7 +119,7 @@ class Node:
         self.forcing = Forcing(self.desk, self.settler, self.beacons)
         self.witness, self.intake = Witness(self.desk), Intake(self.desk, self.bidder)
         self.certificates = Certificates(self.desk, self.settler, self.witness)
-        self.bidder.in_doubt_micro = self.certificates.locks_in_doubt_micro
+        self.bidder.in_doubt_micro = lambda: self.certificates.locks_in_doubt_micro() + self.solver.promised_micro()
         self.solver = Solver(self.desk, self.settler, self.bidder, self.forcing, self.certificates.watch)
         self.forcing.go, self.forcing.offer = self.solver.go, self.solver.offer
         self.bidder.slots_free = self.solver.slots_free

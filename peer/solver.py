@@ -82,7 +82,12 @@ class Solver:
 
     def slots_free(self) -> int:
         """Slots without an active deal."""
-        return self.desk.means.slots - sum(1 for d in self.deals.values() if d.lifecycle in ACTIVE)
+        return self.desk.means.slots - sum(1 for d in self.deals.values() if d.state in ACTIVE)
+
+    def promised_micro(self) -> int:
+        """What proposals that were signed here may still lock of the stake, beside those that notaries certify."""
+        signed = (d for d in self.deals.values() if d.state == State.PROPOSED and not d.doubt)
+        return sum(agreement_of(deal, self.desk.network.id).lock_micro for deal in signed)
 
     # --- agreeing ------------------------------------------------------------------------------------------
     def on_propose(self, peer: bytes, message: m.Propose) -> None:

@@ -12,11 +12,14 @@ from market import pricing
 from market.book import OrderBook
 from market.ledger import deposit
 from market.pricing import Terms, clearing_price, goes_without
+from peer.deals import agreement_of
 from protocol import params
 from protocol.lifecycle import TERMINAL, State
 from protocol.records import amount_for
 from tests.credit_scene import give, key_of, make_friends, node_of
+from tests.dispute_swarm import court
 from tests.market_scene import make_market, submit_job
+from tests.swarm_scenario import submit
 from tests.test_bidding import START_NS, Solver
 from tests.test_house import market as house_market
 from tests.test_market import NOW, ask, bid, offer
@@ -149,3 +152,30 @@ def test_pay_for_standing_ready_takes_no_slot_and_voids_no_bid() -> None:
     simulation.run(seconds=10)
     assert paid in {channel.agreement.solver for channel in witness.settler.channels.values()}, "it heard of the pay"
     assert paid in book.bids[b"o" * 32]
+
+
+def test_a_bid_locks_no_stake_that_an_opening_in_doubt_may_take() -> None:
+    solver = Solver()
+    stake = solver.bidder.settler.free_stake(solver.desk.me)
+    solver.bidder.in_doubt_micro = lambda: stake - 700
+    solver.hear(1, check_permille=200, lock_micro=100, operations=10**15, unit_price_max=500)
+    (one,) = solver.bids()
+    assert 100 <= one.lock_micro <= 700, "a proposal on more would be declined for want of stake"
+
+
+@pytest.mark.parametrize("certified", [False, True])
+def test_what_is_signed_and_not_open_yet_is_promised_once(certified: bool) -> None:
+    simulation = court(1) if certified else make_market(7, submitters=1, solvers=1, floors=range(800, 801))
+    simulation.run(seconds=3)
+    if certified:
+        submit(simulation)
+    else:
+        submit_job(simulation, "a0", limit=1500, seed=1)
+    node = simulation.peers["bob" if certified else "s0"].node
+    assert node is not None
+    simulation.run(seconds=60, until=lambda: bool(node.solver.deals))
+    (deal,) = node.solver.deals.values()
+    lock = agreement_of(deal, simulation.network.id).lock_micro
+    assert (deal.lifecycle, node.bidder.in_doubt_micro()) == (State.PROPOSED, lock)
+    simulation.run(seconds=60, until=lambda: deal.lifecycle == State.RUNNING)
+    assert node.bidder.in_doubt_micro() == 0, "the ledger has locked it"
