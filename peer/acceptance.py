@@ -98,6 +98,10 @@ class Acceptance:
                 self.desk.send(one.peer, m.Decline(proposal.id, refusal.code, refusal.why))
                 continue
             self._sign(proposal.id, one)
+        if passed and self.slots_free() > 0:  # the slot of one that was refused so: the next may fit
+            self.waiting = {other.id: held[other.id] for other, _ in passed}
+            self._close()
+            return
         for proposal, refusal in passed:
             self.desk.send(held[proposal.id].peer, m.Decline(proposal.id, refusal.code, refusal.why))
         if passed:

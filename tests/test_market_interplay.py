@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -179,3 +180,25 @@ def test_what_is_signed_and_not_open_yet_is_promised_once(certified: bool) -> No
     assert (deal.lifecycle, node.bidder.in_doubt_micro()) == (State.PROPOSED, lock)
     simulation.run(seconds=60, until=lambda: deal.lifecycle == State.RUNNING)
     assert node.bidder.in_doubt_micro() == 0, "the ledger has locked it"
+
+
+def test_a_slot_that_the_best_cannot_take_for_want_of_stake_goes_to_the_next() -> None:
+    simulation = make_market(8, submitters=3, solvers=1, floors=range(800, 801))
+    node = simulation.peers["s0"].node
+    assert node is not None
+    node.desk.means = replace(node.desk.means, slots=2, fixed_price=True)
+    simulation.run(seconds=3)
+    jobs = [
+        submit_job(simulation, f"a{i}", limit=limit, seed=i + 1, segments=segments)
+        for i, (limit, segments) in enumerate(((3000, 2), (2500, 3), (2000, 2)))
+    ]
+    simulation.run(seconds=10, until=lambda: len(node.bidder.seeds) == 3)
+    small, best, large = sorted(one.lock_micro for _, _, one in node.bidder.seeds.values())
+    assert best < large < small + best < large + best
+    held = node.bidder.settler.free_stake(node.desk.me) - best - small  # enough for these two, and for no other two
+    node.bidder.in_doubt_micro = lambda: held + node.solver.promised_micro()
+    simulation.run(seconds=10, until=lambda: len(node.solver.acceptance.waiting) == 2)
+    simulation.run(seconds=2)
+    codes = {data["code"] for _, _, kind, data in simulation.log if kind == "refused"}
+    states = [simulation.command(f"a{i}", "job", {"job": jobs[i]}).result["state"] for i in range(3)]
+    assert (codes, states) == ({"stake"}, ["running", "offered", "running"])
