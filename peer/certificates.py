@@ -46,6 +46,10 @@ class _Asked:
         """Whether the deal will not be worked on."""
         return self.deal.lifecycle == State.DECLINED
 
+    def never(self, quorum: int) -> bool:
+        """Whether it is certain that it never opens, though some notary may hold its money back still."""
+        return len(self.voids) >= quorum
+
 
 @dataclass
 class Certificates:
@@ -81,7 +85,12 @@ class Certificates:
     def locks_in_doubt_micro(self) -> int:
         """What openings in doubt may still take of this peer's stake. Not to be promised again: two orders of an honest
         peer must not starve each other."""
-        return sum(one.agreement.lock_micro for one in self.asked.values() if one.deal.side == "solver")
+        return sum(one.agreement.lock_micro for one in self._open() if one.deal.side == "solver")
+
+    def _open(self) -> list[_Asked]:
+        """The deals that may be opened yet: they may take money of this peer."""
+        quorum = self.desk.network.notary_quorum
+        return [asked for asked in self.asked.values() if not asked.never(quorum)]
 
     def caught(self, proof: Equivocation, envelope: bytes) -> None:
         """Two records of one place, shown by somebody: a bar, and of two openings a stake. Raises as they do."""
@@ -121,6 +130,8 @@ class Certificates:
         asked.refusals.pop(peer, None)
         if len(asked.signatures) >= self.desk.network.notary_quorum:
             self._certified(asked)
+        elif asked.never(self.desk.network.notary_quorum):
+            self._release(asked)
 
     def _on_void(self, peer: bytes, envelope: bytes) -> None:
         void, _, _ = open_record(envelope, network=self.desk.network.id)
@@ -130,7 +141,7 @@ class Certificates:
         if asked is None:
             return
         asked.voids[peer] = envelope
-        if len(asked.voids) >= self.desk.network.notary_quorum:
+        if asked.never(self.desk.network.notary_quorum):
             self._release(asked)
 
     # --- what comes of it ------------------------------------------------------------------------------------
@@ -145,12 +156,16 @@ class Certificates:
             self.on_certified(deal)
 
     def _release(self, asked: _Asked) -> None:
-        """A quorum never signs: who did lets go of the money, and then nothing is in doubt any more."""
+        """A quorum never signs: who did lets go of the money. One that has said nothing yet may have signed too, and
+        the answer got lost: it is asked on, for a day, or it held the money back for ever."""
         voids = tuple(envelope for _, envelope in sorted(asked.voids.items()))
-        holding = [notary for notary in sorted(asked.signatures) if notary not in asked.voids]
-        for notary in holding:
-            self.desk.send(notary, CertifyRelease(asked.deal.id, voids))
-        if not holding:
+        left = [n for n in certifiers(self.desk.network, asked.agreement) if n not in asked.voids]
+        for notary in left:
+            if notary in asked.signatures:
+                self.desk.send(notary, CertifyRelease(asked.deal.id, voids))
+        late_ns = min(self.desk.now_ns, self.desk.wall_ns) - asked.agreement.accept_before_ns
+        silent = not asked.signatures.keys() & set(left)
+        if not left or (silent and late_ns > params.CERTIFY_NEVER_NS):
             self._settled(asked)
 
     def _settled(self, asked: _Asked) -> None:
@@ -195,7 +210,7 @@ class Certificates:
 
     def _left(self, asked: _Asked) -> int:
         """What is left of the own balance for this channel."""
-        others = [a for a in self.asked.values() if a.deal.side == "submitter" and a is not asked]
+        others = [a for a in self._open() if a.deal.side == "submitter" and a is not asked]
         return self.settler.free_micro(self.desk.me) - sum(other.agreement.channel_micro for other in others)
 
     def _hopeless(self, asked: _Asked) -> tuple[str, str] | None:
@@ -227,12 +242,12 @@ class Certificates:
         quorum = self.desk.network.notary_quorum
         if len(asked.signatures) >= quorum:
             self._certified(asked)
-        elif len(asked.voids) >= quorum:
-            self._release(asked)
         elif not certifiers(self.desk.network, asked.agreement):
             self._settled(asked)
         else:
             self._ask(asked, end=True)
+            if asked.never(quorum):
+                self._release(asked)
 
     def restore(self, rows: Rows, *deals: Mapping[bytes, Deal]) -> None:
         """What this notary holds, and the deals of either side that were in doubt: they still are."""
