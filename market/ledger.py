@@ -154,6 +154,10 @@ class Ledger:
         """A copy of every balance that is not zero, in micro-credits."""
         return dict(self._balances)
 
+    def knows(self, owner: bytes) -> bool:
+        """Whether any money ever went through the hands of `owner`: keys cost nothing, money does."""
+        return owner in self._flows
+
     def flows(self) -> dict[bytes, Flow]:
         """The flows of each owner; read them, do not change them."""
         return dict(self._flows)

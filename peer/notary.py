@@ -51,6 +51,7 @@ class Notary:
     free: Counter[bytes] = field(default_factory=Counter)  # micro-credits set aside of a submitter's free balance
     stake: Counter[bytes] = field(default_factory=Counter)  # and of a solver's stake
     count: Counter[bytes] = field(default_factory=Counter)  # rows of a submitter
+    strangers: set[bytes] = field(default_factory=set)  # rows of submitters that never had money: promises alone
     clean_ns: int = 0
 
     # --- what it is asked ------------------------------------------------------------------------------------
@@ -117,8 +118,12 @@ class Notary:
         return "sequence", "its submitter signed another agreement under the same sequence number"
 
     def _full(self, agreement: Agreement) -> tuple[str, str] | None:
+        """Whether there is no room. Promises cost nothing to ask for, so those about the orders of keys without money
+        have a share of their own, which leaves room for who has some."""
         mine = self.count[agreement.submitter]
-        if len(self.rows) < params.RESERVATIONS_MAX and mine < params.RESERVATIONS_PER_SUBMITTER_MAX:
+        known = self.desk.ledger.knows(agreement.submitter)
+        room = known or len(self.strangers) < params.RESERVATIONS_OF_STRANGERS_MAX
+        if room and len(self.rows) < params.RESERVATIONS_MAX and mine < params.RESERVATIONS_PER_SUBMITTER_MAX:
             return None
         return "busy", f"this notary holds {len(self.rows)} agreements that are not open, {mine} of this submitter"
 
@@ -165,6 +170,8 @@ class Notary:
         if not row.void or place not in self.places:
             self.places[place] = agreement_id
         self.count[agreement.submitter] += 1
+        if not self.desk.ledger.knows(agreement.submitter):
+            self.strangers.add(agreement_id)
         if not row.void:
             self.free[agreement.submitter] += agreement.channel_micro
             self.stake[agreement.solver] += agreement.lock_micro
@@ -175,6 +182,7 @@ class Notary:
         if self.places.get(place) == agreement_id:
             del self.places[place]
         self.count[agreement.submitter] -= 1
+        self.strangers.discard(agreement_id)
         if not row.void:
             self.free[agreement.submitter] -= agreement.channel_micro
             self.stake[agreement.solver] -= agreement.lock_micro

@@ -384,6 +384,7 @@ CERTIFY_LATE_NS: Final = CLOCK_SKEW_NS_MAX  # after a proposal's time a notary s
 CERTIFY_NEVER_NS: Final = 24 * 3600 * 10**9  # and after this not though others did; then its promises can be forgotten
 CERTIFY_END_NS: Final = 10 * 10**9  # between two rounds of questions about an agreement that was given up
 RESERVATIONS_MAX: Final = 16_384  # agreements one notary holds, 1 kB each; a day's given-up ones among them
+RESERVATIONS_OF_STRANGERS_MAX: Final = 4_096  # of them, promises about orders of keys that never had any money
 RESERVATIONS_PER_SUBMITTER_MAX: Final = 1_024  # JOBS_OPEN_MAX jobs, each with profiles and a deal that was given up
 # --- what people ask (market/filters.py, market/prints.py, peer/answers.py) --------------------------------
 FOREVER_NS: Final = 2**63 - 1  # later than any time a record can hold

@@ -263,6 +263,27 @@ def test_the_table_has_an_end(offices: list[Office], monkeypatch: pytest.MonkeyP
     assert code_of(office.ask(agreed(1, 1, sequence=2, submitter=1))) == "busy"
 
 
+def test_keys_without_money_leave_room_for_who_has_some(
+    offices: list[Office], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    office = offices[0]
+    monkeypatch.setattr(params, "RESERVATIONS_MAX", 4)
+    monkeypatch.setattr(params, "RESERVATIONS_OF_STRANGERS_MAX", 2)
+    first, left = agreed(), agreed(1, 1, sequence=2)
+    stranger = [SigningKey.from_seed(f"stranger-{n}".encode().ljust(32, b".")) for n in range(4)]
+    office.now_ns += LATE_NS
+    answers = []
+    for key in stranger:
+        terms = msgspec.structs.replace(named(first)[0], submitter=key.public)
+        made_up = add_signature(seal(terms, key), SOLVERS[0], network=NETWORK.id)
+        answers.append(office.ask(made_up, end=True, by=SOLVERS[0].public))
+    assert [type(answer) for answer in answers] == [Voided, Voided, CertifyRefuse, CertifyRefuse]
+    assert isinstance(office.ask(left, end=True), Voided)
+    office.start()
+    assert isinstance(office.ask(agreed(sequence=3, now_ns=office.now_ns)), Certified)
+    assert code_of(office.ask(agreed(1, 1, sequence=4, now_ns=office.now_ns))) == "busy", "the table has an end for all"
+
+
 SUBSETS = [subset for size in (2, 3, 4) for subset in combinations(range(4), size)]
 
 
