@@ -24,7 +24,7 @@ from protocol.errors import VerificationFailed
 from protocol.house import AVAILABILITY_NS, availability_micro, check_pay, pay_agreement, pay_settlement
 from protocol.keys import peer_key
 from protocol.network import House as Terms
-from protocol.records import ROLE_SOLVER, Agreement, Ask, Settlement, add_signature, open_record
+from protocol.records import ROLE_SOLVER, Agreement, Ask, Claim, Settlement, add_signature, open_record
 
 __all__ = ["House"]
 
@@ -79,6 +79,7 @@ class House:
             self.claims.clear()
             room_ns = max(1, (period + 1) * AVAILABILITY_NS - now - params.BENCH_WINDOW_NS_MAX)
             self.call_ns = now + self.desk.rng.randrange(room_ns)
+            self._take_back(period)
             self._forget(period)
         if self.waiting is None and now >= self.call_ns:
             self.waiting = self._callable(period)
@@ -165,6 +166,16 @@ class House:
         channel = self.settler.channels.get(pay.deal)
         return channel is not None and bool(channel.closed)
 
+    def _take_back(self, period: int) -> None:
+        """Close what a peer opened and never settled, when its time is over: it was offered both at once."""
+        for pay in self.pays.values():
+            if pay.deal in self.settler.channels and not self._settled(pay) and pay.period + 1 < period:
+                self.desk.attempt(self._claim, pay)
+
+    def _claim(self, pay: _Pay) -> None:
+        claim = Claim(network=self.desk.network.id, agreement=pay.deal, author=self.desk.me, voucher=b"", fees=())
+        self.settler.accept(self.desk.seal(claim), publish=True)
+
     def _forget(self, period: int) -> None:
         """Rows of the day before yesterday that are settled, or that nobody came for."""
         kept = params.HOUSE_PERIODS_KEPT
@@ -189,10 +200,13 @@ class House:
                 self.desk.publish(SETTLEMENT, envelope)
             return
         check_pay(agreement, deal, settlement, network=network, me=self.desk.me)
-        for envelope in (message.agreement, message.settlement):
-            both = add_signature(envelope, self.desk.key, network=network.id)
-            if not self.settler.accept(both, publish=True):
-                return  # not funded as far as this peer knows: the house asks again
+        opening, closing = (
+            add_signature(envelope, self.desk.key, network=network.id)
+            for envelope in (message.agreement, message.settlement)
+        )
+        if known is None and not self.settler.accept(opening, publish=True):
+            return  # not funded as far as this peer knows: the house asks again, and it may open meanwhile
+        self.settler.accept(closing, publish=True)
         self.desk.emit("availability", deal=deal, micro=agreement.channel_micro)
 
     def _closing(self, deal: bytes) -> list[bytes]:

@@ -237,6 +237,44 @@ def test_a_pay_cannot_be_made_without_the_house() -> None:
     assert add_signature(own, simulation.by_key[pay.peer].key, network=simulation.network.id) == own
 
 
+def opened_alone(simulation: Simulation, *, keep: bool) -> tuple[str, bytes, HousePay]:
+    """A pay of the house whose agreement alone is open: at its peer, by name, and with its id and the message."""
+    simulation.run(seconds=HOUR)
+    house = node(simulation, "house").house
+    (old, *_) = house.pays.values()
+    terms, _, _ = open_record(old.agreement, network=simulation.network.id)
+    assert isinstance(terms, Agreement)
+    envelope = seal(msgspec.structs.replace(terms, sequence=terms.sequence + 1), simulation.peers["house"].key)
+    agreement, deal, _ = open_record(envelope, network=simulation.network.id)
+    assert isinstance(agreement, Agreement)
+    settlement = seal(pay_settlement(agreement, deal), simulation.peers["house"].key)
+    if keep:
+        house.pays[b"x" * 40] = msgspec.structs.replace(old, deal=deal, agreement=envelope, settlement=settlement)
+    name = simulation.by_key[old.peer].name
+    both = add_signature(envelope, simulation.peers[name].key, network=simulation.network.id)
+    for each in (name, "house"):
+        assert node(simulation, each).settler.accept(both)
+    return name, deal, HousePay(envelope, settlement)
+
+
+def test_a_pay_that_waited_for_funds_and_opened_by_itself_is_settled_when_it_is_offered_again() -> None:
+    simulation = market(2)
+    name, deal, message = opened_alone(simulation, keep=False)
+    peer, before = node(simulation, name), free(simulation, name, name)
+    peer.handle(MessageIn(simulation.peers["house"].key.public, pack(message)), simulation.now_ns)
+    channel = peer.settler.channels[deal]
+    assert channel.closed == "settled"
+    assert free(simulation, name, name) == before + channel.agreement.channel_micro
+
+
+def test_the_house_takes_back_what_a_peer_opens_and_never_settles() -> None:
+    simulation = market(2)
+    _, deal, _ = opened_alone(simulation, keep=True)
+    simulation.run(seconds=4 * HOUR)
+    channel = node(simulation, "house").settler.channels[deal]
+    assert (channel.closed, channel.paid_micro) == ("claimed", 0)
+
+
 # --- the network file ------------------------------------------------------------------------------------------
 def test_a_house_is_named_in_the_network_file_and_changes_its_id() -> None:
     network = market().network
