@@ -22,7 +22,7 @@ from peer.receipt_rows import Rows
 from peer.settler import Settler
 from protocol import params
 from protocol.codec import decode
-from protocol.errors import IchibaError, LimitExceeded, RemoteProtocolError
+from protocol.errors import IchibaError, LocalProtocolError, RemoteProtocolError
 from protocol.records import Agreement, Arbitration, Claim, Equivocation, Fault, Settlement, Slash, open_record
 
 __all__ = ["RESTORED_KEY", "RESTORED_TABLE", "Restored", "RestoredListens"]
@@ -66,7 +66,7 @@ class Restored:
         """Take an input in the node's place. Bytes that are wrong are left: there is time to judge them later."""
         try:
             self._handle(event)
-        except (RemoteProtocolError, LimitExceeded) as error:
+        except (RemoteProtocolError, LocalProtocolError) as error:  # as peer/node.py does
             self.desk.drop(f"refused-{error.code}", b"")
             self.desk.emit("ignored", why=str(error)[:300])
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
+from peer.events import Emit, GossipIn, MessageIn
+from peer.messages import Records, pack
 from peer.restored import RESTORED_KEY, RESTORED_TABLE
 from peer.simulator import SECOND, Faults, Simulation
+from protocol.codec import encode
 from protocol.errors import CorruptStore
+from protocol.records import Agreement, add_signature, seal
 from tests.swarm_scenario import job_state, make_swarm, submit
 
 CALM = Faults(until_ns=0)
@@ -83,6 +88,27 @@ def test_a_restored_peer_refuses_to_sign_until_it_has_heard() -> None:
     assert RESTORED_KEY not in alice.rows[RESTORED_TABLE]
     assert set(alice.rows["settlement"]) > before
     simulation.check_quiet()
+
+
+def test_a_lost_deal_on_credit_that_its_partner_shows_does_not_stop_a_peer_that_listens() -> None:
+    simulation = make_swarm(5, CALM)
+    simulation.run(seconds=3)
+    alice, bob = simulation.peers["alice"], simulation.peers["bob"]
+    go_back(simulation, "alice", alice.rows, list(alice.entries))
+    simulation.run(seconds=9)
+    assert alice.node is not None and alice.node.restored.listening
+    fields: dict[str, object] = {f.name: bytes(32) for f in msgspec.structs.fields(Agreement)}
+    numbers = ("first_segment", "operations", "unit_price", "channel_micro", "lock_micro", "sequence", "check_permille")
+    fields |= dict.fromkeys((*numbers, "accept_before_ns", "segment_deadline_ns", "created_ns", "last_segment"), 0)
+    fields |= {"network": simulation.network.id, "credit": b"c" * 32}
+    lost = Agreement(**{**fields, "submitter": alice.key.public, "solver": bob.key.public})  # type: ignore[arg-type]
+    both = add_signature(seal(lost, alice.key), bob.key, network=simulation.network.id)
+    for event in (
+        GossipIn("settlement", bob.key.public, encode([both])),
+        MessageIn(bob.key.public, pack(Records((both,)))),
+    ):
+        effects = alice.node.handle(event, simulation.now_ns)
+        assert [e.kind for e in effects if isinstance(e, Emit)] == ["ignored"]
 
 
 def test_receipts_of_finished_deals_are_read_when_they_are_asked_for() -> None:
