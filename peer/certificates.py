@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from peer.certificate_messages import CertificateMessage, Certified, CertifyAsk, CertifyRefuse, CertifyRelease, Voided
@@ -23,7 +24,7 @@ from peer.witness import Witness
 from protocol import params
 from protocol.certificate import attach, certifiers, takes_certificate
 from protocol.equivocation import opened_twice
-from protocol.errors import VerificationFailed
+from protocol.errors import LimitExceeded, VerificationFailed
 from protocol.lifecycle import State
 from protocol.records import Agreement, Equivocation, Void, open_record
 
@@ -64,7 +65,7 @@ class Certificates:
 
     def __post_init__(self) -> None:
         self.notary = Notary(self.desk, self.settler, self.witness)
-        self.witness.on_caught = self._log
+        self.witness.on_caught = self._caught_here
 
     def watch(self, deal: Deal) -> None:
         """Both parties signed: it is in doubt from here on, if it takes a certificate. The caller journals the deal."""
@@ -96,6 +97,10 @@ class Certificates:
         """Two records of one place, shown by somebody: a bar, and of two openings a stake. Raises as they do."""
         self.witness.on_proof(proof)
         self._log(proof, envelope)
+
+    def _caught_here(self, proof: Equivocation, envelope: bytes) -> None:
+        with suppress(LimitExceeded):  # one pair more or less: whoever asked this notary must have its answer
+            self._log(proof, envelope)
 
     def _log(self, proof: Equivocation, envelope: bytes) -> None:
         if opened_twice(proof) is not None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 from peer.desk import MARKET, Desk
 from protocol import params
-from protocol.equivocation import check_equivocation, place_of, prove
+from protocol.equivocation import Placed, check_equivocation, place_of, prove
 from protocol.errors import VerificationFailed
 from protocol.keys import short
-from protocol.records import Ask, Bid, Equivocation, Offer, Record
+from protocol.records import Agreement, Ask, Bid, Equivocation, Offer, Record
 
 __all__ = ["Witness"]
 
@@ -36,7 +36,7 @@ class Witness:
         # not stand in the place of the one that it did sign.
         if place is not None and place[0] in signers:
             known = self.held.setdefault(place, (record_id, envelope))
-            if known[0] != record_id and place[0] not in self.barred:
+            if known[0] != record_id and (place[0] not in self.barred or isinstance(record, Agreement)):
                 self.convict(known[1], envelope)
             while len(self.held) > params.WITNESS_PLACES_MAX:
                 del self.held[next(iter(self.held))]
@@ -45,24 +45,29 @@ class Witness:
                 self._refuse(peer)
 
     def convict(self, first: bytes, second: bytes) -> None:
-        """Show two records of one place to everybody. Raises VerificationFailed if they are not."""
+        """Show two records of one place to everybody. Raises VerificationFailed if they are not.
+
+        Of a peer that is barred already nobody has to be told, but what its stake pays for is taken: the log spreads
+        it.
+        """
         proof = prove(first, second, network=self.desk.network.id)
+        envelope = self.desk.seal(proof)
         if proof.culprit not in self.barred:
-            envelope = self.desk.seal(proof)
             self.desk.publish(MARKET, envelope)
             self.on_proof(proof)
-            self.on_caught(proof, envelope)
+        self.on_caught(proof, envelope)
 
     def on_proof(self, proof: Equivocation) -> None:
         """Two records of one place, seen here or by somebody else. Raises VerificationFailed, and what `open_record`
         raises.
 
-        The bar counts from when the later one was made: an old proof that is shown again changes nothing.
+        The bar counts from when the later one was made, as far as others had to believe that: an old proof that is
+        shown again changes nothing.
         """
         if proof.culprit in self.barred:
             return
         one, two = check_equivocation(proof)
-        age_ns = max(0, self.desk.wall_ns - max(one.created_ns, two.created_ns))
+        age_ns = max(0, self.desk.wall_ns - max(_dated_ns(one), _dated_ns(two)))
         until_ns = self.desk.now_ns + params.BAR_NS - age_ns
         if until_ns > self.desk.now_ns:
             self._bar(proof.culprit, type(one).__name__.lower(), until_ns)
@@ -97,3 +102,8 @@ class Witness:
     def restore(self, rows: Callable[[str], Iterable[tuple[bytes, bytes]]]) -> None:
         """The bars that were journalled."""
         self.barred = {peer: int.from_bytes(until, "big") for peer, until in rows("barred")}
+
+
+def _dated_ns(record: Placed) -> int:
+    """The date in a record that others look at before they take it: nobody asks when an agreement was made."""
+    return record.accept_before_ns if isinstance(record, Agreement) else record.created_ns

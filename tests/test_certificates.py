@@ -6,7 +6,9 @@ import random
 
 import pytest
 
+from market import entries as money
 from market.ledger import Ledger
+from peer.certificate_messages import Certified
 from peer.certificates import Certificates
 from peer.deals import Deal
 from peer.desk import Desk, Means
@@ -16,7 +18,19 @@ from peer.settler import Settler
 from peer.witness import Witness
 from protocol import params
 from protocol.lifecycle import State
-from tests.test_notary import LATE_NS, NETWORK, NOTARIES, NOW_NS, SOLVERS, Office, agreed, named, with_answers
+from tests.test_notary import (
+    LATE_NS,
+    NETWORK,
+    NOTARIES,
+    NOW_NS,
+    SOLVERS,
+    SUBMITTERS,
+    Office,
+    agreed,
+    code_of,
+    named,
+    with_answers,
+)
 
 
 class Solver:
@@ -71,6 +85,22 @@ def test_a_notary_that_signed_and_is_away_when_the_others_promise_lets_go_when_i
     assert offices[0].notary.stake == {SOLVERS[0].public: 900}
     solver.ends(0, 1, 2, 3)
     assert not offices[0].notary.stake and not offices[0].notary.free
+    assert not solver.certificates.asked and not solver.deal.doubt
+
+
+def test_the_solver_of_one_of_many_orders_of_one_number_is_answered_too(
+    offices: list[Office], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(params, "MOOT_RECORDS_MAX", 0)
+    orders = [agreed(number) for number in (1, 2, 3, 4)]
+    for office in offices:
+        certificates = Certificates(office.desk, office.settler, office.notary.witness)
+        office.notary = certificates.notary
+        office.desk.ledger.post(money.deposit(b"s" * 32, SUBMITTERS[0].public, 0, 10**7))
+        assert isinstance(office.ask(orders[0]), Certified)
+        assert [code_of(office.ask(order)) for order in orders[1:]] == ["sequence"] * 3
+    solver = Solver(orders[-1], offices)
+    solver.ends(0, 1, 2, 3, later_ns=LATE_NS)
     assert not solver.certificates.asked and not solver.deal.doubt
 
 

@@ -112,6 +112,39 @@ def test_an_agreement_that_its_submitter_did_not_sign_takes_no_place(swarm: Simu
     assert not any(barring(swarm, peer) for peer in swarm.peers.values())
 
 
+def two_orders(simulation: Simulation, name: str, **changes: int) -> list[bytes]:
+    """Two agreements of `name` under one number, of now, to work for it by two others."""
+    fields: dict[str, object] = {field.name: bytes(32) for field in msgspec.structs.fields(Agreement)}
+    ones = ("operations", "unit_price", "segment_deadline_ns", "last_segment", "channel_micro", "sequence")
+    fields |= dict.fromkeys(ones, 1) | {"first_segment": 0, "check_permille": 200, "lock_micro": 0}
+    fields |= {"created_ns": simulation.now_ns, "accept_before_ns": simulation.now_ns + SECOND}
+    fields |= {"network": simulation.network.id, "submitter": simulation.peers[name].key.public, **changes}
+    solvers = (simulation.peers[other].key.public for other in ("carol", "wendy"))
+    return [seal(Agreement(**{**fields, "solver": one}), simulation.peers[name].key) for one in solvers]  # type: ignore[arg-type]
+
+
+def test_who_dates_its_orders_back_is_barred_no_less(swarm: Simulation) -> None:
+    alice = swarm.peers["alice"]
+    for envelope in two_orders(swarm, "alice", created_ns=1):
+        hear(swarm, "wendy", "carol", envelope)
+    swarm.run(seconds=2)
+    assert barring(swarm, alice) == set(swarm.peers) - {"alice"}
+
+
+def test_a_bar_does_not_save_the_stake_of_who_opens_twice(swarm: Simulation) -> None:
+    bob, wendy = swarm.peers["bob"], swarm.peers["wendy"].node
+    assert wendy is not None
+    hear(swarm, "wendy", "bob", twins(swarm, "bob")[1])
+    swarm.run(seconds=2)
+    before = wendy.settler.free_stake(bob.key.public)
+    for envelope in two_orders(swarm, "bob"):
+        hear(swarm, "wendy", "carol", envelope)
+    swarm.run(seconds=2)
+    assert wendy.settler.free_stake(bob.key.public) == before - swarm.network.rules.checker_stake_min_micro
+    swarm.run(seconds=60)
+    swarm.check_quiet()  # all others heard of it with the next comparison of logs
+
+
 def test_a_flood_of_places_keeps_the_newest(swarm: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(params, "WITNESS_PLACES_MAX", 4)
     bob, alice = swarm.peers["bob"], swarm.peers["alice"].node
