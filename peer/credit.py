@@ -18,6 +18,7 @@ from market.matching import Refusal
 from peer.channel import Channel
 from peer.deals import Deal, agreement_of
 from peer.desk import Desk
+from peer.evidence import claimed_micro
 from peer.messages import Records
 from protocol import params
 from protocol.credit_records import NO_CREDIT, CreditLine, Settled, check_line
@@ -25,7 +26,7 @@ from protocol.credits import credits_of
 from protocol.errors import InsufficientFunds, LimitExceeded, LocalProtocolError, NotFound, VerificationFailed
 from protocol.keys import peer_name, short
 from protocol.lifecycle import TERMINAL
-from protocol.records import Agreement, Claim, Envelope, Record, Settlement, Voucher, decode_body, open_record
+from protocol.records import Agreement, Claim, Envelope, Record, Settlement, decode_body, open_record
 
 __all__ = ["Account", "Credit", "Line"]
 
@@ -282,14 +283,7 @@ class Credit:
         agreement = self.channels[record.agreement].agreement
         if record.author != self.desk.me:
             raise VerificationFailed("a claim on a deal on credit closes its author's books, not another's")
-        worth = 0
-        if record.voucher:
-            voucher, _, _ = open_record(record.voucher, network=self.desk.network.id)
-            if not isinstance(voucher, Voucher) or voucher.agreement != record.agreement:
-                raise VerificationFailed("claim with a voucher of another deal")
-            if voucher.submitter != agreement.submitter or voucher.cumulative_micro > agreement.promise_micro:
-                raise VerificationFailed("claim with a voucher that is not its submitter's, or promises too much")
-            worth = voucher.cumulative_micro
+        worth = claimed_micro(record, agreement, self.desk.network.id)
         return self._close(record.agreement, "claimed", worth, envelope)
 
     def _close(self, deal_id: bytes, how: Literal["settled", "claimed"], micro: int, closing: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""The seeds and verdicts of a deal as evidence: whoever judges re-derives the draw from signed records alone."""
+"""The vouchers, seeds and verdicts of a deal as evidence: whoever judges goes by signed records alone."""
 
 from __future__ import annotations
 
@@ -8,10 +8,26 @@ from protocol.errors import VerificationFailed
 from protocol.forced import open_beacon
 from protocol.network import Network
 from protocol.profile import EXACT
-from protocol.records import Agreement, Proof, Reveal, Slash, Verdict, open_record
+from protocol.records import Agreement, Claim, Proof, Reveal, Slash, Verdict, Voucher, open_record
 from protocol.sampling import check_reveal, mixed, randomness, select_segments
 
-__all__ = ["open_draw", "open_seeds", "wrong_verdicts"]
+__all__ = ["claimed_micro", "open_draw", "open_seeds", "wrong_verdicts"]
+
+
+def claimed_micro(claim: Claim, agreement: Agreement, network: bytes) -> int:
+    """What the voucher in a claim on this agreement promises, in micro-credits; 0 without one. Raises
+    VerificationFailed for a voucher of another deal, not its submitter's, or above what was agreed."""
+    if not claim.voucher:
+        return 0
+    voucher, _, _ = open_record(claim.voucher, network=network)
+    if not isinstance(voucher, Voucher) or voucher.agreement != claim.agreement:
+        raise VerificationFailed("claim with a voucher of another channel")
+    if voucher.submitter != agreement.submitter:
+        raise VerificationFailed("claim with a voucher that the submitter did not sign")
+    worth = voucher.cumulative_micro
+    if worth > agreement.promise_micro:
+        raise VerificationFailed(f"voucher of {worth} on a channel of {agreement.promise_micro} micro-credits")
+    return worth
 
 
 def open_seeds(

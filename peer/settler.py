@@ -21,7 +21,7 @@ from market.penalties import release_key
 from market.reputation import DAY_NS, Reputation, Reputations
 from peer.channel import Channel
 from peer.desk import SETTLEMENT, Desk
-from peer.evidence import wrong_verdicts
+from peer.evidence import claimed_micro, wrong_verdicts
 from peer.judgement import Judgement, NotYet
 from peer.netting import Nettings
 from protocol import params
@@ -42,7 +42,6 @@ from protocol.records import (
     Settlement,
     Slash,
     Verdict,
-    Voucher,
     amount_for,
     decode_body,
     open_record,
@@ -333,16 +332,7 @@ class Settler:
             raise VerificationFailed("claim by a peer that is no party to the agreement")
         if record.author == agreement.solver and record.fees:
             raise VerificationFailed("a solver cannot spend the submitter's channel on fees")
-        worth = 0
-        if record.voucher:
-            voucher, _, _ = open_record(record.voucher, network=self.desk.network.id)
-            if not isinstance(voucher, Voucher) or voucher.agreement != record.agreement:
-                raise VerificationFailed("claim with a voucher of another channel")
-            if voucher.submitter != agreement.submitter:
-                raise VerificationFailed("claim with a voucher that the submitter did not sign")
-            worth = voucher.cumulative_micro
-        if worth > agreement.channel_micro:
-            raise VerificationFailed(f"voucher of {worth} on a channel of {agreement.channel_micro} micro-credits")
+        worth = claimed_micro(record, agreement, self.desk.network.id)
         if self._moot(channel):
             return
         channel.best_voucher_micro = max(channel.best_voucher_micro, worth)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from click.testing import CliRunner, Result
 
 from peer.cli import cli
+from peer.client import CommandRefused
 from tests.fake_daemon import JOB, FakeDaemon, running
+
+if TYPE_CHECKING:
+    from peer.simulator import Simulation
 
 ROOT = Path(__file__).resolve().parent.parent
 PEER = "12D3KooWGC9253ES1rnmjbyBGj7CEVEEqtkq13RN4DgqLixKLZao"
@@ -38,6 +42,21 @@ SHOWN = {
 
 DONE = {"kind": "done", "reason": "", "final_root": "11" * 32, "checkpoint": "22" * 32}
 STEPS = [{"kind": "step", "deal": "cd" * 32, "step": step, "loss": 1 / (1 + step)} for step in range(60)]
+
+
+def serve(daemon: FakeDaemon, simulation: Simulation, name: str, *, verbs: Iterable[str]) -> None:
+    """Let a simulated node answer behind the control socket: its own words, not a copy of them."""
+
+    def answer(verb: str) -> Any:
+        def ask(arguments: dict[str, Any]) -> dict[str, Any]:
+            reply = simulation.command(name, verb, arguments)
+            if reply.error is not None:
+                raise CommandRefused(reply.error)
+            return reply.result
+
+        return ask
+
+    daemon.answers |= {verb: answer(verb) for verb in verbs}
 
 
 def ichiba(data: Path, *words: str) -> Result:

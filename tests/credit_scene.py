@@ -89,3 +89,12 @@ def owed(simulation: Simulation, creditor: str, debtor: str) -> int:
     other = credit_of(simulation, debtor).balance_micro(key_of(simulation, creditor))
     assert one == -other, f"{creditor} says {one}, {debtor} {other}"
     return one
+
+
+def make_indebted() -> Simulation:
+    """Ann owes Ben for one job and has 0.94 credits left with him."""
+    simulation = make_friends(1)
+    simulation.run(seconds=3)
+    give(simulation, "ben", "ann")
+    done(simulation, "ann", work_for(simulation, "ann"))
+    return simulation

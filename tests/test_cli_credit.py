@@ -3,52 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from peer.client import CommandRefused
 from peer.simulator import Simulation
 from protocol.keys import peer_name
-from tests.cli_scene import ichiba, lines
-from tests.credit_scene import done, give, key_of, make_friends, work_for
+from tests.cli_scene import ichiba, lines, serve
+from tests.credit_scene import key_of, make_indebted
 from tests.fake_daemon import FakeDaemon
 
 VERBS = ("credit", "credit-give", "credit-revoke", "credit-net")
 
 
-def serve(daemon: FakeDaemon, simulation: Simulation, name: str) -> None:
-    """Let a simulated node answer behind the control socket."""
-
-    def answer(verb: str) -> Any:
-        def ask(arguments: dict[str, Any]) -> dict[str, Any]:
-            reply = simulation.command(name, verb, arguments)
-            if reply.error is not None:
-                raise CommandRefused(reply.error)
-            return reply.result
-
-        return ask
-
-    daemon.answers |= {verb: answer(verb) for verb in VERBS}
-
-
 @pytest.fixture(scope="module")
 def indebted() -> Simulation:
     """Ann owes Ben for one job and has 0.94 credits left with him."""
-    simulation = make_friends(1)
-    simulation.run(seconds=3)
-    give(simulation, "ben", "ann")
-    done(simulation, "ann", work_for(simulation, "ann"))
-    return simulation
+    return make_indebted()
 
 
 def test_both_sides_see_what_is_owed_and_what_is_left(daemon: FakeDaemon, home: Path, indebted: Simulation) -> None:
-    serve(daemon, indebted, "ben")
+    serve(daemon, indebted, "ben", verbs=VERBS)
     ben = lines(ichiba(home, "credit", "ls", "--json"))
     assert [(row["given_micro"], row["given_left_micro"], row["owed_micro"]) for row in ben] == [
         (1_000_000, 940_000, 60_000)
     ]
-    serve(daemon, indebted, "ann")
+    serve(daemon, indebted, "ann", verbs=VERBS)
     ann = lines(ichiba(home, "credit", "ls", "--json"))
     assert [(row["got_micro"], row["got_left_micro"], row["owed_micro"]) for row in ann] == [
         (1_000_000, 940_000, -60_000)
@@ -61,7 +40,7 @@ def test_both_sides_see_what_is_owed_and_what_is_left(daemon: FakeDaemon, home: 
 
 def test_a_line_is_given_and_closed_by_name(daemon: FakeDaemon, home: Path, indebted: Simulation) -> None:
     cat = peer_name(key_of(indebted, "cat"))
-    serve(daemon, indebted, "ben")
+    serve(daemon, indebted, "ben", verbs=VERBS)
     told = ichiba(home, "credit", "give", cat, "2.5", "--days", "7")
     assert told.exit_code == 0, told.output
     assert f"{cat} may owe this peer up to 2.50 credits, for 7 days" in told.stdout
@@ -75,7 +54,7 @@ def test_a_line_is_given_and_closed_by_name(daemon: FakeDaemon, home: Path, inde
 
 
 def test_what_cannot_be_is_said_with_its_code(daemon: FakeDaemon, home: Path, indebted: Simulation) -> None:
-    serve(daemon, indebted, "ben")
+    serve(daemon, indebted, "ben", verbs=VERBS)
     rich = peer_name(key_of(indebted, "rich"))
     for words, code in (
         (("credit", "revoke", rich), 4),
@@ -88,7 +67,7 @@ def test_what_cannot_be_is_said_with_its_code(daemon: FakeDaemon, home: Path, in
 
 
 def test_netting_names_whom_it_asked(daemon: FakeDaemon, home: Path, indebted: Simulation) -> None:
-    serve(daemon, indebted, "ben")
+    serve(daemon, indebted, "ben", verbs=VERBS)
     (found,) = lines(ichiba(home, "credit", "net", "--json"))
     assert found["asked"] == [peer_name(key_of(indebted, "ann"))]
     indebted.run(seconds=5)

@@ -4,35 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from peer import cli_watch
 from peer.cli_market import _asks, span
 from peer.cli_output import Terminal
-from peer.client import Client, CommandRefused, DaemonNotRunning
+from peer.client import Client, DaemonNotRunning
 from peer.simulator import Faults, Simulation
-from tests.cli_scene import ichiba, lines
+from tests.cli_scene import ichiba, lines, serve
 from tests.fake_daemon import FakeDaemon
 from tests.swarm_scenario import job_state, make_swarm, submit
 
 VERBS = ("why", "book", "offers", "trades", "price", "quote", "status")
-
-
-def serve(daemon: FakeDaemon, simulation: Simulation, name: str = "alice") -> None:
-    """Let a simulated node answer behind the control socket: its own words, not a copy of them."""
-
-    def answer(verb: str) -> Any:
-        def ask(arguments: dict[str, Any]) -> dict[str, Any]:
-            reply = simulation.command(name, verb, arguments)
-            if reply.error is not None:
-                raise CommandRefused(reply.error)
-            return reply.result
-
-        return ask
-
-    daemon.answers |= {verb: answer(verb) for verb in VERBS}
 
 
 @pytest.fixture
@@ -49,7 +33,7 @@ def test_why_a_job_waits_is_read_in_words_and_as_one_object(
     daemon: FakeDaemon, home: Path, waiting: tuple[Simulation, str]
 ) -> None:
     simulation, job = waiting
-    serve(daemon, simulation)
+    serve(daemon, simulation, "alice", verbs=VERBS)
     told = ichiba(home, "why", job[:8].upper())
     assert told.exit_code == 0, told.output
     assert "0 of 2 that are heard of could take it as it is" in told.stdout
@@ -68,7 +52,7 @@ def test_why_a_job_waits_is_read_in_words_and_as_one_object(
 def test_why_of_no_job_says_so(
     daemon: FakeDaemon, home: Path, waiting: tuple[Simulation, str], word: str, code: int
 ) -> None:
-    serve(daemon, waiting[0])
+    serve(daemon, waiting[0], "alice", verbs=VERBS)
     told = ichiba(home, "why", word, "--json")
     assert told.exit_code == code
     assert json.loads(told.stderr)["what"]
@@ -77,7 +61,7 @@ def test_why_of_no_job_says_so(
 def test_a_filter_reaches_the_daemon_and_the_title_says_how_much_is_left_out(
     daemon: FakeDaemon, home: Path, waiting: tuple[Simulation, str]
 ) -> None:
-    serve(daemon, waiting[0])
+    serve(daemon, waiting[0], "alice", verbs=VERBS)
     told = ichiba(home, "book", "role=solver price<0.002", "sandbox>=contained", "--sort", "-price", "--limit", "1")
     assert told.exit_code == 0, told.output
     assert daemon.seen[-1] == (
@@ -104,7 +88,7 @@ def test_a_wrong_filter_or_key_names_the_keys_there_are(
     assert "price" in error["why"]
     assert "character 1 " in error["what"]
     assert not [seen for seen in daemon.seen if seen[0] == verb], "it is refused before anybody is asked"
-    serve(daemon, waiting[0])
+    serve(daemon, waiting[0], "alice", verbs=VERBS)
     told = ichiba(home, verb, "--sort", "colour")
     assert told.exit_code == 2
     assert "cannot sort" in told.stderr
@@ -120,7 +104,7 @@ def test_trades_are_listed_with_what_they_say_of_the_price(
     daemon: FakeDaemon, home: Path, waiting: tuple[Simulation, str]
 ) -> None:
     simulation, _ = waiting
-    serve(daemon, simulation)
+    serve(daemon, simulation, "alice", verbs=VERBS)
     assert ichiba(home, "trades").stdout == "trades: none\n"
     (line,) = lines(ichiba(home, "trades", "--json"))
     assert (line["schema"], line["count"]) == ("ichiba.prints/1", 0)
@@ -138,7 +122,7 @@ def test_a_price_is_suggested_with_what_it_rests_on(
     daemon: FakeDaemon, home: Path, waiting: tuple[Simulation, str]
 ) -> None:
     simulation, _ = waiting
-    serve(daemon, simulation)
+    serve(daemon, simulation, "alice", verbs=VERBS)
     told = ichiba(home, "price", "suggest")
     assert told.exit_code == 0, told.output
     assert (
@@ -146,7 +130,7 @@ def test_a_price_is_suggested_with_what_it_rests_on(
         in told.stdout
     )
     assert "sample: 0 trades of 0 pairs" in told.stdout
-    serve(daemon, simulation, "carol")
+    serve(daemon, simulation, "carol", verbs=VERBS)
     told = ichiba(home, "price", "suggest", "--sell")
     assert "give --watts and --kwh" in told.stderr
     told = ichiba(home, "price", "suggest", "--sell", "--watts", "3600", "--kwh", "5")
@@ -160,7 +144,7 @@ def test_a_price_is_suggested_with_what_it_rests_on(
 
 def test_where_nothing_is_known_no_price_is_made_up(daemon: FakeDaemon, home: Path) -> None:
     simulation = make_swarm(22, Faults())
-    serve(daemon, simulation)
+    serve(daemon, simulation, "alice", verbs=VERBS)
     told = ichiba(home, "price", "suggest")
     assert (told.exit_code, told.stdout.splitlines()[0]) == (
         0, "nothing to go by: no trade of the last week and no ask of another solver is known here",
@@ -168,7 +152,7 @@ def test_where_nothing_is_known_no_price_is_made_up(daemon: FakeDaemon, home: Pa
 
 
 def test_a_quote_shows_price_against_waiting(daemon: FakeDaemon, home: Path, waiting: tuple[Simulation, str]) -> None:
-    serve(daemon, waiting[0])
+    serve(daemon, waiting[0], "alice", verbs=VERBS)
     told = ichiba(home, "quote", "--operations", "5000000000", "--price", "0.00105")
     assert told.exit_code == 0, told.output
     table = told.stdout.partition("price against waiting")[2].splitlines()
@@ -184,7 +168,7 @@ def test_without_a_terminal_a_watched_table_is_printed_at_each_change_and_ctrl_c
     daemon: FakeDaemon, home: Path, waiting: tuple[Simulation, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     simulation, _ = waiting
-    serve(daemon, simulation)
+    serve(daemon, simulation, "alice", verbs=VERBS)
     looks = []
 
     def pause(seconds: float) -> None:

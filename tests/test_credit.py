@@ -25,6 +25,7 @@ from tests.credit_scene import (
     give,
     key_of,
     make_friends,
+    make_indebted,
     node_of,
     owed,
     work_for,
@@ -42,11 +43,7 @@ def told(simulation: Simulation, name: str, kind: str) -> list[dict[str, object]
 @pytest.fixture(scope="module")
 def indebted() -> Simulation:
     """Ann owes Ben for one job."""
-    simulation = make_friends(1)
-    simulation.run(seconds=3)
-    give(simulation, "ben", "ann")
-    done(simulation, "ann", work_for(simulation, "ann"))
-    return simulation
+    return make_indebted()
 
 
 # --- work ----------------------------------------------------------------------------------------------------
