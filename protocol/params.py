@@ -426,3 +426,8 @@ PLACEMENT_GBPS_MIN: Final = 1e-9  # 1 bit/s, likewise; a link of nothing has no 
 PLACEMENT_GBPS_MAX: Final = 1e9  # beyond the backbone of any continent
 PLACEMENT_GB_MAX: Final = 1e6  # a petabyte an iteration
 PLACEMENT_FILE_BYTES_MAX: Final = 256 * 1024 * 1024  # two float64 matrices of 2048 devices take 64 MiB
+
+# --- parallel jobs (protocol/stage.py) ------------------------------------------------------------------------
+PARALLEL_UNITS_MAX: Final = 256  # stages x replicas: each is a deal of its own with the one submitter
+MICRO_BATCHES_MAX: Final = 256  # of one step: the unrolled program holds each one's nodes
+CROSSINGS_MAX: Final = 16_384  # tensors that leave, or enter, a unit in one step: 256 micro-batches of 64

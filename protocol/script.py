@@ -163,7 +163,9 @@ def blobs_of(task: AnyTask) -> dict[bytes, int]:
         return {file.blob: file.size_bytes for file in task.files}
     if isinstance(task, ProfileSpec):
         return blobs_of(task.of)
-    return {task.program: task.program_bytes} | {array.blob: array.size_bytes for array in task.arrays}
+    # A unit of a parallel job that reads no data knows its arrays by their shapes alone.
+    arrays = (array for array in task.arrays if task.stage is None or array.blob != bytes(32))
+    return {task.program: task.program_bytes} | {array.blob: array.size_bytes for array in arrays}
 
 
 # --- what it leaves ------------------------------------------------------------------------------------------

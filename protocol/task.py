@@ -14,6 +14,7 @@ import msgspec
 from protocol import params
 from protocol.codec import Digest, Uint, blake, decode, encode
 from protocol.errors import MalformedRecord, WrongNetwork
+from protocol.stage import Stage, check_stage
 
 __all__ = [
     "FIGURES",
@@ -109,6 +110,7 @@ class TaskSpec(
 
     kind: what it is for, told to people; solvers and checkers run steps of a Program whatever it says. salt: 32 secret
     random bytes in the task of a sealed job, so that nobody can try whether the id of the task is that of a guess.
+    stage: of a unit of a parallel job, what it is of the whole.
     """
 
     network: Digest
@@ -127,6 +129,7 @@ class TaskSpec(
     name: Name
     kind: Kind = "train"
     salt: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
+    stage: Stage | None = None
 
     @property
     def segments(self) -> int:
@@ -160,6 +163,8 @@ class TaskSpec(
         if len({array.name for array in task.arrays}) != len(task.arrays):
             raise MalformedRecord("two arrays of one name")
         _check_batch(task)
+        if task.stage is not None:
+            _check_unit(task, task.stage)
         return task
 
 
@@ -180,6 +185,23 @@ def _check_batch(task: TaskSpec) -> None:
             f"{task.steps} steps of {rule.size} rows do not read {rows} rows once each",
             next_step=f"make steps the number of rows over size, rounded up: {-(-rows // rule.size)}",
         )
+
+
+def _check_unit(task: TaskSpec, stage: Stage) -> None:
+    check_stage(stage)
+    if task.mode != "exact" or task.kind != "train":
+        raise MalformedRecord(
+            f"a {task.mode} task of the kind {task.kind} in a parallel job",
+            why="its units are checked each alone, bit for bit",
+            next_step='set mode = "exact" in job.toml, or take [parallel] out',
+        )
+    if task.batch.rule in ("sequence", "whole") or task.batch.size % stage.micro_batches:
+        raise MalformedRecord(
+            f"batches of {task.batch.size} rows by the rule `{task.batch.rule}` in {stage.micro_batches} micro-batches",
+            next_step="use the batch rule `rows` or `windows`, with a size that micro_batches divides",
+        )
+    if task.initial.kind != "state":
+        raise MalformedRecord("a unit of a parallel job starts from its part of the whole's first state")
 
 
 def task_id(task: msgspec.Struct) -> bytes:
