@@ -6,6 +6,7 @@ Refuses to know how the plan was found.
 
 from __future__ import annotations
 
+from colorsys import hls_to_rgb
 from itertools import pairwise
 from typing import Final
 
@@ -20,7 +21,7 @@ _WIDE: Final = 760
 _HIGH: Final = 560
 _TOP: Final = 64
 _MARGIN: Final = 24
-_LEGEND: Final = 230
+_LEGEND: Final = 280
 _ITERATIONS: Final = 200  # of the power method: the picture is settled long before
 _LEGEND_ROWS: Final = 24
 
@@ -49,7 +50,7 @@ def drawn(plan: Plan, problem: Problem, *, title: str) -> str:
     row_of = {int(device): row for row, device in enumerate(problem.ids)}
     table = np.array([[row_of[device] for device in stage] for stage in plan.assignment])
     places = _scaled(layout(problem.hop))
-    colours = [f"hsl({360 * stage / len(table):.0f},65%,45%)" for stage in range(len(table))]
+    colours = [_colour(stage / len(table)) for stage in range(len(table))]
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDE + _LEGEND}" height="{_HIGH + _TOP}" '
         'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>',
@@ -71,6 +72,11 @@ def drawn(plan: Plan, problem: Problem, *, title: str) -> str:
             )
     parts += _legend(table, colours, problem)
     return "\n".join([*parts, "</svg>\n"])
+
+
+def _colour(hue: float) -> str:
+    """In hexadecimal: not every program that draws SVG knows hsl()."""
+    return "#" + "".join(f"{round(255 * part):02x}" for part in hls_to_rgb(hue, 0.45, 0.65))
 
 
 def _scaled(places: Floats) -> Floats:
