@@ -49,20 +49,25 @@ __all__ = [
     "settle",
     "slash",
     "stake_add",
-    "stake_withdraw",
+    "unbond",
+    "unbond_key",
+    "unbonded",
+    "unbonded_key",
+    "unbonding_of",
     "withdraw",
 ]
 
 NULL_KEY: Final = bytes(32)
 KINDS: Final = frozenset(
     {
-        *("deposit", "withdraw", "open", "settle", "slash", "stake-add", "stake-withdraw", "jackpot"),
+        *("deposit", "withdraw", "open", "settle", "slash", "stake-add", "unbond", "unbonded", "jackpot"),
         *("unlock", "convict", "lost-challenge", "fault", "equivocation"),  # market/penalties.py
     }
 )
-CLOSING_KINDS: Final = frozenset({"settle", "slash", "convict", "unlock"})
+CLOSING_KINDS: Final = frozenset({"settle", "slash", "convict", "unlock", "unbonded"})
 WORLD_SIGN: Final = {"deposit": -1, "withdraw": 1}
-OWNED_BUCKET: Final = re.compile(r"free|stake|(?:channel|lock):[0-9a-f]{64}")
+OWNED_BUCKET: Final = re.compile(r"free|stake|(?:channel|lock|unbonding):[0-9a-f]{64}")
+_WHOLE_BUCKETS: Final = ("channel:", "lock:", "unbonding:")  # an entry that closes one takes all of it
 SHARED_BUCKETS: Final = frozenset({"burned", "pool", "world"})
 
 Shares = Sequence[tuple[bytes, int]]
@@ -96,8 +101,8 @@ class Account:
     """One bucket of one owner.
 
     owner: a peer key of 32 bytes, NULL_KEY for the shared buckets. bucket: `free`, `stake`,
-    `channel:<agreement id in hex>`, `lock:<agreement id in hex>`, and for NULL_KEY `burned`, `pool` and
-    `world`, the outside, which alone may be negative. Raises MalformedRecord.
+    `channel:<agreement id in hex>`, `lock:<agreement id in hex>`, `unbonding:<move id in hex>`, and for NULL_KEY
+    `burned`, `pool` and `world`, the outside, which alone may be negative. Raises MalformedRecord.
     """
 
     owner: bytes
@@ -184,10 +189,10 @@ def apply_entry(entry: Entry, held: Callable[[Account], int]) -> dict[Account, i
             raise Overdrawn(account, needed_micro=-delta_micro, held_micro=before_micro)
         if abs(after_micro) > params.BALANCE_MICRO_MAX:
             raise LimitExceeded(f"account {account} would hold {after_micro} micro-credits")
-        if after_micro and entry.kind in CLOSING_KINDS and account.bucket.startswith(("channel:", "lock:")):
+        if after_micro and entry.kind in CLOSING_KINDS and account.bucket.startswith(_WHOLE_BUCKETS):
             raise VerificationFailed(
                 f"{entry.kind} takes {-delta_micro} of the {before_micro} micro-credits in {account}",
-                why="an agreement ends once, so what it leaves behind would be locked for ever",
+                why="an agreement or a withdrawal ends once, so what it leaves behind would be locked for ever",
             )
         after[account] = after_micro
     return after
@@ -277,10 +282,36 @@ def stake_add(key: bytes, owner: bytes, micro: int, *, memo: str = "") -> Entry:
     return Entry(key, "stake-add", ((Account(owner, "free"), -micro), (Account(owner, "stake"), micro)), memo)
 
 
-def stake_withdraw(key: bytes, owner: bytes, micro: int, *, memo: str = "") -> Entry:
-    """stake -> free of `owner`; what is locked by an agreement is not in `stake` and cannot leave."""
+def unbonding_of(owner: bytes, move: bytes) -> Account:
+    """The bucket of what one withdrawal (record id of 32 bytes) takes out of a stake, until its window ends."""
+    return Account(owner, f"unbonding:{move.hex()}")
+
+
+def unbond_key(move: bytes) -> bytes:
+    """The key of the entry that begins a withdrawal, 32 bytes."""
+    return blake("ichiba/entry/unbond", move)
+
+
+def unbonded_key(move: bytes) -> bytes:
+    """The key of the entry that ends a withdrawal, 32 bytes."""
+    return blake("ichiba/entry/unbonded", move)
+
+
+def unbond(move: bytes, *, owner: bytes, micro: int) -> Entry:
+    """stake -> unbonding of `owner`, by the record `move`: it counts as stake no more, and is not free yet. What is
+    locked by an agreement is not in `stake` and cannot leave."""
     amount(micro, "micro")
-    return Entry(key, "stake-withdraw", ((Account(owner, "stake"), -micro), (Account(owner, "free"), micro)), memo)
+    return Entry(
+        unbond_key(move), "unbond", ((Account(owner, "stake"), -micro), (unbonding_of(owner, move), micro))
+    )
+
+
+def unbonded(move: bytes, *, owner: bytes, micro: int) -> Entry:
+    """unbonding -> free of `owner`: the window passed. micro: all that is left of it."""
+    amount(micro, "micro")
+    return Entry(
+        unbonded_key(move), "unbonded", ((unbonding_of(owner, move), -micro), (Account(owner, "free"), micro))
+    )
 
 
 def jackpot(key: bytes, checker: bytes, micro: int, *, memo: str = "") -> Entry:

@@ -31,7 +31,8 @@ from market.entries import (
     settle,
     slash,
     stake_add,
-    stake_withdraw,
+    unbond,
+    unbonded,
     withdraw,
 )
 from protocol.errors import IchibaError
@@ -62,7 +63,8 @@ __all__ = [
     "settle",
     "slash",
     "stake_add",
-    "stake_withdraw",
+    "unbond",
+    "unbonded",
     "withdraw",
 ]
 
@@ -215,7 +217,9 @@ class Ledger:
                     flow.paid_micro -= delta_micro
                 case "settle", "free":
                     flow.earned_micro += delta_micro
-                case ("slash" | "convict", "lock") | ("lost-challenge" | "fault" | "equivocation", "stake"):
+                case "slash" | "convict", "lock":
+                    flow.slashed_micro -= delta_micro
+                case "lost-challenge" | "fault" | "equivocation", "stake" | "unbonding":
                     flow.slashed_micro -= delta_micro
                 case ("slash" | "convict", "free" | "channel") | ("jackpot" | "lost-challenge", "free"):
                     # The channel's debit cancels its refund, so only what came from the lock is counted.
@@ -228,7 +232,7 @@ class Ledger:
 class MoneyRow:
     """One line of the money table; every figure in micro-credits.
 
-    free + stake + channels + locks == deposited - withdrawn + earned + awarded - paid - slashed.
+    free + stake + unbonding + channels + locks == deposited - withdrawn + earned + awarded - paid - slashed.
     """
 
     name: str
@@ -236,6 +240,7 @@ class MoneyRow:
     withdrawn_micro: int = 0
     free_micro: int = 0
     stake_micro: int = 0
+    unbonding_micro: int = 0
     channels_micro: int = 0
     locks_micro: int = 0
     earned_micro: int = 0
@@ -246,7 +251,7 @@ class MoneyRow:
     @property
     def held_micro(self) -> int:
         """All that the peer owns, spendable or not."""
-        return self.free_micro + self.stake_micro + self.channels_micro + self.locks_micro
+        return self.free_micro + self.stake_micro + self.unbonding_micro + self.channels_micro + self.locks_micro
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +289,7 @@ def money_table(ledger: Ledger, names: Mapping[bytes, str]) -> MoneyTable:
                 name=names.get(owner, owner.hex()[:12]),
                 free_micro=buckets.get("free", 0),
                 stake_micro=buckets.get("stake", 0),
+                unbonding_micro=buckets.get("unbonding", 0),
                 channels_micro=buckets.get("channel", 0),
                 locks_micro=buckets.get("lock", 0),
                 **{figure.name: getattr(flow, figure.name) for figure in fields(Flow)},

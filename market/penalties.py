@@ -8,11 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from market.entries import BURNED, Account, Entry, Shares, accounts_of, amount, close_key, divided
+from market.entries import (
+    BURNED,
+    Account,
+    Entry,
+    Overdrawn,
+    Posting,
+    Shares,
+    accounts_of,
+    amount,
+    close_key,
+    divided,
+)
 from protocol.codec import blake
 from protocol.outcomes import FAULT, LOCK, STAKE, Split
 
-__all__ = ["convict", "equivocation", "fault", "jackpot_key", "lost_challenge", "release_key", "unlock"]
+__all__ = [
+    "convict",
+    "equivocation",
+    "equivocation_key",
+    "fault",
+    "jackpot_key",
+    "lost_challenge",
+    "release_key",
+    "unlock",
+]
+
+Holdings = Sequence[tuple[Account, int]]  # buckets of one peer and what each holds, in micro-credits
 
 
 def release_key(agreement_id: bytes) -> bytes:
@@ -66,26 +88,51 @@ def convict(
     return Entry(key, "convict", tuple(postings))
 
 
-def _from_stake(key: bytes, kind: str, loser: bytes, micro: int, costs: Shares, split: Split) -> Entry:
+def _taken(loser: bytes, micro: int, holdings: Holdings) -> list[Posting]:
+    """`micro` out of the buckets that answer for a peer, in their order. Raises InsufficientFunds if they hold less."""
+    if not holdings:
+        return [(Account(loser, "stake"), -micro)]
+    taken, left = [], micro
+    for account, held in holdings:
+        assert account.owner == loser, "nobody answers for another"
+        taken.append((account, -min(left, held)))
+        left -= min(left, held)
+    if left:
+        raise Overdrawn(holdings[0][0], needed_micro=micro, held_micro=micro - left)
+    return taken
+
+
+def _from_stake(
+    key: bytes, kind: str, loser: bytes, micro: int, costs: Shares, split: Split, holdings: Holdings
+) -> Entry:
     amount(micro, "micro")
     shares = divided(micro, costs, split, winner=loser, submitter=loser)
-    return Entry(key, kind, ((Account(loser, "stake"), -micro), *shares))
+    return Entry(key, kind, (*_taken(loser, micro, holdings), *shares))
 
 
-def lost_challenge(dispute: bytes, *, challenger: bytes, micro: int, costs: Shares = ()) -> Entry:
+def lost_challenge(
+    dispute: bytes, *, challenger: bytes, micro: int, costs: Shares = (), holdings: Holdings = ()
+) -> Entry:
     """A challenger was wrong: `micro` of its stake pay the solver's and the referees' costs; of the rest half burns,
-    half fills the pool."""
-    return _from_stake(blake("ichiba/entry/dispute", dispute), "lost-challenge", challenger, micro, costs, STAKE)
+    half fills the pool. holdings: the buckets it is taken from, in order; its stake alone if none."""
+    key = blake("ichiba/entry/dispute", dispute)
+    return _from_stake(key, "lost-challenge", challenger, micro, costs, STAKE, holdings)
 
 
-def fault(verdict: bytes, *, checker: bytes, micro: int) -> Entry:
-    """A checker signed that wrong work was right: `micro` of its stake; half burns, half fills the pool."""
-    return _from_stake(blake("ichiba/entry/fault", verdict), "fault", checker, micro, (), FAULT)
+def fault(verdict: bytes, *, checker: bytes, micro: int, holdings: Holdings = ()) -> Entry:
+    """A checker signed that wrong work was right: `micro` of its stake; half burns, half fills the pool. holdings: as
+    for `lost_challenge`."""
+    return _from_stake(blake("ichiba/entry/fault", verdict), "fault", checker, micro, (), FAULT, holdings)
 
 
-def equivocation(culprit: bytes, sequence: int, *, micro: int) -> Entry:
-    """A submitter signed two openings under one sequence number: `micro` of its stake burn, once for a number however
-    many openings it signed. All of it burns, so that nobody gains by a proof."""
+def equivocation_key(culprit: bytes, sequence: int) -> bytes:
+    """The key of the entry that burns a stake for two orders under one number, 32 bytes."""
+    return blake("ichiba/entry/equivocation", culprit, sequence.to_bytes(8, "big"))
+
+
+def equivocation(culprit: bytes, sequence: int, *, micro: int, holdings: Holdings = ()) -> Entry:
+    """An owner signed two orders under one sequence number: `micro` of its stake burn, once for a number however many
+    orders it signed. All of it burns, so that nobody gains by a proof. holdings: as for `lost_challenge`."""
     amount(micro, "micro")
-    key = blake("ichiba/entry/equivocation", culprit, sequence.to_bytes(8, "big"))
-    return Entry(key, "equivocation", ((Account(culprit, "stake"), -micro), (BURNED, micro)))
+    taken = _taken(culprit, micro, holdings)
+    return Entry(equivocation_key(culprit, sequence), "equivocation", (*taken, (BURNED, micro)))

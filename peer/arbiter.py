@@ -92,7 +92,7 @@ class Arbiter:
         """Why this notary hears no challenge of this peer now, or nothing."""
         going = [h.file for h in self.hearings.values() if not h.file.over]
         mine = sum(f.challenge.challenger == challenge.challenger for f in going)
-        stake = self.settler.free_stake(challenge.challenger)
+        stake = self.settler.judgement.staked(challenge, dispute)
         least = self.desk.network.rules.checker_stake_min_micro
         if not self.sits:
             return "no-notary", "this peer is no notary of the network"

@@ -1,10 +1,11 @@
-"""The parties' side of a certified opening: whom they ask, how long, and how what was given up comes to an end.
+"""The parties' side of a certified order: whom they ask, how long, and how what was given up comes to an end.
 
 The submitter asks every notary once both parties signed, and again until a quorum has signed or the time is over; then
 the deal is declined with the reason they gave. From then on either party, for each holds what both signed, sees to it
 that no notary sets money aside for it for ever: what f + 1 notaries signed is asked of all, opened and claimed back;
 what fewer signed is given up by the promises of a quorum never to sign it, which free what those few set aside. A deal
-is in doubt until one or the other: money of it is not promised again. Sans-IO.
+is in doubt until one or the other: money of it is not promised again. A move of stake goes the same way, with its owner
+as the one party. Sans-IO.
 """
 
 from __future__ import annotations
@@ -17,26 +18,27 @@ from dataclasses import dataclass, field
 from peer.certificate_messages import CertificateMessage, Certified, CertifyAsk, CertifyRefuse, CertifyRelease, Voided
 from peer.deals import Deal, agreement_of, save
 from peer.desk import Desk
+from peer.moves import Moves, Moving
 from peer.notary import Notary
 from peer.receipt_rows import Rows
 from peer.settler import Settler
 from peer.witness import Witness
 from protocol import params
-from protocol.certificate import attach, certifiers, takes_certificate
-from protocol.equivocation import opened_twice
+from protocol.certificate import Bucket, Order, asked_by_ns, attach, certifiers, takes, takes_certificate
+from protocol.equivocation import ordered_twice
 from protocol.errors import LimitExceeded, VerificationFailed
 from protocol.lifecycle import State
-from protocol.records import Agreement, Equivocation, Void, open_record
+from protocol.records import Equivocation, StakeMove, Void, open_record
 
 __all__ = ["Certificates"]
 
 
 @dataclass
 class _Asked:
-    """One deal in doubt, and what each notary said of it last. The signatures come again after a restart."""
+    """One order in doubt, and what each notary said of it last. The signatures come again after a restart."""
 
-    deal: Deal
-    agreement: Agreement
+    deal: Deal | Moving
+    order: Order
     signatures: dict[bytes, bytes] = field(default_factory=dict)
     refusals: dict[bytes, tuple[str, str]] = field(default_factory=dict)
     voids: dict[bytes, bytes] = field(default_factory=dict)
@@ -44,11 +46,21 @@ class _Asked:
 
     @property
     def given_up(self) -> bool:
-        """Whether the deal will not be worked on."""
-        return self.deal.lifecycle == State.DECLINED
+        """Whether nobody wants it any more."""
+        return self.deal.given_up if isinstance(self.deal, Moving) else self.deal.lifecycle == State.DECLINED
+
+    @property
+    def envelope(self) -> bytes:
+        """The order with the signatures of its parties, and those that were put to it."""
+        return self.deal.envelope if isinstance(self.deal, Moving) else self.deal.agreement
+
+    @property
+    def ours(self) -> bool:
+        """Whether this peer has it certified, not the other party."""
+        return isinstance(self.deal, Moving) or self.deal.side == "submitter"
 
     def never(self, quorum: int) -> bool:
-        """Whether it is certain that it never opens, though some notary may hold its money back still."""
+        """Whether it is certain that it never stands, though some notary may hold its money back still."""
         return len(self.voids) >= quorum
 
 
@@ -65,6 +77,7 @@ class Certificates:
 
     def __post_init__(self) -> None:
         self.notary = Notary(self.desk, self.settler, self.witness)
+        self.moves = Moves(self.desk, self.settler, self.certify_move, self.in_doubt_micro)
         self.witness.on_caught = self._caught_here
 
     def watch(self, deal: Deal) -> None:
@@ -83,18 +96,40 @@ class Certificates:
         else:
             self.on_certified(deal)
 
-    def locks_in_doubt_micro(self) -> int:
-        """What openings in doubt may still take of this peer's stake. Not to be promised again: two orders of an honest
-        peer must not starve each other."""
-        return sum(one.agreement.lock_micro for one in self._open() if one.deal.side == "solver")
+    def certify_move(self, row: Moving) -> None:
+        """This peer signed a move of its stake: ask the notaries."""
+        row.doubt = True
+        self._watch_move(row)
+        self._keep(self.asked[row.id])
+        self._tick(self.asked[row.id])
+
+    def _watch_move(self, row: Moving) -> None:
+        move, _, _ = open_record(row.envelope, network=self.desk.network.id)
+        assert isinstance(move, StakeMove), "it was signed here as one"
+        self.asked[row.id] = _Asked(row, move)
+
+    def _keep(self, asked: _Asked) -> None:
+        if isinstance(asked.deal, Moving):
+            self.moves.save(asked.deal)
+        else:
+            save(self.desk, asked.deal)
+
+    def in_doubt_micro(self, bucket: Bucket) -> int:
+        """What orders in doubt may still take of this peer's free credits or stake. Not to be promised again: two
+        orders of an honest peer must not starve each other. Free credits: by moves alone, for jobs reserve the rest."""
+        counted = (one for one in self._open() if isinstance(one.deal, Moving) or bucket == "stake")
+        return sum(self._takes(one, bucket) for one in counted)
+
+    def _takes(self, asked: _Asked, bucket: Bucket) -> int:
+        return sum(micro for peer, of, micro in takes(asked.order) if (peer, of) == (self.desk.me, bucket))
 
     def _open(self) -> list[_Asked]:
-        """The deals that may be opened yet: they may take money of this peer."""
+        """The orders that may stand yet: they may take money of this peer."""
         quorum = self.desk.network.notary_quorum
         return [asked for asked in self.asked.values() if not asked.never(quorum)]
 
     def caught(self, proof: Equivocation, envelope: bytes) -> None:
-        """Two records of one place, shown by somebody: a bar, and of two openings a stake. Raises as they do."""
+        """Two records of one place, shown by somebody: a bar, and of two orders a stake. Raises as they do."""
         self.witness.on_proof(proof)
         self._log(proof, envelope)
 
@@ -103,7 +138,7 @@ class Certificates:
             self._log(proof, envelope)
 
     def _log(self, proof: Equivocation, envelope: bytes) -> None:
-        if opened_twice(proof) is not None:
+        if ordered_twice(proof) is not None:
             self.settler.accept(envelope)
 
     # --- what is said ----------------------------------------------------------------------------------------
@@ -122,15 +157,15 @@ class Certificates:
 
     def _asked_of(self, peer: bytes, agreement_id: bytes) -> _Asked | None:
         asked = self.asked.get(agreement_id)
-        if asked is not None and peer not in certifiers(self.desk.network, asked.agreement):
-            raise VerificationFailed("an opening is certified by the notaries that are no party to it")
+        if asked is not None and peer not in certifiers(self.desk.network, asked.order):
+            raise VerificationFailed("an order is certified by the notaries that are no party to it")
         return asked
 
     def _on_signature(self, peer: bytes, agreement_id: bytes, signature: bytes) -> None:
         asked = self._asked_of(peer, agreement_id)
         if asked is None or peer in asked.signatures:
             return
-        open_record(attach(asked.deal.agreement, {peer: signature}), network=self.desk.network.id)
+        open_record(attach(asked.envelope, {peer: signature}), network=self.desk.network.id)
         asked.signatures[peer] = signature
         asked.refusals.pop(peer, None)
         if len(asked.signatures) >= self.desk.network.notary_quorum:
@@ -151,12 +186,15 @@ class Certificates:
 
     # --- what comes of it ------------------------------------------------------------------------------------
     def _certified(self, asked: _Asked) -> None:
-        """A quorum signed: open it, or where the deal was given up, open it to claim what it holds back."""
-        deal = asked.deal
-        deal.agreement = attach(deal.agreement, asked.signatures)
-        save(self.desk, deal)
-        if asked.given_up:
-            self.settler.accept(deal.agreement, publish=True)
+        """A quorum signed: the move stands, the deal opens; where it was given up, to claim what it holds back."""
+        deal, envelope = asked.deal, attach(asked.envelope, asked.signatures)
+        if isinstance(deal, Moving):
+            deal.envelope = envelope
+        else:
+            deal.agreement = envelope
+        self._keep(asked)
+        if isinstance(deal, Moving) or asked.given_up:
+            self.settler.accept(envelope, publish=True)
         else:
             self.on_certified(deal)
 
@@ -164,11 +202,11 @@ class Certificates:
         """A quorum never signs: who did lets go of the money. One that has said nothing yet may have signed too, and
         the answer got lost: it is asked on, for a day, or it held the money back for ever."""
         voids = tuple(envelope for _, envelope in sorted(asked.voids.items()))
-        left = [n for n in certifiers(self.desk.network, asked.agreement) if n not in asked.voids]
+        left = [n for n in certifiers(self.desk.network, asked.order) if n not in asked.voids]
         for notary in left:
             if notary in asked.signatures:
                 self.desk.send(notary, CertifyRelease(asked.deal.id, voids))
-        late_ns = min(self.desk.now_ns, self.desk.wall_ns) - asked.agreement.accept_before_ns
+        late_ns = min(self.desk.now_ns, self.desk.wall_ns) - asked_by_ns(asked.order)
         silent = not asked.signatures.keys() & set(left)
         if not left or (silent and late_ns > params.CERTIFY_NEVER_NS):
             self._settled(asked)
@@ -176,13 +214,20 @@ class Certificates:
     def _settled(self, asked: _Asked) -> None:
         del self.asked[asked.deal.id]
         asked.deal.doubt = False
-        save(self.desk, asked.deal)
+        if isinstance(asked.deal, Moving):
+            asked.deal.void = asked.deal.id not in self.settler.log
+        self._keep(asked)
 
-    def opened(self, agreement_id: bytes) -> None:
-        """Settler: a channel is open, whoever had it certified."""
-        self.notary.opened(agreement_id)
-        if (asked := self.asked.get(agreement_id)) is not None:
+    def opened(self, order_id: bytes) -> None:
+        """Settler: an order is folded, whoever had it certified."""
+        self.notary.opened(order_id)
+        if (asked := self.asked.get(order_id)) is not None:
             self._settled(asked)
+
+    def moved(self, move_id: bytes) -> None:
+        """Settler: a move of stake is folded."""
+        self.opened(move_id)
+        self.moves.folded(move_id)
 
     # --- time ------------------------------------------------------------------------------------------------
     def tick(self) -> None:
@@ -192,53 +237,61 @@ class Certificates:
         self.notary.tick()
 
     def _tick(self, asked: _Asked) -> None:
-        deal = asked.deal
-        if deal.id in self.settler.channels:
+        if asked.deal.id in self.settler.log:
             self._settled(asked)
         elif asked.given_up:
             if self.desk.now_ns >= asked.resend_ns:
                 asked.resend_ns = self.desk.now_ns + params.CERTIFY_END_NS
                 self._end(asked)
-        elif deal.side == "submitter":
+        elif asked.ours:
             self._press(asked)
 
     def _press(self, asked: _Asked) -> None:
-        """Ask for the certificate of a deal that is wanted, or decline it."""
-        agreement, now = asked.agreement, self.desk.now_ns
+        """Ask for the certificate of an order that is wanted, or give it up."""
         if refusal := self._hopeless(asked):
             asked.resend_ns = 0
-            asked.deal.uncertified = refusal[0]
-            self.on_refused(asked.deal, *refusal)
-        elif now >= asked.resend_ns and self._left(asked) >= agreement.channel_micro:
-            asked.resend_ns = now + params.RESEND_NS
+            if isinstance(asked.deal, Moving):
+                self.moves.refused(asked.deal, *refusal)
+            else:
+                asked.deal.uncertified = refusal[0]
+                self.on_refused(asked.deal, *refusal)
+        elif self.desk.now_ns >= asked.resend_ns and self._short(asked) is None:
+            asked.resend_ns = self.desk.now_ns + params.RESEND_NS
             self._ask(asked, end=False)
 
-    def _left(self, asked: _Asked) -> int:
-        """What is left of the own balance for this channel."""
-        others = [a for a in self._open() if a.deal.side == "submitter" and a is not asked]
-        return self.settler.free_micro(self.desk.me) - sum(other.agreement.channel_micro for other in others)
+    def _short(self, asked: _Asked) -> str | None:
+        """What is left of the own balance, or stake, beside other orders in doubt, if that is too little for this one,
+        in words."""
+        held: dict[Bucket, int] = {"free": self.settler.free_micro(self.desk.me)}
+        held["stake"] = self.settler.free_stake(self.desk.me)
+        for bucket, micro in held.items():
+            wanted = self._takes(asked, bucket)
+            left = micro - sum(self._takes(other, bucket) for other in self._open() if other is not asked)
+            if wanted and left < wanted:
+                return f"{left} micro-credits of {bucket} are left beside orders that are not ended yet"
+        return None
 
     def _hopeless(self, asked: _Asked) -> tuple[str, str] | None:
         """Why no quorum will sign in time, or None while it may."""
-        quorum, able = self.desk.network.notary_quorum, certifiers(self.desk.network, asked.agreement)
+        quorum, able = self.desk.network.notary_quorum, certifiers(self.desk.network, asked.order)
         if not able:
             return "notaries", f"its parties are notaries, and fewer than {quorum} others are left to certify it"
         codes = Counter(code for code, _ in asked.refusals.values())
         over_ns = asked.deal.entered_ns + 2 * self.desk.network.rules.proposal_ms * 10**6  # one for the solver
         if codes["sequence"] <= len(able) - quorum and self.desk.now_ns < over_ns:
             return None
-        if self._left(asked) < asked.agreement.channel_micro:
-            return "funds", f"{self._left(asked)} micro-credits are left beside openings that are not ended yet"
+        if short := self._short(asked):
+            return "funds", short
         heard = len(asked.signatures) + len(asked.refusals)
         if not codes:
-            return "silence", f"{heard} of {len(able)} notaries answered in time, {quorum} certify an opening"
+            return "silence", f"{heard} of {len(able)} notaries answered in time, {quorum} certify an order"
         (code, count), *_ = sorted(codes.items(), key=lambda item: (-item[1], item[0]))
         why = next(why for known, why in asked.refusals.values() if known == code)
-        return code, f"{count} of {len(able)} notaries did not certify the opening: {why}"
+        return code, f"{count} of {len(able)} notaries did not certify it: {why}"
 
     def _ask(self, asked: _Asked, *, end: bool) -> None:
-        envelope = attach(asked.deal.agreement, asked.signatures)
-        for notary in certifiers(self.desk.network, asked.agreement):
+        envelope = attach(asked.envelope, asked.signatures)
+        for notary in certifiers(self.desk.network, asked.order):
             if notary not in asked.signatures and notary not in asked.voids:
                 self.desk.send(notary, CertifyAsk(envelope, end))
 
@@ -247,7 +300,7 @@ class Certificates:
         quorum = self.desk.network.notary_quorum
         if len(asked.signatures) >= quorum:
             self._certified(asked)
-        elif not certifiers(self.desk.network, asked.agreement):
+        elif not certifiers(self.desk.network, asked.order):
             self._settled(asked)
         else:
             self._ask(asked, end=True)
@@ -255,9 +308,13 @@ class Certificates:
                 self._release(asked)
 
     def restore(self, rows: Rows, *deals: Mapping[bytes, Deal]) -> None:
-        """What this notary holds, and the deals of either side that were in doubt: they still are."""
+        """What this notary holds, and the deals of either side and moves that were in doubt: they still are."""
         self.notary.restore(rows)
         for each in deals:
             for deal in each.values():
                 if deal.doubt:
                     self.watch(deal)
+        self.moves.restore(rows)
+        for row in self.moves.rows.values():
+            if row.doubt:
+                self._watch_move(row)

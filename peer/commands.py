@@ -26,6 +26,7 @@ from peer.events import Command, Reply
 from peer.jobs import JobDesk
 from peer.market_view import MarketView
 from peer.money_lines import line_over
+from peer.moves import Moves
 from peer.pausing import Pausing
 from peer.profiles import Profiles
 from peer.prover import Prover
@@ -92,6 +93,7 @@ class Commands:
     disputes: Disputes
     profiles: Profiles
     sealing: Sealing
+    moves: Moves
 
     def __post_init__(self) -> None:
         self.settler.credit.deals = (self.submitter.deals, self.solver.deals)
@@ -117,6 +119,9 @@ class Commands:
             "price": self.view.price,
             "why": self.answers.why,
             "wallet": self.wallet,
+            "stake": self.moves.stake,
+            "unstake": self.moves.unstake,
+            "stakes": lambda _: self.moves.wallet(),
             "bundle": self.bundle,
             "matches": lambda arguments: self.jobs.matches.describe(self._find(arguments).deals),
             "pause": self.pausing.pause,
@@ -392,6 +397,7 @@ class Commands:
             "peer": peer_name(mine),
             "free_micro": ledger.balance_micro(Account(mine, "free")),
             "stake_micro": ledger.balance_micro(Account(mine, "stake")),
+            **self.moves.wallet(),
             "earned_unsettled_micro": sum(d.cumulative_micro for d in deals if d.lifecycle not in TERMINAL),
             "deals": [
                 {

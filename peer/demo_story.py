@@ -76,7 +76,7 @@ def named(segments: Sequence[int]) -> str:
 
 def held_micro(row: Mapping[str, int]) -> int:
     """All a peer owns, spendable or not."""
-    return row["free_micro"] + row["stake_micro"] + row["channels_micro"] + row["locks_micro"]
+    return sum(row.get(f"{bucket}_micro", 0) for bucket in ("free", "stake", "unbonding", "channels", "locks"))
 
 
 @dataclass

@@ -35,6 +35,8 @@ REASONS: Final = AT_TRANSPORT | {
     "no-offer": "a bid on an offer that does not stand here",
     "superseded": "a newer record of its author stands, or its offer is taken",
     "late": "a late or doubled message about a step that has passed",
+    "early": "a move of stake dated too far ahead; it is taken when its time has come",
+    "unfunded": "a move of stake without funds, while enough of them wait",
     "outbox-full": "we made more than we may publish for too long",
     # on the way out
     "outgoing-full": "too many direct messages waited for a peer that reads slowly",

@@ -219,7 +219,7 @@ class Forcing:
             return False
         parties = (agreement.submitter, agreement.solver)
         least = self.desk.network.rules.checker_stake_min_micro
-        return verdict.checker not in parties and self.settler.free_stake(verdict.checker) >= least
+        return verdict.checker not in parties and self.settler.stakes.at_stake(verdict.checker) >= least
 
     def restore(self, rows: Callable[[str], Iterable[tuple[bytes, bytes]]]) -> None:
         """What this notary was told."""

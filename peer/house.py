@@ -141,9 +141,8 @@ class House:
     def _pay(self, card: OpenCard, micro: int, day: int) -> None:
         """Sign both records, journal them, and send them: what the peer has to sign too."""
         network, peer = self.desk.network, card.card.peer
-        self.jobs.sequence = max(self.jobs.sequence + 1, self.desk.now_ns)
         agreement = pay_agreement(
-            network, card, pay_micro=micro, sequence=self.jobs.sequence, now_ns=self.desk.wall_ns
+            network, card, pay_micro=micro, sequence=self.jobs.number(), now_ns=self.desk.wall_ns
         )
         envelope = self.desk.seal(agreement)
         deal = open_record(envelope, network=network.id)[1]

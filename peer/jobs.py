@@ -52,7 +52,8 @@ class JobDesk:
     jobs: dict[bytes, Job] = field(default_factory=dict)
     rounds: dict[bytes, int] = field(default_factory=dict)  # job -> next round at
     repeats: dict[bytes, int] = field(default_factory=dict)  # job -> gossip the offer again at
-    sequence: int = 0  # of the last agreement; grows across restarts with the clock
+    moving_micro: Callable[[], int] = lambda: 0  # of the free credits, what moves into the stake
+    sequence: int = 0  # of the last order; grows across restarts with the clock
     rounds_begun: int = 0
     awaited: _Awaited | None = None  # the round that is played in a thread
     told: dict[bytes, Choice] = field(default_factory=dict)  # job -> last round, for `why`
@@ -102,16 +103,25 @@ class JobDesk:
         if job.credit:
             self.settler.credit.require(needed)
             return
-        reserved = sum(self._reserved(other) for other in self.jobs.values())
+        reserved = self.reserved_micro() + self.moving_micro()
         free = self.settler.free_micro(self.desk.me)
         if free - reserved < job.budget_micro:
             credit = self.settler.credit.words() if self.settler.credit.to_spend() else ""
-            why = f"{reserved} are reserved for other open jobs" if reserved else ""
+            why = f"{reserved} are reserved for other open jobs and orders" if reserved else ""
             raise InsufficientFunds(
                 f"the budget is {job.budget_micro} micro-credits, {free - reserved} are free",
                 why="; ".join(part for part in (why, credit) if part),
                 next_step="`ichiba submit --credit`, or see `ichiba wallet`" if credit else "see `ichiba wallet`",
             )
+
+    def reserved_micro(self) -> int:
+        """What of the free credits is kept for jobs that are open."""
+        return sum(self._reserved(job) for job in self.jobs.values())
+
+    def number(self) -> int:
+        """The next number of an order of this peer: one series, also for moves of its stake."""
+        self.sequence = max(self.sequence + 1, self.desk.now_ns)  # two orders of one moment are not one signed twice
+        return self.sequence
 
     def children(self, job: Job) -> list[Job]:
         """The profiles that were ordered for a tolerant job."""
@@ -349,7 +359,6 @@ class JobDesk:
         """The terms of a deal on `bid`, from the job's next segment to its end."""
         task, rules, now = task_of(job.task), self.desk.network.rules, self.desk.wall_ns
         job.solvers.append(bid.solver)
-        self.sequence = max(self.sequence + 1, self.desk.now_ns)  # two deals of one moment are not one opened twice
         line = self.settler.credit.line(creditor=bid.solver, debtor=self.desk.me) if job.credit else None
         permille = offer.check_permille and rate_of_deal(
             rules,
@@ -364,7 +373,7 @@ class JobDesk:
             task=task_id(task),
             submitter=self.desk.me,
             solver=bid.solver,
-            sequence=self.sequence,
+            sequence=self.number(),
             first_segment=job.segment,
             last_segment=task.segments,
             base_root=masked(salt_of(task), job.base_root),

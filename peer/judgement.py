@@ -12,29 +12,27 @@ from dataclasses import dataclass, field
 
 from market import entries as money
 from market import penalties
-from market.entries import POOL, Account
+from market.entries import POOL
 from market.matching import Record as History
 from peer.channel import Channel
 from peer.desk import Desk
+from peer.stakes import NotYet, Stakes
 from protocol import params
 from protocol.arbitration import Judged, check_challenge, open_arbitration, refutes
-from protocol.equivocation import opened_twice
-from protocol.errors import InsufficientFunds, LimitExceeded, RemoteProtocolError, VerificationFailed
+from protocol.equivocation import ordered_twice
+from protocol.errors import InsufficientFunds, LimitExceeded, VerificationFailed
 from protocol.outcomes import jackpot_micro
 from protocol.records import Arbitration, Challenge, Equivocation, Fault, Verdict, amount_for, open_record
 
 __all__ = ["Judgement", "NotYet"]
 
 
-class NotYet(RemoteProtocolError):
-    """The record depends on one that is not here yet: keep it and try again."""
-
-
 @dataclass
 class Judgement:
-    """See the module docstring. `channels` and `histories` are the settler's own."""
+    """See the module docstring. `channels`, `histories` and `stakes` are the settler's own."""
 
     desk: Desk
+    stakes: Stakes
     channels: dict[bytes, Channel]
     histories: dict[bytes, History]
     slashed: Callable[[bytes, Channel], None]
@@ -51,6 +49,7 @@ class Judgement:
             channel.count_moot()  # two peers published the same
             return
         channel.findings[judged.dispute] = judged
+        self.stakes.judged_ns = self.desk.now_ns
         if channel.held_until_ns and channel.challenges and not channel.open_challenges():
             channel.held_until_ns = 0
             self.desk.save("held", agreement_id, channel.hold())
@@ -96,7 +95,11 @@ class Judgement:
         costs = ((agreement.solver, cost_micro), *judged.fees)
         self.desk.post(
             penalties.lost_challenge(
-                judged.dispute, challenger=challenger, micro=self._at_stake(challenger), costs=costs
+                judged.dispute,
+                challenger=challenger,
+                micro=self._at_stake(challenger),
+                costs=costs,
+                holdings=self.stakes.holdings(challenger),
             )
         )
 
@@ -127,27 +130,36 @@ class Judgement:
             # A solver and a challenger in league can lose a dispute on purpose, by a leaf they staged: a verdict of
             # somebody else must not cost more than what that burns of their lock.
             micro = min(self._at_stake(verdict.checker), channel.agreement.lock_micro // 2)
-            self.desk.post(penalties.fault(verdict_id, checker=verdict.checker, micro=micro))
+            holdings = self.stakes.holdings(verdict.checker)
+            self.desk.post(penalties.fault(verdict_id, checker=verdict.checker, micro=micro, holdings=holdings))
 
-    def opened_twice(self, proof: Equivocation) -> None:
-        """Fold the proof that a submitter signed two openings under one number. The amount is fixed, so that it is the
-        same on every peer in whatever order. Raises NotYet while the stake is not there, VerificationFailed."""
-        sequence = opened_twice(proof)
+    def ordered_twice(self, proof: Equivocation) -> None:
+        """Fold the proof that an owner signed two orders under one number. The amount is fixed, so that it is the same
+        on every peer in whatever order. Raises NotYet while the stake is not there, VerificationFailed."""
+        culprit, sequence = proof.culprit, ordered_twice(proof)
         if sequence is None:
-            raise VerificationFailed("an equivocation that is not about openings moves no money")
-        micro = self.desk.network.rules.checker_stake_min_micro
-        if self.twice[proof.culprit, sequence] > params.MOOT_RECORDS_MAX:
-            raise LimitExceeded(f"more than {params.MOOT_RECORDS_MAX} proofs of one number opened twice")
-        try:
-            self.desk.post(penalties.equivocation(proof.culprit, sequence, micro=micro))
-        except InsufficientFunds as error:
-            raise NotYet(str(error)) from None
-        self.twice[proof.culprit, sequence] += 1  # a proof by another pair changes nothing, and every log keeps it
+            raise VerificationFailed("an equivocation that is not about orders moves no money")
+        if self.twice[culprit, sequence] > params.MOOT_RECORDS_MAX:
+            raise LimitExceeded(f"more than {params.MOOT_RECORDS_MAX} proofs of one number ordered twice")
+        if not self.desk.ledger.applied(penalties.equivocation_key(culprit, sequence)):
+            micro, holdings = self.desk.network.rules.checker_stake_min_micro, self.stakes.holdings(culprit)
+            try:
+                self.desk.post(penalties.equivocation(culprit, sequence, micro=micro, holdings=holdings))
+            except InsufficientFunds as error:
+                raise NotYet(str(error)) from None
+        self.twice[culprit, sequence] += 1  # a proof by another pair changes nothing, and every log keeps it
 
     def _at_stake(self, checker: bytes) -> int:
-        """What a checker's word is worth: the least stake a checker must have, as far as its stake still reaches."""
-        held = self.desk.ledger.balance_micro(Account(checker, "stake"))
-        return min(self.desk.network.rules.checker_stake_min_micro, held)
+        """What a checker's word is worth: the least stake a checker must have, as far as its stake still reaches, and
+        what it withdrew lately."""
+        return min(self.desk.network.rules.checker_stake_min_micro, self.stakes.at_stake(checker))
+
+    def staked(self, challenge: Challenge, challenge_id: bytes) -> int:
+        """What its challenger stands to lose, in micro-credits: of one that had the stake when it challenged, what it
+        withdrew since as well."""
+        channel, who = self.channels.get(challenge.agreement), challenge.challenger
+        held = channel is not None and channel.challenges.get(who) == challenge_id
+        return self.stakes.at_stake(who) if held else self.stakes.free_micro(who)
 
     # --- windows -------------------------------------------------------------------------------------------
     def challenged(self, challenge: Challenge, challenge_id: bytes) -> None:
@@ -162,7 +174,7 @@ class Judgement:
             check_challenge(challenge, channel.agreement)
         except VerificationFailed:
             return
-        stake = self.desk.ledger.balance_micro(Account(challenger, "stake"))
+        stake = self.stakes.free_micro(challenger)
         if challenger in channel.open_challenges() or stake < rules.checker_stake_min_micro:
             return
         channel.challenges[challenger] = challenge_id

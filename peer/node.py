@@ -64,7 +64,7 @@ from peer.prover import Prover
 from peer.receipt_rows import Rows
 from peer.restored import Restored
 from peer.sealing import Sealing
-from peer.settler import Settler
+from peer.settler import Logged, Settler
 from peer.solver import Solver
 from peer.submitter import Submitter
 from peer.witness import Witness
@@ -77,19 +77,13 @@ from protocol.keys import SigningKey, peer_key
 from protocol.network import Network
 from protocol.profile_task import ProfileSpec
 from protocol.records import (
-    Agreement,
-    Arbitration,
     Ask,
     BenchCard,
     Bid,
     Challenge,
-    Claim,
     Equivocation,
-    Fault,
     Offer,
     Ruling,
-    Settlement,
-    Slash,
     Verdict,
     open_record,
 )
@@ -119,7 +113,7 @@ class Node:
         self.forcing = Forcing(self.desk, self.settler, self.beacons)
         self.witness, self.intake = Witness(self.desk), Intake(self.desk, self.bidder)
         self.certificates = Certificates(self.desk, self.settler, self.witness)
-        self.bidder.in_doubt_micro = lambda: self.certificates.locks_in_doubt_micro() + self.solver.promised_micro()
+        self.bidder.in_doubt_micro = lambda: self.certificates.in_doubt_micro("stake") + self.solver.promised_micro()
         self.solver = Solver(self.desk, self.settler, self.bidder, self.forcing, self.certificates.watch)
         self.forcing.go, self.forcing.offer = self.solver.go, self.solver.offer
         self.bidder.slots_free = self.solver.slots_free
@@ -127,6 +121,9 @@ class Node:
         self.jobs = JobDesk(self.desk, self.settler)
         self.submitter = Submitter(self.desk, self.settler, self.checks, self.jobs, self.beacons, self.certificates)
         self.jobs.on_choice = self.submitter.propose
+        moves = self.certificates.moves
+        moves.number, moves.reserved_micro = self.jobs.number, self.jobs.reserved_micro
+        moves.promised_micro, self.jobs.moving_micro = self.solver.promised_micro, moves.moving_micro
         self.profiles = Profiles(self.desk, self.settler, self.jobs, self.submitter.deals)
         self.checks.on_right = self.submitter.checked_right
         self.checks.on_paid_and_wrong = self.submitter.paid_and_wrong
@@ -142,7 +139,7 @@ class Node:
         self.bidder.carded = self.prover.speed
         self.commands = Commands(
             self.desk, self.settler, self.jobs, self.submitter, self.bidder, self.solver, self.pausing, self.prover,
-            self.challenger, self.disputes, self.profiles, self.sealing,
+            self.challenger, self.disputes, self.profiles, self.sealing, moves,
         )  # fmt: skip
         self.restored = Restored(self.desk, self.settler, answer=self.commands.handle, on_heard=self._heard)
         self.next_sync_ns = now_ns
@@ -156,7 +153,7 @@ class Node:
             self.checker, self.disputes, self.prover, self.challenger, self.house, self.restored, self.witness,
         ):  # fmt: skip
             then.restore(rows)
-        self.settler.on_open = self._opened
+        self.settler.on_open, self.settler.on_moved = self._opened, self.certificates.moved
         self.settler.on_close = self._closed
         self.settler.on_judged = self.disputes.judged
 
@@ -345,7 +342,7 @@ class Node:
                 self.disputes.challenged(record, record_id, envelope)
             case Ruling():
                 self.disputes.ruled(record, envelope)
-            case Agreement() | Settlement() | Claim() | Slash() | Arbitration() | Fault() | CreditLine():
+            case _ if isinstance(record, Logged | CreditLine):
                 if record_id not in self.settler.log:
                     self.settler.accept(envelope)
             case _:

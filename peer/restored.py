@@ -19,16 +19,15 @@ from peer.desk import Desk
 from peer.events import Command, GossipIn, Input, MessageIn, PeerDown, PeerUp, Reply, Tick
 from peer.messages import unpack
 from peer.receipt_rows import Rows
-from peer.settler import Settler
+from peer.settler import Logged, Settler
 from protocol import params
 from protocol.codec import decode
 from protocol.errors import IchibaError, LocalProtocolError, RemoteProtocolError
-from protocol.records import Agreement, Arbitration, Claim, Equivocation, Fault, Settlement, Slash, open_record
+from protocol.records import open_record
 
 __all__ = ["RESTORED_KEY", "RESTORED_TABLE", "Restored", "RestoredListens"]
 
 RESTORED_TABLE, RESTORED_KEY = "restored", b"since"  # value: the clock at the restoring, 8 bytes big-endian, ns
-_LOGGED = Agreement | Settlement | Claim | Slash | Arbitration | Fault | Equivocation
 _READS = frozenset({"status", "wallet", "jobs", "job", "book", "bundle", "drops", "reputation", "reputation-bundle"})
 
 
@@ -118,7 +117,7 @@ class Restored:
 
     def _take(self, envelope: bytes) -> None:
         record, record_id, _ = open_record(envelope, network=self.desk.network.id)
-        if isinstance(record, _LOGGED) and record_id not in self.settler.log:
+        if isinstance(record, Logged) and record_id not in self.settler.log:
             self.settler.accept(envelope)
 
     def _ask(self, peer: bytes) -> None:

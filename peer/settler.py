@@ -1,7 +1,8 @@
 """The settlement log: which signed records this peer has, and what they make of everybody's money.
 
-Every peer folds the same records into the same ledger: openings (co-signed agreements), settlements, claims and
-slashes. Records that depend on one not here yet wait, bounded; anti-entropy (node.py) brings what gossip lost.
+Every peer folds the same records into the same ledger: openings (co-signed agreements), moves of stake
+(peer/stakes.py), settlements, claims and slashes. Records that depend on one not here yet wait, bounded; anti-entropy
+(node.py) brings what gossip lost.
 What the fold cannot decide alone (two conflicting closings of one channel) is stated in docs/decisions/0001. Records of
 deals on credit are not folded: they are handed to peer/credit.py, and go no further.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import msgspec
 
@@ -24,6 +26,7 @@ from peer.desk import SETTLEMENT, Desk
 from peer.evidence import claimed_micro, wrong_verdicts
 from peer.judgement import Judgement, NotYet
 from peer.netting import Nettings
+from peer.stakes import Stakes
 from protocol import params
 from protocol.arbitration import Judged
 from protocol.certificate import check_certified
@@ -41,13 +44,17 @@ from protocol.records import (
     Record,
     Settlement,
     Slash,
+    StakeMove,
     Verdict,
     amount_for,
     decode_body,
     open_record,
 )
 
-__all__ = ["Channel", "Settler"]
+__all__ = ["Channel", "Logged", "Settler"]
+
+Logged: TypeAlias = Agreement | StakeMove | Settlement | Claim | Slash | Arbitration | Fault | Equivocation
+"""What the log is made of."""
 
 
 def backed_by(network: Network) -> frozenset[bytes]:
@@ -64,6 +71,7 @@ class Settler:
     on_open: Callable[[bytes], None] = lambda _: None
     on_close: Callable[[bytes, str], None] = lambda _a, _b: None
     on_judged: Callable[[bytes, Judged], None] = lambda _a, _b: None
+    on_moved: Callable[[bytes], None] = lambda _: None
     channels: dict[bytes, Channel] = field(default_factory=dict)
     log: dict[bytes, bytes] = field(default_factory=dict)  # record id -> envelope
     pending: dict[bytes, bytes] = field(default_factory=dict)
@@ -71,11 +79,13 @@ class Settler:
     histories: dict[bytes, History] = field(default_factory=dict)
     _live: dict[bytes, Channel] = field(default_factory=dict)  # those whose time still matters, in order of opening
     _opened: list[bytes] = field(default_factory=list)
+    _moved: list[bytes] = field(default_factory=list)
     _closed: list[tuple[bytes, str]] = field(default_factory=list)
     _retrying: bool = False
 
     def __post_init__(self) -> None:
-        self.judgement = Judgement(self.desk, self.channels, self.histories, self._slashed)
+        self.stakes = Stakes(self.desk, self.channels, self.sequences)
+        self.judgement = Judgement(self.desk, self.stakes, self.channels, self.histories, self._slashed)
         self.reputations = Reputations(backed_by(self.desk.network))
         self.netting = Nettings(self.desk, lambda deal: self.on_open(deal), lambda deal, how: self.on_close(deal, how))
         self.credit = self.netting.credit
@@ -95,14 +105,20 @@ class Settler:
             raise LimitExceeded("the settlement log is full", next_step="move this network to notaries")
         if isinstance(record, Settlement) and len(signers) != 2:
             raise VerificationFailed("settlement without both signatures")
-        if isinstance(record, Agreement):
+        if isinstance(record, Agreement | StakeMove):
             check_certified(record, signers, self.desk.network)
+        if isinstance(record, StakeMove) and record.created_ns > self.desk.wall_ns + params.CLOCK_SKEW_NS_MAX:
+            self.desk.drop("early", record.owner)  # it comes again, and nobody is to blame who passed it on
+            return False
         was = self._stage(record)
         try:
             self._fold(record, record_id, self.desk.now_ns)
         except NotYet:
             if isinstance(record, Equivocation):
                 return False  # not kept: keys without a stake cost nothing; who folded it shows it again
+            if isinstance(record, StakeMove) and not self._may_wait(record, record_id):
+                self.desk.drop("unfunded", record.owner)
+                return False  # not kept: who folded it shows it again
             if record_id not in self.pending and len(self.pending) >= params.PENDING_SETTLEMENT_MAX:
                 raise LimitExceeded("too many settlement records wait for others") from None
             self.pending[record_id] = envelope
@@ -117,14 +133,31 @@ class Settler:
         self._retry_pending()
         return True
 
+    def _may_wait(self, move: StakeMove, move_id: bytes) -> bool:
+        """Whether there is room for one more move without funds: an owner has some, and made-up owners share some."""
+        if move_id in self.pending:
+            return True
+        waiting = [record for e in self.pending.values() if isinstance(record := self._opened_again(e), StakeMove)]
+        mine = sum(other.owner == move.owner for other in waiting)
+        if self.desk.ledger.knows(move.owner):
+            return mine < params.PENDING_MOVES_OF_OWNER_MAX and len(waiting) < params.PENDING_MOVES_MAX
+        strangers = sum(not self.desk.ledger.knows(other.owner) for other in waiting)
+        return not mine and strangers < params.PENDING_MOVES_OF_STRANGERS_MAX
+
+    def _opened_again(self, envelope: bytes) -> Record:
+        return open_record(envelope, network=self.desk.network.id)[0]
+
     def _tell(self) -> None:
         """Call the node's ears, after the record that explains the news is in the log: what they publish in answer
         must come after it, or a restart would fold the log in another order."""
         opened, self._opened = self._opened, []
+        moved, self._moved = self._moved, []
         closed, self._closed = self._closed, []
         judged, self.judgement.judged = self.judgement.judged, []
         for agreement_id in opened:
             self.on_open(agreement_id)
+        for move_id in moved:
+            self.on_moved(move_id)
         for agreement_id, how in closed:
             self.on_close(agreement_id, how)
         for agreement_id, finding in judged:
@@ -175,7 +208,7 @@ class Settler:
                 channel.locked = False
         self.judgement.judging = True
         # Old news: the roles have it in their own rows.
-        self._opened, self._closed, self.judgement.judged = [], [], []
+        self._opened, self._moved, self._closed, self.judgement.judged = [], [], [], []
 
     def _closed_before(self, record: Record, *, lock_gone: bool) -> None:
         """A journalled record came after its channel's end. Where that end was a window's, which is no record, it has
@@ -203,8 +236,14 @@ class Settler:
 
     def _retry(self, record_id: bytes, envelope: bytes) -> bool:
         """Try a record that waited once more. True if it was applied."""
-        record, _, _ = open_record(envelope, network=self.desk.network.id)
-        ready = isinstance(record, Agreement) or self._agreement_id(record) in self.channels
+        record = self._opened_again(envelope)
+        match record:
+            case Agreement():
+                ready = True
+            case StakeMove():
+                ready = self.stakes.ready(record)
+            case _:
+                ready = self._agreement_id(record) in self.channels
         if not ready or record_id not in self.pending:
             return False
         try:
@@ -221,7 +260,11 @@ class Settler:
     # --- the fold ------------------------------------------------------------------------------------------
     def _fold(self, record: Record, record_id: bytes, seen_ns: int) -> None:
         if isinstance(record, Equivocation):
-            self.judgement.opened_twice(record)  # of a peer, and of no channel
+            self.judgement.ordered_twice(record)  # of a peer, and of no channel
+            return
+        if isinstance(record, StakeMove):
+            self.stakes.fold(record, record_id, seen_ns)
+            self._moved.append(record_id)
             return
         about = record_id if isinstance(record, Agreement) else getattr(record, "agreement", b"")
         moot = self.channels[about].moot if about in self.channels else 0
@@ -257,7 +300,7 @@ class Settler:
         known = self.sequences.get((agreement.submitter, agreement.sequence))
         if known is not None and known != record_id:
             raise VerificationFailed(
-                "two openings with one sequence number", why="the submitter reserves its balance twice"
+                "two orders with one sequence number", why="the submitter spends its balance twice"
             )
         if agreement.first_segment >= agreement.last_segment or not agreement.operations or not agreement.channel_micro:
             # An opening that costs nothing would let anybody fill every peer's log.
@@ -353,7 +396,7 @@ class Settler:
             raise VerificationFailed("a slash over a script", why="nothing of it is re-executed, so none can be wrong")
         if self.desk.network.notaries:
             raise VerificationFailed("a slash in a network with notaries", why="there a dispute decides who is wrong")
-        staked = self.free_stake if self.judgement.judging else None
+        staked = self.stakes.at_stake if self.judgement.judging else None
         verdicts = wrong_verdicts(record, channel.agreement, self.desk.network, staked)
         if self._moot(channel):
             return
@@ -388,7 +431,10 @@ class Settler:
                 del self._live[agreement_id]
             else:
                 self.lapse(agreement_id)
+        moved = self.stakes.tick() or self._closed
         self._tell()
+        if moved:
+            self._retry_pending()  # what waits for funds may find them
         self.netting.tick()
 
     def lapse(self, agreement_id: bytes) -> None:
@@ -419,7 +465,7 @@ class Settler:
             return
         if verdict.checker in (channel.agreement.submitter, channel.agreement.solver):
             return
-        if self.free_stake(verdict.checker) >= self.desk.network.rules.checker_stake_min_micro:
+        if self.stakes.at_stake(verdict.checker) >= self.desk.network.rules.checker_stake_min_micro:
             channel.frozen = True
             self.desk.save("frozen", verdict.agreement, b"1")
 
@@ -438,8 +484,8 @@ class Settler:
         return self.reputations.of("solver", peer, today=today, viewer=self.desk.me).reputation
 
     def free_stake(self, peer: bytes) -> int:
-        """The stake of `peer` that is not locked, in micro-credits."""
-        return self.desk.ledger.balance_micro(Account(peer, "stake"))
+        """The stake of `peer` that is neither locked nor withdrawn, in micro-credits."""
+        return self.stakes.free_micro(peer)
 
     def busy(self) -> set[bytes]:
         """The solvers with an open channel: they work on it, or wait for its checks."""

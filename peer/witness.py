@@ -1,8 +1,8 @@
 """Who signed twice what it may sign once, and is barred from this peer's market for it.
 
-A peer that shows one ask to some and another to others, or opens two channels under one number, is caught by whoever
-sees both: the two envelopes prove it to everybody (protocol/equivocation.py), so no quorum is needed and nobody can be
-barred by a word. What it has running goes on: a bar is about new business only.
+A peer that shows one ask to some and another to others, or gives two orders over its money under one number, is caught
+by whoever sees both: the two envelopes prove it to everybody (protocol/equivocation.py), so no quorum is needed and
+nobody can be barred by a word. What it has running goes on: a bar is about new business only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from protocol import params
 from protocol.equivocation import Placed, check_equivocation, place_of, prove
 from protocol.errors import VerificationFailed
 from protocol.keys import short
-from protocol.records import Agreement, Ask, Bid, Equivocation, Offer, Record
+from protocol.records import Agreement, Ask, Bid, Equivocation, Offer, Record, StakeMove
 
 __all__ = ["Witness"]
 
@@ -36,7 +36,7 @@ class Witness:
         # not stand in the place of the one that it did sign.
         if place is not None and place[0] in signers:
             known = self.held.setdefault(place, (record_id, envelope))
-            if known[0] != record_id and (place[0] not in self.barred or isinstance(record, Agreement)):
+            if known[0] != record_id and (place[0] not in self.barred or isinstance(record, Agreement | StakeMove)):
                 self.convict(known[1], envelope)
             while len(self.held) > params.WITNESS_PLACES_MAX:
                 del self.held[next(iter(self.held))]

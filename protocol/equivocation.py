@@ -1,8 +1,8 @@
 """Proof that a peer signed two records of which only one may exist.
 
-Two asks of one slot and sequence number, two bids of one nonce on one offer, two agreements under one sequence number
-of their submitter, two credit lines of one number to one debtor: whoever holds both can show them to anybody, and
-nobody can make them but the peer itself.
+Two asks of one slot and sequence number, two bids of one nonce on one offer, two orders under one sequence number of
+their owner (agreements of a submitter, moves of its stake), two credit lines of one number to one debtor: whoever holds
+both can show them to anybody, and nobody can make them but the peer itself.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from typing import TypeAlias
 from protocol.certificate import signed_by
 from protocol.credit_records import NO_CREDIT, CreditLine
 from protocol.errors import VerificationFailed
-from protocol.records import Agreement, Ask, Bid, Equivocation, Record, open_record
+from protocol.records import Agreement, Ask, Bid, Equivocation, Record, StakeMove, open_record
 
-__all__ = ["Placed", "check_equivocation", "opened_twice", "place_of", "prove"]
+__all__ = ["Placed", "check_equivocation", "ordered_twice", "place_of", "prove"]
 
-Placed: TypeAlias = Ask | Bid | Agreement | CreditLine
+Placed: TypeAlias = Ask | Bid | Agreement | StakeMove | CreditLine
 
 
 def place_of(record: Record) -> tuple[bytes, tuple[object, ...]] | None:
     """(peer, place) of a record whose place its peer may fill once, else None. Of an agreement the peer is the
-    submitter, whose openings its sequence numbers order."""
+    submitter, whose openings and moves of stake have one series of sequence numbers."""
     match record:
         case Ask(peer=peer, slot=slot, sequence=number):
             return peer, ("ask", slot, number)
         case Bid(solver=peer, offer=offer, nonce=number):
             return peer, ("bid", offer, number)
-        case Agreement(submitter=peer, sequence=number):
-            return peer, ("agreement", number)
+        case Agreement(submitter=peer, sequence=number) | StakeMove(owner=peer, sequence=number):
+            return peer, ("order", number)
         case CreditLine(creditor=peer, debtor=debtor, sequence=number):
             return peer, ("credit", debtor, number)
     return None
@@ -69,10 +69,15 @@ def check_equivocation(proof: Equivocation) -> tuple[Placed, Placed]:
     return one, two
 
 
-def opened_twice(proof: Equivocation) -> int | None:
-    """The sequence number under which the culprit signed two openings of channels; None for other places, and for deals
-    on credit, which take no money. Raises what `check_equivocation` does."""
-    one, two = check_equivocation(proof)
-    if not isinstance(one, Agreement) or not isinstance(two, Agreement):
+def ordered_twice(proof: Equivocation) -> int | None:
+    """The sequence number under which the culprit signed two orders that take its money, openings of channels or moves
+    of stake; None for other places, and for deals on credit, which take none. Raises what `check_equivocation` does."""
+    orders = check_equivocation(proof)
+    if not all(_takes_money(order) for order in orders):
         return None
-    return one.sequence if one.credit == two.credit == NO_CREDIT else None
+    assert isinstance(orders[0], Agreement | StakeMove)
+    return orders[0].sequence
+
+
+def _takes_money(order: Placed) -> bool:
+    return isinstance(order, StakeMove) or (isinstance(order, Agreement) and order.credit == NO_CREDIT)

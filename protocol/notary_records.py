@@ -1,12 +1,14 @@
-"""What a notary signs about an agreement, beside its certificate. Import it from protocol/records.py, like all."""
+"""What a notary signs about an agreement, beside its certificate. Import them from protocol/records.py, like all."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
-from protocol.codec import Digest, PeerKey
+from protocol.codec import Digest, PeerKey, Uint
 
-__all__ = ["Beacon", "Void"]
+__all__ = ["Beacon", "Ruling", "Void"]
 
 
 class _Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True):
@@ -24,3 +26,17 @@ class Void(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw
     """A notary has not certified the agreement and never will. A quorum of these proves that it can never open."""
 
     agreement: Digest
+
+
+class Ruling(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/ruling/1"):
+    """One notary's finding on a dispute: the work is wrong, it is right, or its error was ordered. Level and cause say
+    how far the descent came and what ended it; `both`: at the leaf neither side's value is right."""
+
+    dispute: Digest
+    agreement: Digest
+    segment: Uint
+    finding: Literal["wrong", "right", "forced"]
+    level: Literal["segment", "step", "state", "node", "tile", "element", "block"]
+    cause: Literal["leaf", "both", "silence", "withheld", "malformed", "equivocation", "forced", "jury"]
+    operations: Uint  # metered by the referee
+    transcript: Digest

@@ -59,6 +59,10 @@ SIGNATURES_AHEAD_MIN: Final = 8  # fewer are computed sooner where they are used
 MICRO_PER_CREDIT: Final = 1_000_000
 AMOUNT_MICRO_MAX: Final = 10**15  # a billion credits: sums of 1,000 of them stay far inside 63 bits
 
+STAKE_MOVE_MICRO_MIN: Final = 1_000  # a move of less would let a credit fill a sixteenth of everybody's log for good
+MOVES_KEPT_MAX: Final = 64  # moves of its own stake that a peer remembers; one that ended gives way
+UNBONDINGS_OF_OWNER_MAX: Final = 8  # withdrawals under way at once; a penalty takes from each, in one entry
+
 # --- mutual credit (peer/credit.py, peer/netting.py) -------------------------------------------------------
 CREDIT_LINES_MAX: Final = 1_024  # given or got by one peer: people it knows
 CREDIT_DEALS_MAX: Final = 4_096  # of one pair, not netted yet: 5 MiB of rows; then no new deal before a netting
@@ -94,6 +98,9 @@ ROUND_THREAD_MIN: Final = 8_192  # bids of a round from which it is played in a 
 MATCHES_KEPT_MAX: Final = 1_000  # with all their bids, some 10 kB each in a market of twenty solvers
 JOBS_OPEN_MAX: Final = 256  # of one submitter's daemon
 PENDING_SETTLEMENT_MAX: Final = 1024  # records that wait for one they depend on
+PENDING_MOVES_MAX: Final = 256  # stake moves among them that wait for funds: the rest is left for other records
+PENDING_MOVES_OF_OWNER_MAX: Final = 4  # of one owner: an add that waits for a pay, and some changes of mind
+PENDING_MOVES_OF_STRANGERS_MAX: Final = 64  # of owners that never had money, one each: keys cost nothing
 SETTLEMENT_LOG_MAX: Final = 16_384  # ids one SyncIds message can carry; beyond it notaries take over
 EVENTS_PER_JOB_MAX: Final = 20_000  # lines kept for `job logs`
 

@@ -18,8 +18,9 @@ from protocol.credit_records import NO_CREDIT, Clearing, CreditLine, CreditRecor
 from protocol.errors import MalformedRecord, VerificationFailed, WrongNetwork
 from protocol.keys import SigningKey, verify
 from protocol.lately import Lately
-from protocol.notary_records import Beacon, Void
+from protocol.notary_records import Beacon, Ruling, Void
 from protocol.profile import EXACT, UNBOUNDED, Profile
+from protocol.stake_records import StakeMove
 
 __all__ = [
     "Agreement",
@@ -45,6 +46,7 @@ __all__ = [
     "Ruling",
     "Settlement",
     "Slash",
+    "StakeMove",
     "Verdict",
     "Void",
     "Voucher",
@@ -321,21 +323,6 @@ class Move(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw
     body: Annotated[bytes, msgspec.Meta(max_length=params.MOVE_BYTES_MAX)]
 
 
-class Ruling(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/ruling/1"):
-    """One notary's finding on a dispute: the work is wrong, it is right, or its error was ordered. Level and cause say
-    how far the descent came and what ended it; `both`: at the leaf neither side's value is right."""
-
-    notary: PeerKey
-    dispute: Digest
-    agreement: Digest
-    segment: Uint
-    finding: Literal["wrong", "right", "forced"]
-    level: Literal["segment", "step", "state", "node", "tile", "element", "block"]
-    cause: Literal["leaf", "both", "silence", "withheld", "malformed", "equivocation", "forced", "jury"]
-    operations: Uint  # metered by the referee
-    transcript: Digest
-
-
 class Arbitration(
     _Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/arbitration/1"
 ):
@@ -392,11 +379,12 @@ Record: TypeAlias = (
     | BenchCard
     | Profile
     | CreditRecord
+    | StakeMove
 )
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A record's bytes and signatures over them, in key order: of its parties, and of an Agreement's notaries."""
+    """A record's bytes and signatures over them, in key order: of its parties, and of the notaries that certify it."""
 
     body: Annotated[bytes, msgspec.Meta(max_length=params.GOSSIP_RECORD_BYTES_MAX)]
     signatures: Annotated[
@@ -426,7 +414,7 @@ def parties(record: Record) -> frozenset[bytes]:
             return frozenset((peer,))
         case Challenge(challenger=peer) | Forced(solver=peer) | BenchChallenge(challenger=peer):
             return frozenset((peer,))
-        case Move(player=peer) | Arbitration(author=peer) | Fault(author=peer):
+        case Move(player=peer) | Arbitration(author=peer) | Fault(author=peer) | StakeMove(owner=peer):
             return frozenset((peer,))
         case Clearing(parties=peers):
             return frozenset(peers)
@@ -470,8 +458,8 @@ def open_record(data: bytes, *, network: bytes) -> tuple[Record, bytes, frozense
     """Check an envelope completely. Returns (record, id, signers).
 
     Every signature is verified, every signer must be a party of the record (of its agreement, for a receipt,
-    which the caller checks), and bytes must be canonical. An Agreement's other signers must be notaries, which
-    protocol/certificate.py checks. Raises RemoteProtocolError subclasses.
+    which the caller checks), and bytes must be canonical. The other signers of an Agreement or a StakeMove must be
+    notaries, which protocol/certificate.py checks. Raises RemoteProtocolError subclasses.
 
     A small envelope is opened once: peer/verifying.py does it ahead of the node, which then does it at each step.
     """
@@ -484,7 +472,7 @@ def open_record(data: bytes, *, network: bytes) -> tuple[Record, bytes, frozense
     if signers != sorted(set(signers)):
         raise MalformedRecord("signatures are not in strict order of their keys")
     strangers = set(signers) - (parties(record) or set(signers[:2]))
-    if strangers and not isinstance(record, Agreement):
+    if strangers and not isinstance(record, Agreement | StakeMove):
         raise VerificationFailed(f"{type(record).__name__.lower()} signed by a peer that is no party to it")
     for peer, signature in envelope.signatures:
         verify(peer, _SIGNING_DOMAIN, network, envelope.body, signature)

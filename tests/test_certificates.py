@@ -81,7 +81,7 @@ def test_a_notary_that_signed_and_is_away_when_the_others_promise_lets_go_when_i
     with_answers(first, offices[:1])  # of which only the submitter heard
     solver = Solver(first, offices)
     solver.ends(1, 2, 3, later_ns=LATE_NS)
-    assert solver.certificates.locks_in_doubt_micro() == 0, "three never sign: it can never open"
+    assert solver.certificates.in_doubt_micro("stake") == 0, "three never sign: it can never open"
     assert offices[0].notary.stake == {SOLVERS[0].public: 900}
     solver.ends(0, 1, 2, 3)
     assert not offices[0].notary.stake and not offices[0].notary.free

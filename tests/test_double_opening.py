@@ -10,7 +10,7 @@ import pytest
 from market.entries import BURNED
 from protocol import params
 from protocol.credit_records import NO_CREDIT
-from protocol.equivocation import opened_twice, prove
+from protocol.equivocation import ordered_twice, prove
 from protocol.errors import LimitExceeded, VerificationFailed
 from protocol.records import add_signature, open_record, seal
 from tests.test_judgement import AGREEMENT, KEYS, NETWORK, STAKE_MICRO, TERMS, Disk, certified
@@ -71,7 +71,7 @@ def test_openings_on_credit_and_one_opening_twice_signed_take_nothing() -> None:
         for made in (1, 2)
     ]
     assert bytes([9]) * 32 != NO_CREDIT
-    assert opened_twice(prove(*on_credit, network=NETWORK.id)) is None
+    assert ordered_twice(prove(*on_credit, network=NETWORK.id)) is None
     with pytest.raises(VerificationFailed):
         Disk().give(proof(*on_credit))
     both = add_signature(seal(TERMS, KEYS["submitter"]), KEYS["solver"], network=NETWORK.id)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from market import ledger as money
+from market import entries as money
+from market import penalties
 from market.ledger import (
     BURNED,
     NULL_KEY,
@@ -168,10 +169,28 @@ def test_overdrawing_names_account_need_and_holding_and_leaves_the_ledger_alone(
 def test_a_lock_cannot_be_withdrawn_as_stake() -> None:
     ledger = funded()
     with pytest.raises(Overdrawn):
-        ledger.post(money.stake_withdraw(key(4), BORIS, 460))
-    assert ledger.post(money.stake_withdraw(key(4), BORIS, 459))
+        ledger.post(money.unbond(key(4), owner=BORIS, micro=460))
+    assert ledger.post(money.unbond(key(4), owner=BORIS, micro=459))
+    assert (ledger.balance_micro(stake(BORIS)), ledger.balance_micro(free(BORIS))) == (0, 0)
+    with pytest.raises(VerificationFailed, match="locked for ever"):
+        ledger.post(money.unbonded(key(4), owner=BORIS, micro=458))
+    assert ledger.post(money.unbonded(key(4), owner=BORIS, micro=459))
     assert ledger.post(money.stake_add(key(5), BORIS, 459))
     assert ledger.balance_micro(stake(BORIS)) == 459
+
+
+def test_a_penalty_takes_the_buckets_in_order_and_no_more_than_they_hold() -> None:
+    ledger = funded()
+    for number, micro in ((4, 100), (5, 50)):
+        ledger.post(money.unbond(key(number), owner=BORIS, micro=micro))
+    holdings = [(stake(BORIS), 309), (money.unbonding_of(BORIS, key(5)), 50), (money.unbonding_of(BORIS, key(4)), 100)]
+    for whole in (460, 10**15):
+        with pytest.raises(Overdrawn):
+            penalties.fault(key(6), checker=BORIS, micro=whole, holdings=holdings)
+    ledger.post(penalties.fault(key(6), checker=BORIS, micro=400, holdings=holdings))
+    assert [ledger.balance_micro(account) for account, _ in holdings] == [0, 0, 59]
+    assert ledger.flows()[BORIS].slashed_micro == 400
+    ledger.check()
 
 
 @pytest.mark.parametrize("terms", [{"channel_micro": 99}, {"lock_micro": 40}])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
-from market import ledger as money
+from market import entries as money
 from market import penalties
 from market.ledger import BURNED, NULL_KEY, POOL, WORLD, Account, Entry, Ledger, money_table
 from protocol.errors import InsufficientFunds
@@ -26,6 +26,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.ledger, self.outside_micro, self.count = Ledger(), 0, 0
+        self.leaving: list[tuple[bytes, bytes, int]] = []  # withdrawals under way: owner, move, micro-credits
 
     def fresh(self) -> bytes:
         self.count += 1
@@ -55,7 +56,17 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(owner=st.sampled_from(PEERS), micro=AMOUNTS, out=st.booleans())
     def move_stake(self, owner: bytes, micro: int, out: bool) -> None:
-        self.attempt((money.stake_withdraw if out else money.stake_add)(self.fresh(), owner, micro))
+        move = self.fresh()
+        if not out:
+            self.attempt(money.stake_add(move, owner, micro))
+        elif self.attempt(money.unbond(move, owner=owner, micro=micro)):
+            self.leaving.append((owner, move, micro))
+
+    @precondition(lambda self: self.leaving)
+    @rule()
+    def unbonded(self) -> None:
+        owner, move, micro = self.leaving.pop(0)
+        assert self.attempt(money.unbonded(move, owner=owner, micro=micro))
 
     @rule(
         target=agreements,

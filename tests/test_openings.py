@@ -99,10 +99,10 @@ def test_a_submitter_that_stops_at_two_signatures_holds_no_stake_of_its_solver()
 def test_nor_does_one_that_stops_at_one() -> None:
     stage = left_by(stage_of(0, {"alice": DoubleReservation(1, other="")}))
     assert sum(set_aside(stage).values()) == 1
-    assert stage.node("bob").certificates.locks_in_doubt_micro() > 0
+    assert stage.node("bob").certificates.in_doubt_micro("stake") > 0
     stage.run(seconds=params.CERTIFY_LATE_NS / SECOND)
     assert not any(set_aside(stage).values()) and not openings(stage)
-    assert stage.node("bob").certificates.locks_in_doubt_micro() == 0
+    assert stage.node("bob").certificates.in_doubt_micro("stake") == 0
     stage.check_quiet()
 
 
@@ -112,5 +112,5 @@ def test_what_was_in_doubt_is_brought_to_an_end_after_a_restart() -> None:
         stage.crash(name, for_ns=2 * SECOND)
     stage.run(seconds=params.CERTIFY_LATE_NS / SECOND)
     assert not any(set_aside(stage).values())
-    assert stage.node("bob").certificates.locks_in_doubt_micro() == 0
+    assert stage.node("bob").certificates.in_doubt_micro("stake") == 0
     assert job_state(stage, "") == {}

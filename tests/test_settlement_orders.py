@@ -13,8 +13,10 @@ from tests.test_settlement_machine import (
     FREE_MICRO,
     FREE_NETWORK,
     JUDGED_NETWORK,
+    STAKE_MICRO,
     Deal,
     Peer,
+    moved,
 )
 
 
@@ -45,6 +47,11 @@ def found(deal: Deal, finding: str = "wrong", by: str = "whistleblower", segment
     return deal.arbitration(finding, by, segment)
 
 
+def stakes(network: Network, owner: str, *moves: tuple[str, int]) -> list[bytes]:
+    """Moves of somebody's stake, by rising numbers."""
+    return [moved(network, owner, kind, micro, sequence=100 + at) for at, (kind, micro) in enumerate(moves)]
+
+
 def ids(deal: Deal, by: str = "whistleblower", segment: int = 3) -> tuple[bytes, ...]:
     return (deal.challenge(by, segment)[1],)
 
@@ -59,6 +66,18 @@ FREE_SAME: dict[str, Records] = {
     "claims with other fees": lambda d: [
         d.opening, *(d.claim(9, by_solver=False, fee_micro=fee) for fee in (50_000, 100_000, 7)),
     ],
+    "a solver's lock and moves that its stake has room for": lambda d: [
+        d.opening, *stakes(FREE_NETWORK, "solver", ("add", 10**6), ("withdraw", STAKE_MICRO // 2)), d.settlement(5),
+    ],
+    "an add that waits for what is earned": lambda d: [
+        d.opening, d.settlement(5_000_000), *stakes(FREE_NETWORK, "solver", ("add", FREE_MICRO + 4_000_000)),
+    ],
+    "a withdrawal of what is added": lambda _: stakes(
+        FREE_NETWORK, "worker", ("withdraw", STAKE_MICRO), ("add", 10**6)
+    ) + stakes(FREE_NETWORK, "solver", ("add", 10**6)),
+    "a slash by a checker that withdraws": lambda d: [
+        d.opening, d.slash(), *stakes(FREE_NETWORK, "verifier", ("withdraw", 2 * STAKE_MICRO)),
+    ],
 }  # fmt: skip
 JUDGED_SAME: dict[str, Records] = {
     "one finding of two quorums": lambda d: [
@@ -67,6 +86,12 @@ JUDGED_SAME: dict[str, Records] = {
     "a lost challenge beside one that was won": lambda d: [d.opening, found(d), found(d, "right", "verifier", 4)],
     "a fault and what it rests on": lambda d: [d.opening, found(d), d.fault("verifier", 3)],
     "a settlement that names the finding before it": lambda d: [d.opening, found(d), d.settlement(5, after=ids(d))],
+    "a withdrawal of all and a lost challenge": lambda d: [
+        d.opening, found(d, "right", "verifier", 4), *stakes(JUDGED_NETWORK, "verifier", ("withdraw", STAKE_MICRO)),
+    ],
+    "a withdrawal of all, a fault and what it rests on": lambda d: [
+        d.opening, found(d), d.fault("verifier", 3), *stakes(JUDGED_NETWORK, "verifier", ("withdraw", STAKE_MICRO)),
+    ],
     "an ordered error and the settlement after it": lambda d: [
         d.opening, found(d, "forced"), d.settlement(5_000_000, after=ids(d)),
     ],
@@ -75,6 +100,12 @@ FREE_APART: dict[str, Records] = {
     "two settlements": lambda d: [d.opening, d.settlement(5), d.settlement(6)],
     "a settlement and a slash": lambda d: [d.opening, d.settlement(5), d.slash()],
     "slashes of two quorums": lambda d: [d.opening, d.slash(), d.slash(CHECKERS)],
+    "an opening and a move of one number": lambda d: [
+        d.opening, moved(FREE_NETWORK, "submitter", "add", 10**6, sequence=d.terms.sequence),
+    ],
+    "a withdrawal and a lock that one stake cannot pay": lambda d: [
+        d.opening, *stakes(FREE_NETWORK, "solver", ("withdraw", STAKE_MICRO)),
+    ],
     "two openings of one number": lambda d: [d.opening, free(solver="worker").opening],
     "two openings that one balance cannot pay": lambda _: [
         free(number, channel=FREE_MICRO * 2 // 3).opening for number in range(2)
@@ -82,6 +113,10 @@ FREE_APART: dict[str, Records] = {
 }  # fmt: skip
 JUDGED_APART: dict[str, Records] = {
     "a settlement and a later finding": lambda d: [d.opening, d.settlement(5), found(d)],
+    "a withdrawal of all, a lost challenge and an add after it": lambda d: [
+        d.opening, found(d, "right", "verifier", 4),
+        *stakes(JUDGED_NETWORK, "verifier", ("withdraw", STAKE_MICRO), ("add", 10**6)),
+    ],
     "two finders of wrong work": lambda d: [d.opening, found(d), found(d, by="verifier", segment=4)],
     "a jackpot and what fills the pool": lambda d: [
         d.opening, judged(1).opening, found(d, "forced"), judged(1).settlement(5_000_000),

@@ -25,9 +25,9 @@ SANS_IO = {  # everything the simulator runs as the daemon does, and the simulat
         "acceptance", "answers", "arbiter", "beacon", "bidding", "certificate_messages", "certificates", "challenger",
         "checker", "checking", "clock", "commands", "correcting", "credit", "credit_messages", "deals", "delivery",
         "desk", "disputant", "dispute_file", "disputes", "drawing", "drops", "events", "forcing", "hearing", "house",
-        "intake", "jobs", "market_view", "matches", "messages", "netting", "node", "notary", "pricing", "profiles",
-        "prover", "receipt_rows", "reputations", "restored", "rulings", "sealing", "settler", "simulated_faults",
-        "simulated_work", "simulator", "solver", "submitter", "whistleblower", "witness",
+        "intake", "jobs", "market_view", "matches", "messages", "moves", "netting", "node", "notary", "pricing",
+        "profiles", "prover", "receipt_rows", "reputations", "restored", "rulings", "sealing", "settler",
+        "simulated_faults", "simulated_work", "simulator", "solver", "stakes", "submitter", "whistleblower", "witness",
     )
 }  # fmt: skip
 BANNED_NAMES = {"utils", "helpers", "common", "misc"}
