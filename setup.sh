@@ -29,10 +29,10 @@ system_package() { # system_package COMMAND-OR-FILE PACKAGE WHY
 system_package bwrap bubblewrap "the sandbox of strangers' jobs" || true
 
 # Without a compiler exact arithmetic gives the same bits at half the speed: not fatal either.
-system_package cc "gcc libc6-dev" "the compiled helpers of exact arithmetic and of placement" || true
+system_package cc "gcc libc6-dev" "the compiled helpers of exact arithmetic, compression and placement" || true
 
 stamp=.venv/.installed
-wanted="$TORCH $(cat pyproject.toml constraints.txt setup.sh worker/exact/c/* market/c/* | cksum)"
+wanted="$TORCH $(cat pyproject.toml constraints.txt setup.sh worker/exact/c/* worker/compression/c/* market/c/* | cksum)"
 if [ -x .venv/bin/ichiba ] && [ "$(cat $stamp 2>/dev/null || true)" = "$wanted" ]; then exit 0; fi
 
 "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || system_package /nonexistent python3-venv "virtual environments" || exit 1
@@ -57,6 +57,8 @@ pip install -q -c constraints.txt -e '.[dev]' || {
 }
 ls worker/exact/_compiled*.so >/dev/null 2>&1 ||
     say "the compiled helper was not built: same bits, about half the speed. To build it, install gcc and run this again"
+ls worker/compression/_compiled*.so >/dev/null 2>&1 ||
+    say "the compiled tiles were not built: same bytes, compressed ten times slower. Likewise"
 ls market/_placement*.so >/dev/null 2>&1 ||
     say "the compiled moves of placement were not built: same plans, searched 170 times slower. Likewise"
 printf '%s\n' "$wanted" >$stamp

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from worker.exact import elementary, random, reductions
 
-__all__ = ["PRODUCT_INNER_MAX", "PRODUCT_WIDTH_MAX", "compiled_kernels", "has_products", "product", "uniform"]
+__all__ = [
+    "PRODUCT_INNER_MAX",
+    "PRODUCT_WIDTH_MAX",
+    "compiled_kernels",
+    "has_products",
+    "product",
+    "shared_out",
+    "uniform",
+]
 
 _NAME = "_compiled"
 _VERSION = 1  # ICHIBA_VERSION of compiled.h: a helper of other sources than these is not used
@@ -64,7 +72,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="exact")
 
 
-def _shared(total: int, work: int, call: Callable[[int, int], None], *, multiple: int = 1) -> None:
+def shared_out(total: int, work: int, call: Callable[[int, int], None], *, multiple: int = 1) -> None:
     """call(first, last) over [0, total), cut for torch's number of threads at multiples of `multiple`.
 
     Every output belongs to one call, so the cuts move no bit.
@@ -118,7 +126,7 @@ def product(a: Tensor, b: Tensor, width: int) -> Tensor:
         count, high = (1, last - first) if whole else (last - first, rows)
         failed.append(library.ichiba_product(x, y, z, count, high, inner, columns, strides, width))
 
-    _shared(rows if batch == 1 else batch, batch * rows * inner * columns // 64, some)
+    shared_out(rows if batch == 1 else batch, batch * rows * inner * columns // 64, some)
     if any(failed):
         raise MemoryError(f"no memory to arrange a product of {tuple(left.shape)} and {tuple(right.shape)}")
     return out if a.dim() == 3 else out[0]
@@ -135,7 +143,7 @@ def _elementwise(name: str, plain: Callable[[Tensor], Tensor]) -> Callable[[Tens
         x = x.contiguous()
         out = torch.empty_like(x)
         start, end, count = x.data_ptr(), out.data_ptr(), x.numel()
-        _shared(count, 8 * count, lambda first, last: call(start + 4 * first, end + 4 * first, last - first))
+        shared_out(count, 8 * count, lambda first, last: call(start + 4 * first, end + 4 * first, last - first))
         return out
 
     return compiled
@@ -165,7 +173,7 @@ def _sum_over(x: Tensor, dims: Sequence[int], keepdim: bool = False) -> Tensor:
             start + 4 * first * count * inner, end + 4 * first * inner, last - first, count, inner, bits
         )
 
-    _shared(outer, x.numel(), some)
+    shared_out(outer, x.numel(), some)
     return out
 
 
@@ -182,7 +190,7 @@ def uniform(seed: int, step: int, stream: int, shape: Sequence[int]) -> Tensor:
     def some(first: int, last: int) -> None:
         draw(seed, step, stream, first, last - first, end + 4 * first)
 
-    _shared(count, 4 * count, some, multiple=4)
+    shared_out(count, 4 * count, some, multiple=4)
     return out
 
 

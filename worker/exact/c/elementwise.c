@@ -3,16 +3,15 @@
  * Built without contraction (no fused multiply-add) and without any option that lets a compiler reorder arithmetic.
  */
 #include "compiled.h"
+#include "philox.h"
 
 #include <string.h>
 
 int ichiba_version(void) { return ICHIBA_VERSION; }
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define VECTOR __attribute__((target("avx2")))
 int ichiba_has_elementwise(void) { return __builtin_cpu_supports("avx2"); }
 #else
-#define VECTOR
 int ichiba_has_elementwise(void) { return 1; }
 #endif
 
@@ -176,36 +175,16 @@ void ichiba_sum(const float *in, float *out, int64_t outer, int64_t count, int64
     }
 }
 
-#define LANES 8 /* blocks drawn side by side */
-
 VECTOR void ichiba_uniform(uint64_t seed, uint64_t step, uint32_t stream, int64_t first, int64_t count, float *out) {
     for (int64_t at = 0; at < count; at += 4 * LANES) {
-        uint32_t c0[LANES], c1[LANES], c2[LANES], c3[LANES];
-        uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-        for (int l = 0; l < LANES; l++) {
-            c0[l] = (uint32_t)((first + at) / 4 + l);
-            c1[l] = stream;
-            c2[l] = (uint32_t)step;
-            c3[l] = (uint32_t)(step >> 32);
-        }
-        for (int round = 0; round < 10; round++) {
-            for (int l = 0; l < LANES; l++) {
-                const uint64_t one = (uint64_t)c0[l] * 0xD2511F53u, two = (uint64_t)c2[l] * 0xCD9E8D57u;
-                const uint32_t high0 = (uint32_t)(two >> 32) ^ c1[l] ^ k0, high2 = (uint32_t)(one >> 32) ^ c3[l] ^ k1;
-                c0[l] = high0;
-                c1[l] = (uint32_t)two;
-                c2[l] = high2;
-                c3[l] = (uint32_t)one;
-            }
-            k0 += 0x9E3779B9u;
-            k1 += 0xBB67AE85u;
-        }
+        uint32_t words[4][LANES];
+        philox_blocks(seed, step, stream, (uint32_t)((first + at) / 4), words);
         float drawn[4 * LANES];
         for (int l = 0; l < LANES; l++) {
-            drawn[4 * l] = (float)(int32_t)(c0[l] >> 8) * 0x1p-24f;
-            drawn[4 * l + 1] = (float)(int32_t)(c1[l] >> 8) * 0x1p-24f;
-            drawn[4 * l + 2] = (float)(int32_t)(c2[l] >> 8) * 0x1p-24f;
-            drawn[4 * l + 3] = (float)(int32_t)(c3[l] >> 8) * 0x1p-24f;
+            drawn[4 * l] = (float)(int32_t)(words[0][l] >> 8) * 0x1p-24f;
+            drawn[4 * l + 1] = (float)(int32_t)(words[1][l] >> 8) * 0x1p-24f;
+            drawn[4 * l + 2] = (float)(int32_t)(words[2][l] >> 8) * 0x1p-24f;
+            drawn[4 * l + 3] = (float)(int32_t)(words[3][l] >> 8) * 0x1p-24f;
         }
         const int64_t left = count - at < 4 * LANES ? count - at : 4 * LANES;
         memcpy(out + at, drawn, (size_t)left * sizeof(float));
