@@ -19,8 +19,8 @@ class WorkFailed(IchibaError):
     """A job that came to no end. `log_tail` is the end of what the worker printed: a stranger's words.
 
     Codes: deadline, out-of-memory, killed, filter, no-reply, short-checkpoint, oversize-checkpoint, bad-frame,
-    oversize-frame, wrong-reply, extra-bytes, log-flood, disk, missing-input, sandbox-failed; and, told by the worker
-    itself, bad-task, bad-program, bad-data, cannot-start, internal.
+    oversize-frame, wrong-reply, extra-bytes, log-flood, disk, missing-input, sandbox-failed; of a unit, no-neighbour,
+    bad-payload; and, told by the worker itself, bad-task, bad-program, bad-data, bad-payload, cannot-start, internal.
     """
 
     def __init__(self, code: str, what: str, why: str = "", log_tail: str = "", *, next_step: str = "") -> None:
@@ -40,7 +40,9 @@ class WorkOrder:
     one, and the fraud it is to look like. gauges: parts of the state that a tolerant task's segments end with as they
     began. kernels: how a fresh worker computes, for a profile; None for one of the pool, which computes as this machine
     does best. followed, dissent: to answer as one who follows a solver's own run (worker/tracing.py): its files about a
-    step, and where to differ from it.
+    step, and where to differ from it. tapes: of a unit's segments that are to be checked, one for each. tape_folder: of
+    a unit that runs beside others, where the tapes of its segments grow, so that it starts again from them; they are
+    the caller's to remove when the deal is over.
     """
 
     work_id: str
@@ -63,6 +65,8 @@ class WorkOrder:
     kernels: Kernels | None = None
     followed: tuple[Path, ...] = ()
     dissent: bytes = b""
+    tapes: tuple[Path, ...] = ()
+    tape_folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ class SegmentDone:
     losses: of each step (the last SANDBOX_LOSSES_KEPT_MAX), None where it is no finite number. checkpoint: a file in
     the scratch folder, now the caller's; its bytes are unchecked. diverged_step: where the state stopped being
     finite, which ends the task. false_end: the wrong end that was ordered. distance:
-    of the claimed end from this one, in ppb of the update: L1 and L2.
+    of the claimed end from this one, in ppb of the update: L1 and L2. tape: of a unit that ran beside others, what it
+    received in the segment: a file in the order's tape_folder, now the caller's.
     """
 
     segment: int
@@ -96,6 +101,7 @@ class SegmentDone:
     diverged_step: int | None
     false_end: FalseEnd | None = None
     distance: tuple[int, int] | None = None
+    tape: Path | None = None
 
 
 @dataclass(frozen=True)

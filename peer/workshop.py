@@ -10,43 +10,36 @@ import os
 import re
 import signal
 import stat
-from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Final, TypeVar
 
 import trio
 
-from peer import work_order
-from peer.work_order import Answer, SegmentDone, WorkDone, WorkFailed, WorkOrder, WorkSuspended
+from peer.stage_port import StagePort
+from peer.unit_exchange import open_exchange
+from peer.work_order import SegmentDone, WorkDone, WorkFailed, WorkOrder, WorkSuspended
+from peer.work_progress import OnSegment, OnStep, Progress
 from protocol import params
 from protocol.codec import decode
-from protocol.errors import LocalProtocolError, RemoteProtocolError, harmless
+from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.profile import Kernels
 from protocol.task import TaskSpec
 from worker.cage import Cage, CageFailed
 from worker.cgroups import sweep
+from worker.conversation import Conversation
 from worker.frames import (
-    Answered,
     BadReply,
     CheckpointBytes,
-    Conversation,
     Failed,
-    FalseEnd,
     Frames,
-    Handed,
     Ordered,
     Partial,
     Ready,
     Reply,
     Request,
-    Root,
-    Segment,
-    Step,
-    Suspended,
     Work,
 )
 from worker.sandbox import Level, SandboxReport, SandboxTooWeak, admit, probe
@@ -57,8 +50,6 @@ _WORK_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")  # becomes a fi
 _LAST_BREATH_SECONDS: Final = 1.0  # how long a worker that ended its replies may take to exit by itself
 
 Failure = TypeVar("Failure", bound=BaseException)
-OnStep = Callable[[int, float | None], None]
-OnSegment = Callable[["SegmentDone"], Awaitable[None]]
 
 
 @dataclass(eq=False)
@@ -71,103 +62,6 @@ class _Slot:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     reserved: bool = False
     cage: Cage | None = None
-
-
-@dataclass
-class _Progress:
-    """What one job has brought so far, and the file that its current checkpoint goes to."""
-
-    order: WorkOrder
-    folder: Path
-    on_step: OnStep
-    on_segment: OnSegment
-    segments: int = 0
-    root: bytes | None = None
-    suspended: WorkSuspended | None = None
-    answer: Answer | None = None
-    _opening: bytearray = field(default_factory=bytearray)
-    _header: Segment | FalseEnd | Suspended | Answered | Handed | None = None
-    _false: work_order.FalseEnd | None = None
-    _losses: tuple[float | None, ...] = ()
-    _file: FileIO | None = None
-
-    async def take(self, event: Reply | CheckpointBytes, conversation: Conversation) -> None:
-        """Act on one checked event. Raises WorkFailed for what the worker itself gave up on, or a full disk."""
-        if isinstance(event, Step):
-            self.on_step(event.step, event.loss)
-        elif isinstance(event, Segment | FalseEnd | Suspended):
-            self._header, self._losses = event, tuple(conversation.losses)
-            self._file = FileIO(self._part, "xb")
-        elif isinstance(event, Answered):
-            self._header, self.answer = event, Answer(event.body, b"", None)
-        elif isinstance(event, Handed):
-            self._header, self._file = event, FileIO(self._part, "xb")
-        elif isinstance(event, CheckpointBytes) and isinstance(self._header, Answered):
-            self._opening += event.part  # at most params.OPENING_BYTES_MAX, by its frame
-            self.answer = Answer(self._header.body, bytes(self._opening), None)
-        elif isinstance(event, CheckpointBytes):
-            await self._write(event)
-        elif isinstance(event, Root):
-            self.root = event.root
-        elif isinstance(event, Failed):
-            raise WorkFailed(event.code, f"the worker gave up: {harmless(event.what)}", harmless(event.why))
-
-    @property
-    def _part(self) -> Path:
-        return self.folder / f"{self.order.work_id}.part"
-
-    async def _write(self, event: CheckpointBytes) -> None:
-        file, header = self._file, self._header
-        assert file is not None, "checkpoint bytes come after their header"
-        assert header is not None and not isinstance(header, Answered), "an opening goes to memory"
-        left = memoryview(event.part)
-        while left:
-            left = left[await trio.to_thread.run_sync(file.write, left) :]
-        if not event.last:
-            return
-        file.close()
-        self._file = None
-        segment = self.order.first_segment if isinstance(header, Handed) else header.segment
-        false = "-false" if isinstance(header, FalseEnd) else ""
-        path = self.folder / f"{self.order.work_id}-{segment}{false}.safetensors"
-        os.replace(self._part, path)
-        if isinstance(header, FalseEnd):
-            self._false = work_order.FalseEnd(header.out_root, path, header.checkpoint_bytes)
-            return
-        if isinstance(header, Handed):
-            answer = self.answer or Answer(b"", b"", None)  # the initial state comes without one
-            self.answer = Answer(answer.body, answer.opening, path)
-            return
-        if isinstance(header, Suspended):
-            where = (header.segment, header.step, header.in_root, self._losses)
-            self.suspended = WorkSuspended(*where, path, header.checkpoint_bytes)
-            return
-        self.segments += 1
-        false_end, self._false = self._false, None
-        await self.on_segment(
-            SegmentDone(
-                segment=header.segment,
-                first_step=header.first_step,
-                last_step=header.last_step,
-                in_root=header.in_root,
-                out_root=header.out_root,
-                losses=self._losses,
-                operations=header.operations,
-                checkpoint=path,
-                checkpoint_bytes=header.checkpoint_bytes,
-                diverged_step=header.diverged_step,
-                false_end=false_end,
-                distance=header.distance,
-            )
-        )
-
-    def close(self) -> None:
-        """Leave no half checkpoint behind."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        for path in (self._part, *([self._false.checkpoint] if self._false else [])):
-            path.unlink(missing_ok=True)
 
 
 class Workshop:
@@ -186,7 +80,7 @@ class Workshop:
         self.warm_failure = ""  # why the last warm-up failed; the next job tries for itself
         self._report: SandboxReport | None = None
         self._slots: list[_Slot] = []
-        self._talks: dict[str, tuple[Cage, Conversation]] = {}  # by work id
+        self._talks: dict[str, tuple[Cage, Conversation]] = {}  # by work id, of what can be suspended
         self._scope = trio.open_nursery()
         self._nursery: trio.Nursery | None = None
 
@@ -304,7 +198,8 @@ class Workshop:
 
     async def suspend(self, work_id: str) -> bool:
         """Ask a running job to stop before its next step; its `run` then returns it as suspended, or fails, or is
-        done first. False if no worker has it yet: then cancelling `run` loses nothing."""
+        done first. False if no worker has it yet, or it is a unit's: then cancelling `run` loses nothing that the
+        unit's tape does not bring back."""
         cage, conversation = self._talks.get(work_id, (None, None))
         if cage is None or conversation is None or not cage.sent:
             return False
@@ -314,21 +209,24 @@ class Workshop:
 
     async def run(
         self, order: WorkOrder, *, on_step: OnStep, on_segment: OnSegment, partial: Partial | None = None,
-        losses: tuple[float | None, ...] = (),
+        losses: tuple[float | None, ...] = (), port: StagePort | None = None,
     ) -> WorkDone:  # fmt: skip
         """Run `order` to its end in a worker of its own.
 
         partial: order.base is not a checkpoint but the state of a job suspended within first_segment, and `losses`
-        are those of that segment's steps so far.
+        are those of that segment's steps so far. port: of a unit that runs beside others; one that is checked from
+        order.tapes has none.
 
         Raises WorkFailed; CageFailed if a worker's death cannot be proven. Cancelling kills the worker and returns
         only once it is dead. Calls `on_step(step, loss)` (None: no finite number) and awaits `on_segment`.
         """
-        steps = _check(order)
+        task, steps = _check(order)
+        exchange = await open_exchange(task.stage, order, port)
         conversation = Conversation(
             order.want, order.first_segment, steps, order.checkpoint_bytes_max,
             ordered=order.ordered[0] if order.ordered else None,
             compared=order.want == "train" and order.claimed is not None,
+            crossings=exchange.talk if exchange else None,
         )  # fmt: skip
         if partial is not None:
             conversation.resume(partial.step, losses)
@@ -338,20 +236,23 @@ class Workshop:
                 cage = await (self._start(order.kernels) if order.kernels is not None else self._take())
             except CageFailed as error:
                 raise WorkFailed("sandbox-failed", error.what, error.why, next_step="run `ichiba doctor`") from None
-            progress = _Progress(order, self.scratch_dir, on_step, on_segment)
+            progress = Progress(order, self.scratch_dir, on_step, on_segment, exchange)
             opened.callback(progress.close)
             request = _request(order, input_bytes, partial)
             return await self._attend(cage, request, descriptors, conversation, progress)
 
     async def _attend(
-        self, cage: Cage, request: Request, descriptors: list[int], conversation: Conversation, progress: _Progress
+        self, cage: Cage, request: Request, descriptors: list[int], conversation: Conversation, progress: Progress
     ) -> WorkDone:
         """Talk with the worker to the end, whatever it does, then see it dead. Raises WorkFailed."""
         order, started = progress.order, trio.current_time()
         failure: WorkFailed | None = None
-        self._talks[order.work_id] = (cage, conversation)
+        if progress.exchange is None:
+            self._talks[order.work_id] = (cage, conversation)
         try:
-            with trio.fail_after(order.wall_seconds):
+            with trio.fail_after(order.wall_seconds) as patience:
+                if progress.exchange is not None:
+                    progress.exchange.serves(cage, patience)
                 await _converse(cage, request, descriptors, conversation, progress)
         except* trio.TooSlowError:
             failure = WorkFailed("deadline", f"the job did not end in {order.wall_seconds:g} s")
@@ -363,7 +264,7 @@ class Workshop:
         except* OSError as group:
             failure = WorkFailed("disk", f"cannot write a checkpoint: {_first(group)}", next_step="free some disk")
         finally:
-            del self._talks[order.work_id]
+            self._talks.pop(order.work_id, None)
             status = await cage.kill()
         tail = cage.log.tail()
         if cage.oom_kills or (failure is None and not conversation.finished):
@@ -386,7 +287,7 @@ async def _first_reply(cage: Cage) -> Reply | CheckpointBytes | None:
 
 
 async def _converse(
-    cage: Cage, request: Request, descriptors: list[int], conversation: Conversation, progress: _Progress
+    cage: Cage, request: Request, descriptors: list[int], conversation: Conversation, progress: Progress
 ) -> None:
     """Hand over the job and take its replies until it has ended or died; keep its log drained meanwhile."""
     cage.limit_memory(progress.order.memory_bytes + progress.order.memory_bytes // 8)
@@ -411,8 +312,8 @@ def _first(group: BaseExceptionGroup[Failure]) -> Failure:
     return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
-def _check(order: WorkOrder) -> list[range]:
-    """The steps of each segment asked for. Raises LocalProtocolError for what our own daemon got wrong."""
+def _check(order: WorkOrder) -> tuple[TaskSpec, list[range]]:
+    """The task, and the steps of each segment asked for. Raises LocalProtocolError for what our daemon got wrong."""
     if not _WORK_ID.fullmatch(order.work_id):
         raise LocalProtocolError(f"work id {order.work_id[:140]!r} is no plain name")
     most = max(os.cpu_count() or 1, order.kernels.threads if order.kernels else 1)  # a profile's have two anywhere
@@ -425,13 +326,13 @@ def _check(order: WorkOrder) -> list[range]:
     try:
         task = decode(TaskSpec, order.task, bytes_max=params.MESSAGE_BYTES_MAX)
         if order.want in ("initial-root", "initial-state"):
-            return []
+            return task, []
         if order.want == "answer":
             task.steps_of(order.first_segment)
-            return []
+            return task, []
         if not order.first_segment < order.last_segment:
             raise LocalProtocolError(f"segments {order.first_segment} to {order.last_segment} are none")
-        return [task.steps_of(segment) for segment in range(order.first_segment, order.last_segment)]
+        return task, [task.steps_of(segment) for segment in range(order.first_segment, order.last_segment)]
     except RemoteProtocolError as error:
         raise WorkFailed("bad-task", error.what, error.why) from None
 
@@ -439,7 +340,7 @@ def _check(order: WorkOrder) -> list[range]:
 def _open_inputs(order: WorkOrder, opened: ExitStack) -> tuple[list[int], int]:
     """Read-only descriptors of the program, the arrays and the base, in this order, and their size in bytes."""
     descriptors, size = [], 0
-    states = [path for path in (order.base, order.claimed, *order.followed) if path is not None]
+    states = [path for path in (order.base, order.claimed, *order.followed, *order.tapes) if path is not None]
     for path in (order.program, *order.arrays.values(), *states):
         try:
             number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -475,6 +376,7 @@ def _request(order: WorkOrder, input_bytes: int, partial: Partial | None) -> Wor
         gauges=order.gauges,
         follows=len(order.followed),
         dissent=order.dissent,
+        tapes=len(order.tapes),
     )
 
 

@@ -16,14 +16,21 @@ from protocol import philox
 from protocol.errors import MalformedRecord
 from protocol.program import BATCH_STREAM, Input, Program
 from protocol.reference_random import integer
+from protocol.stage import IN_PREFIX
 from protocol.task import PRESENT, ArrayRef, TaskSpec
 
-__all__ = ["batch_of", "check_batches", "present_of", "source_of"]
+__all__ = ["batch_inputs", "batch_of", "check_batches", "examples_of", "present_of", "rows_of", "source_of"]
+
+
+def batch_inputs(task: TaskSpec, program: Program) -> list[Input]:
+    """The inputs that come from the arrays. A unit receives others, of the same role, from its neighbours."""
+    inputs = program.inputs_of("batch")
+    return [item for item in inputs if task.stage is None or not item.name.startswith(IN_PREFIX)]
 
 
 def check_batches(task: TaskSpec, program: Program) -> None:
     """Refuse a task whose batches are not what the program takes. Raises MalformedRecord."""
-    inputs = program.inputs_of("batch")
+    inputs = batch_inputs(task, program)
     for item in inputs:
         _check(task, item)
     rule, rows = task.batch, _rows(task)
@@ -61,6 +68,8 @@ def _check(task: TaskSpec, item: Input) -> None:
             f"input {item.name} has shape {item.shape}, the batch rule gives {shape}",
             next_step="make the example batch of build() as large as the batch in job.toml",
         )
+    if array not in task.fetched:
+        raise MalformedRecord(f"input {item.name} reads an array that the unit is not given")
     if not _fits(array.dtype, item.dtype):
         raise MalformedRecord(f"input {item.name} is {item.dtype}, its array is {array.dtype}")
 
@@ -75,7 +84,8 @@ def _rows(task: TaskSpec) -> int:
     return task.batch.rows_of(task.arrays[0].shape[0])
 
 
-def _drawn_below(task: TaskSpec) -> int:
+def examples_of(task: TaskSpec) -> int:
+    """What the row numbers, or window starts, of a task are below."""
     elements = task.arrays[0].shape[0]
     return elements - task.batch.length if task.batch.rule == "windows" else elements
 
@@ -86,18 +96,17 @@ def batch_of(
 ) -> dict[str, NDArray[Any]]:
     """The batch inputs of `step`, a step of the task, by name, as the program takes them.
 
-    arrays: the task's, by name. seed: the task's, unless a demonstration of fraud says otherwise.
+    arrays: the task's, by name; of a unit, those that it reads. seed: the task's, unless a demonstration of fraud says
+    otherwise.
     """
-    rule = task.batch
+    rule, inputs = task.batch, batch_inputs(task, program)
+    if not inputs:
+        return {}
     present = present_of(task, step)
     if rule.rule == "whole":
         cut = dict(arrays)
     else:
-        if rule.rule == "sequence":
-            rows = np.where(present, np.arange(step * rule.size, (step + 1) * rule.size), 0)
-        else:
-            drawn_with = task.seed if seed is None else seed
-            rows = philox.integers(drawn_with, step, BATCH_STREAM, rule.size, _drawn_below(task))
+        rows = rows_of(task, step, seed=seed)
         if rule.windows:
             (text,) = arrays.values()
             starts = rows * rule.length if rule.rule == "sequence" else rows
@@ -106,7 +115,19 @@ def batch_of(
         else:
             cut = {name: array[rows] for name, array in arrays.items()}
     cut[PRESENT] = present
-    return {item.name: np.ascontiguousarray(cut[item.name].astype(item.dtype)) for item in program.inputs_of("batch")}
+    return {item.name: np.ascontiguousarray(cut[item.name].astype(item.dtype)) for item in inputs}
+
+
+def rows_of(task: TaskSpec, step: int, *, seed: int | None = None) -> NDArray[np.int64]:
+    """The row numbers, or window starts, of the batch of `step`: int64 (size,), by any rule but `whole`.
+
+    seed: the task's, unless a demonstration of fraud says otherwise.
+    """
+    rule = task.batch
+    if rule.rule == "sequence":
+        return np.where(present_of(task, step), np.arange(step * rule.size, (step + 1) * rule.size), 0)
+    drawn_with = task.seed if seed is None else seed
+    return philox.integers(drawn_with, step, BATCH_STREAM, rule.size, examples_of(task))
 
 
 def present_of(task: TaskSpec, step: int) -> NDArray[np.bool_]:
@@ -140,4 +161,4 @@ def _row(task: TaskSpec, step: int, place: int) -> int:
     if task.batch.rule == "sequence":
         row = step * task.batch.size + place
         return row if row < _rows(task) else 0
-    return integer(task.seed, step, BATCH_STREAM, place, _drawn_below(task))
+    return integer(task.seed, step, BATCH_STREAM, place, examples_of(task))

@@ -441,3 +441,5 @@ CROSSINGS_MAX: Final = 16_384  # tensors that leave, or enter, a unit in one ste
 CROSSING_BYTES_MAX: Final = 256 * 1024**2  # one tensor between units: the daemon holds it whole while it is on its way
 PAYLOAD_HEAD_BYTES_MAX: Final = 4096  # what a codec may add to a tensor's own bytes; every codec of ours adds less
 UNIT_WAIT_SECONDS_MAX: Final = 1800.0  # for one tensor of a neighbour: time to replace a lost one from a thin market
+TAPES_MAX: Final = 16  # segments of a unit that one check computes again; each tape is a descriptor of its worker
+TAPE_WRITE_BYTES_MAX: Final = 256 * 1024  # a longer write to a tape is a thread's: the hop takes 0.1 ms

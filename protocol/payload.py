@@ -16,7 +16,7 @@ from protocol.errors import LimitExceeded
 from protocol.operations import TensorType
 from protocol.stage import Crossing, Flow, Stage
 
-__all__ = ["LinkHash", "PayloadKey", "payload_bytes_max", "received_key", "receivers", "sent_key"]
+__all__ = ["LinkHash", "PayloadKey", "payload_bytes_max", "payload_digest", "received_key", "receivers", "sent_key"]
 
 
 class PayloadKey(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, order=True):
@@ -66,6 +66,11 @@ def payload_bytes_max(kind: TensorType) -> int:
     return kind.size_bytes + params.PAYLOAD_HEAD_BYTES_MAX
 
 
+def payload_digest(payload: bytes | memoryview) -> bytes:
+    """The hash of one payload: 32 bytes."""
+    return blake("ichiba/payload", payload)  # type: ignore[arg-type]  # hashlib takes any buffer
+
+
 class LinkHash:
     """The hash of all that went over one link in a segment: the same at both ends, in whatever order each saw it.
 
@@ -77,9 +82,9 @@ class LinkHash:
         self._chain = bytes(32)
         self._now: list[tuple[PayloadKey, bytes]] = []
 
-    def add(self, key: PayloadKey, payload: bytes | memoryview) -> None:
-        """One payload of the present step."""
-        self._now.append((key, blake("ichiba/payload", payload)))  # type: ignore[arg-type]  # any buffer
+    def add(self, key: PayloadKey, digest: bytes) -> None:
+        """One payload of the present step, by its `payload_digest`."""
+        self._now.append((key, digest))
 
     def turn(self) -> None:
         """The present step is over."""

@@ -136,6 +136,11 @@ class TaskSpec(
         """The number of segments; the last may be shorter."""
         return math.ceil(self.steps / self.steps_per_segment)
 
+    @property
+    def fetched(self) -> tuple[ArrayRef, ...]:
+        """The arrays whose bytes a solver needs: all, but of a unit those that its Program reads none of."""
+        return tuple(array for array in self.arrays if self.stage is None or array.blob != bytes(32))
+
     def steps_of(self, segment: int) -> range:
         """The step numbers of `segment` (0-based)."""
         if not 0 <= segment < self.segments:

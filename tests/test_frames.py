@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import params
+from worker.conversation import Conversation
 from worker.frames import (
     Attempted,
     BadReply,
     CheckpointBytes,
-    Conversation,
     Done,
     Failed,
     FalseEnd,

@@ -18,7 +18,8 @@ from protocol.task import TaskSpec
 from tests.test_pause import WORK, stop_before
 from tests.test_training import gpt_task
 from worker import checkpoint
-from worker.frames import BadReply, Conversation, Done, Segment, Step, Suspended, frame
+from worker.conversation import Conversation
+from worker.frames import BadReply, Done, Segment, Step, Suspended, frame
 
 
 # --- what a worker may say ---------------------------------------------------------------------------------

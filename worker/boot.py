@@ -27,14 +27,16 @@ if __name__ == "__main__":  # `python -I -S boot.py CONFIG`: no site packages, n
     import protocol  # noqa: F401
     import worker  # noqa: F401
 
-from protocol import params
+from protocol import params, tape
 from protocol.codec import decode
 from protocol.errors import IchibaError
+from protocol.payload import PayloadKey
 from protocol.task import TaskSpec
-from worker import canary, frames, landlock, script, seccomp
+from worker import canary, frames, landlock, script, seccomp, stage_frames
 
 if TYPE_CHECKING:
     from protocol.program import Program
+    from worker.crossings import Wire
     from worker.training import SegmentResult
 
 
@@ -50,6 +52,13 @@ class _Mouth:
     def write(self, data: memoryview) -> None:
         while data:
             data = data[os.write(self.descriptor, data) :]
+
+    def say_with(self, reply: frames.Reply, raw: memoryview) -> None:
+        """A frame and the raw bytes after it, in one call if the pipe takes them."""
+        head = memoryview(frames.frame(reply))
+        done = os.writev(self.descriptor, [head, raw])
+        self.write(head[done:])
+        self.write(raw[max(0, done - len(head)) :])
 
 
 class _Ear:
@@ -67,6 +76,43 @@ class _Ear:
         if os.read(self.descriptor, 1) != frames.SUSPEND:
             raise SystemExit("the daemon has gone")
         return True
+
+    def read(self, size: int) -> memoryview:
+        """Exactly `size` bytes, when they are there, in memory of their own. Ends the process if the daemon goes."""
+        import numpy as np
+
+        left = held = np.empty(size, np.uint8).data
+        while left:
+            done = os.readv(self.descriptor, [left])
+            if not done:
+                raise SystemExit("the daemon has gone")
+            left = left[done:]
+        return held
+
+
+class _LiveWire:
+    """A unit's neighbours, by way of the daemon: asks for each payload and hands each over (worker/stage_frames.py)."""
+
+    def __init__(self, mouth: _Mouth, ear: _Ear) -> None:
+        self._mouth, self._ear = mouth, ear
+
+    def begin(self, segment: int) -> None:
+        """The daemon knows the segment by the steps."""
+
+    def receive(self, key: PayloadKey) -> tuple[memoryview, memoryview]:
+        self._mouth.say(stage_frames.Need(key))
+        start = self._ear.read(5)
+        head = bytes(start[1:]) + self._ear.read(int.from_bytes(start[1:], "little"))
+        entry, _ = tape.read_head(head)
+        if bytes(start[:1]) != stage_frames.FEED or entry.key != key:
+            raise SystemExit(f"the daemon fed {entry.key} where {key} was asked for")
+        return memoryview(head), self._ear.read(entry.size_bytes)
+
+    def send(self, key: PayloadKey, payload: memoryview) -> None:
+        self._mouth.say_with(stage_frames.Sent(key, len(payload)), payload)
+
+    def end(self) -> None:
+        """The daemon sees it by the Segment."""
 
 
 class _Refused(Exception):
@@ -119,7 +165,7 @@ def warm_up() -> frames.Ready:
         variance = variance.mul(0.999).addcmul(gradient, gradient, value=0.001)
         weight = weight.mul(0.99) - 0.001 * moment / (variance.sqrt() + 1e-8)
         (weight.double() @ weight.double()).to(torch.int64).sum()
-    from worker import exact, tracing, training  # noqa: F401
+    from worker import exact, stage_run, tracing, training  # noqa: F401
     from worker.exact import compiled
 
     exact.int8_is_faster()  # tried on this machine once: 50 ms to a second that no job should wait for
@@ -140,7 +186,7 @@ def receive(descriptor: int) -> tuple[bytes, list[int]]:
     The socket stays open, for reading alone: frames.SUSPEND may come through it (`_Ear`).
     """
     with socket.socket(fileno=descriptor) as ear:
-        head, descriptors, flags, _ = socket.recv_fds(ear, 4, params.SANDBOX_ARRAYS_MAX + 6)
+        head, descriptors, flags, _ = socket.recv_fds(ear, 4, params.SANDBOX_ARRAYS_MAX + 6 + params.TAPES_MAX)
         if flags & socket.MSG_CTRUNC:
             raise SystemExit("descriptors were lost on the way: raise RLIMIT_NOFILE")
         body = bytearray()
@@ -174,6 +220,7 @@ def work(job: frames.Work, descriptors: list[int], mouth: _Mouth, ear: _Ear) -> 
 
     from protocol.program import Program
     from worker import checkpoint, training
+    from worker.crossings import BadPayload, TapeWire
 
     limit("CPU", job.cpu_seconds)
     limit("DATA", job.memory_bytes)
@@ -190,6 +237,7 @@ def work(job: frames.Work, descriptors: list[int], mouth: _Mouth, ear: _Ear) -> 
     except IchibaError as error:
         raise _Refused("bad-program", error) from error
     states = views[1 + len(job.arrays) :]
+    tapes = [states.pop() for _ in range(job.tapes)][::-1]
     base = states[0] if job.has_base else None
     arrays = dict(zip(job.arrays, views[1 : 1 + len(job.arrays)], strict=True))
     try:
@@ -204,26 +252,12 @@ def work(job: frames.Work, descriptors: list[int], mouth: _Mouth, ear: _Ear) -> 
             mouth.say(frames.Root(checkpoint.state_root(state)))
             say_state(checkpoint.dump(state), mouth)
             return
-        at = job.partial
-        partial = training.Partial(at.step, at.in_root, at.root) if at else None
-        told = _Steps(mouth, partial.step if partial else task.steps_of(job.first_segment).start)
-        for result in training.run_segments(
-            task=task,
-            program=program,
-            arrays=arrays,
-            base=base,
-            segments=range(job.first_segment, job.last_segment),
-            threads=job.threads,
-            cheat=job.cheat,
-            on_step=told.step,
-            stop=ear.asked,
-            partial=partial,
-            ordered=training.Ordered(job.ordered.segment, job.ordered.fraud) if job.ordered else None,
-            gauges=job.gauges,
-            compare=states[-1] if job.has_claimed else None,
-        ):
-            told.rest_of(result)
-            say_segment(result, mouth)
+        if task.stage is not None:
+            wire = TapeWire(job.first_segment, tapes) if tapes else _LiveWire(mouth, ear)
+            say_unit(job, task, program, arrays, base, wire, mouth)
+            return
+        compare = states[-1] if job.has_claimed else None
+        say_segments(job, task, program, arrays, base, compare, mouth, ear)
     except training.Suspended as stopped:
         mouth.say(
             frames.Suspended(
@@ -235,7 +269,70 @@ def work(job: frames.Work, descriptors: list[int], mouth: _Mouth, ear: _Ear) -> 
         )
         mouth.write(memoryview(stopped.state))
     except IchibaError as error:
-        raise _Refused("bad-data", error) from error
+        raise _Refused("bad-payload" if isinstance(error, BadPayload) and not tapes else "bad-data", error) from error
+
+
+def say_segments(
+    job: frames.Work,
+    task: TaskSpec,
+    program: Program,
+    arrays: dict[str, memoryview],
+    base: memoryview | None,
+    compare: memoryview | None,
+    mouth: _Mouth,
+    ear: _Ear,
+) -> None:
+    """Run segments of an ordinary task. Raises IchibaError, training.Suspended."""
+    from worker import training
+
+    at = job.partial
+    partial = training.Partial(at.step, at.in_root, at.root) if at else None
+    told = _Steps(mouth, partial.step if partial else task.steps_of(job.first_segment).start)
+    for result in training.run_segments(
+        task=task,
+        program=program,
+        arrays=arrays,
+        base=base,
+        segments=range(job.first_segment, job.last_segment),
+        threads=job.threads,
+        cheat=job.cheat,
+        on_step=told.step,
+        stop=ear.asked,
+        partial=partial,
+        ordered=training.Ordered(job.ordered.segment, job.ordered.fraud) if job.ordered else None,
+        gauges=job.gauges,
+        compare=compare,
+    ):
+        told.rest_of(result)
+        say_segment(result, mouth)
+
+
+def say_unit(
+    job: frames.Work,
+    task: TaskSpec,
+    program: Program,
+    arrays: dict[str, memoryview],
+    base: memoryview | None,
+    wire: Wire,
+    mouth: _Mouth,
+) -> None:
+    """Run segments of a unit of a parallel job. Raises IchibaError."""
+    from worker import stage_run, training
+
+    told = _Steps(mouth, task.steps_of(job.first_segment).start)
+    for result in stage_run.run_unit(
+        task=task,
+        program=program,
+        arrays=arrays,
+        base=base,
+        segments=range(job.first_segment, job.last_segment),
+        wire=wire,
+        threads=job.threads,
+        cheat=job.cheat,
+        on_step=told.step,
+        ordered=training.Ordered(job.ordered.segment, job.ordered.fraud) if job.ordered else None,
+    ):
+        say_segment(result, mouth)
 
 
 def say_answer(

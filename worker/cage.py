@@ -366,6 +366,17 @@ class Cage:
                 rest = rest[await self._job.send(rest) :]
             self.sent = True
 
+    async def feed(self, head: bytes, payload: bytes) -> None:
+        """Hand a payload to a unit's worker, which has asked for it (worker/stage_frames.py)."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            sent = await self._job.sendmsg([head, payload])
+            rest = memoryview(head)[sent:]
+            while rest:
+                rest = rest[await self._job.send(rest) :]
+            rest = memoryview(payload)[max(0, sent - len(head)) :]
+            while rest:
+                rest = rest[await self._job.send(rest) :]
+
     async def suspend(self) -> None:
         """Ask the job to stop before its next step and say Suspended."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):

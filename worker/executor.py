@@ -18,7 +18,8 @@ from torch import Tensor
 
 from protocol.errors import IchibaError, LimitExceeded, LocalProtocolError, MalformedRecord
 from protocol.operations import OPERATIONS
-from protocol.program import STATE_ROLES, Arg, Items, Program, Real, Ref, Type, peak_bytes
+from protocol.program import STATE_ROLES, Arg, Input, Items, Program, Real, Ref, Type, peak_bytes
+from protocol.stage import Stage
 from worker import exact
 from worker.exact.devices import checked_device, uniform_kernel
 
@@ -28,6 +29,8 @@ aten = torch.ops.aten
 _ALIGNMENT = 64  # bytes: of all that torch allocates on a processor
 Kernel = Callable[..., Tensor]
 OnNode = Callable[[int, Tensor], None]
+Receive = Callable[[int], Tensor]
+Send = Callable[[int, Tensor], None]
 _Values = Sequence[Tensor | None] | Mapping[int, Tensor]
 
 DTYPES = {
@@ -54,7 +57,8 @@ class Diverged(IchibaError):
 
 @dataclass(frozen=True)
 class _Planned:
-    """One node ready to run. template: arguments with values' numbers left in; drops: values last used here."""
+    """One node ready to run. template: arguments with values' numbers left in; drops: values last used here; asks:
+    values to be received that are first used here; sends: whether its result is handed out."""
 
     kernel: Kernel
     op: str
@@ -62,6 +66,8 @@ class _Planned:
     dtype: torch.dtype
     shape: tuple[int, ...]
     drops: tuple[int, ...]
+    asks: tuple[int, ...] = ()
+    sends: bool = False
 
 
 class Executor:
@@ -70,8 +76,9 @@ class Executor:
     mode: `exact` gives the same bits on every machine (DESIGN §6) at `width` bits, whichever `backend` of
     worker/exact/products.py multiplies and with or without the compiled `helper`; `native` is torch's own arithmetic
     with the same random numbers. threads: CPU threads of torch, set for the whole process. device: cpu, cuda or
-    cuda:N, where the steps run; a state comes and goes as tensors of any device. Raises LocalProtocolError for a device
-    that is not there or whose exact arithmetic is not.
+    cuda:N, where the steps run; a state comes and goes as tensors of any device. stage: of a unit, whose steps receive
+    and send what it says. Raises LocalProtocolError for a device that is not there or whose exact arithmetic is not;
+    MalformedRecord for a stage that does not fit the program.
     """
 
     def __init__(
@@ -84,8 +91,11 @@ class Executor:
         backend: str = "auto",
         helper: bool = True,
         device: str = "cpu",
+        stage: Stage | None = None,
     ) -> None:
         self.program = program
+        self._received = frozenset(crossing.value for crossing in stage.receives) if stage else frozenset()
+        self._sent = frozenset(crossing.value for crossing in stage.sends) if stage else frozenset()
         self.threads = threads
         self.device = checked_device(device)
         self._aligned = _aligned if mode == "native" else _as_it_is
@@ -117,6 +127,15 @@ class Executor:
         for number in range(len(program.nodes)):
             if first + number not in last and first + number not in kept:
                 drops[number].append(first + number)
+        first_use: dict[int, int] = {}
+        for number, node in enumerate(program.nodes):
+            for ref in node.refs():
+                first_use.setdefault(ref, number)
+        asks: dict[int, list[int]] = {}
+        for value in sorted(self._received):
+            if value not in first_use:
+                raise MalformedRecord(f"no node reads value {value}, which is to be received")
+            asks.setdefault(first_use[value], []).append(value)
         return [
             _Planned(
                 kernels[node.op],
@@ -125,6 +144,8 @@ class Executor:
                 DTYPES[node.dtype],
                 node.shape,
                 tuple(drops[number]),
+                tuple(asks.get(number, ())),
+                first + number in self._sent,
             )
             for number, node in enumerate(program.nodes)
         ]
@@ -138,24 +159,33 @@ class Executor:
         step: int,
         *,
         on_node: OnNode | None = None,
+        receive: Receive | None = None,
+        send: Send | None = None,
     ) -> tuple[dict[str, Tensor], float]:
         """One training step: the new state, in name order, and the loss before the update.
 
         learning_rate: float32 value. seed, step: below 2**63. on_node: called with each node's number and result.
-        Raises MalformedRecord if tensors do not fit the inputs or an index is out of range, Diverged if the new
+        receive, send: of a unit. receive is called with the number of a received input when a node first needs it,
+        send with the number and the tensor of a value as soon as it is there; neither is held longer than nodes need
+        it. Raises MalformedRecord if tensors do not fit the inputs or an index is out of range, Diverged if the new
         state is not finite.
         """
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
         values: list[Tensor | None] = [*self._inputs(state, batch, learning_rate, seed, step), *self._constants]
         with torch.no_grad():
-            for number, planned in enumerate(self._plan):
-                result = self._run(number, planned, values)
-                if on_node is not None:
-                    on_node(number, result)
-                values.append(result)
-                for value in planned.drops:
-                    values[value] = None
+            if self._received or self._sent:
+                assert receive is not None, "a unit's step receives"
+                assert send is not None, "a unit's step sends"
+                self._exchange(values, receive, send, on_node)
+            else:
+                for number, planned in enumerate(self._plan):
+                    result = self._run(number, planned, values)
+                    if on_node is not None:
+                        on_node(number, result)
+                    values.append(result)
+                    for value in planned.drops:
+                        values[value] = None
         new: dict[str, Tensor] = {}
         for update in self.program.updates:
             tensor = values[update.value]
@@ -171,6 +201,27 @@ class Executor:
         loss = values[self.program.loss]
         assert loss is not None
         return new, float(loss)
+
+    def _exchange(self, values: list[Tensor | None], receive: Receive, send: Send, on_node: OnNode | None) -> None:
+        """The nodes of a unit's step, in order, its tensors received as late and sent as early as can be."""
+        for value in sorted(self._sent - self._received):
+            if value < len(values):
+                tensor = values[value]
+                assert tensor is not None
+                send(value, tensor)
+        for number, planned in enumerate(self._plan):
+            for value in planned.asks:
+                tensor = values[value] = self._fitting(self.program.inputs[value], receive(value))
+                if value in self._sent:
+                    send(value, tensor)
+            result = self._run(number, planned, values)
+            if planned.sends:
+                send(len(values), result)
+            if on_node is not None:
+                on_node(number, result)
+            values.append(result)
+            for value in planned.drops:
+                values[value] = None
 
     def run_node(self, number: int, values: Callable[[int], Tensor]) -> Tensor:
         """The result of one node on operands of the caller's, by their value's number.
@@ -207,9 +258,12 @@ class Executor:
 
     def _inputs(
         self, state: Mapping[str, Tensor], batch: Mapping[str, Tensor], learning_rate: float, seed: int, step: int
-    ) -> list[Tensor]:
-        found = []
-        for item in self.program.inputs:
+    ) -> list[Tensor | None]:
+        found: list[Tensor | None] = []
+        for value, item in enumerate(self.program.inputs):
+            if value in self._received:
+                found.append(None)
+                continue
             if item.role == "learning_rate":
                 found.append(torch.tensor(learning_rate, dtype=torch.float32, device=self.device))
                 continue
@@ -219,14 +273,17 @@ class Executor:
             source = state if item.role in STATE_ROLES else batch
             if item.name not in source:
                 raise MalformedRecord(f"{item.role} {item.name} is missing")
-            tensor = source[item.name]
-            if tensor.dtype != DTYPES[item.dtype] or tuple(tensor.shape) != item.shape:
-                raise MalformedRecord(
-                    f"{item.role} {item.name} is {tensor.dtype} {tuple(tensor.shape)}, "
-                    f"the program takes {item.dtype} {item.shape}"
-                )
-            found.append(self._aligned(tensor.to(self.device)))
+            found.append(self._fitting(item, source[item.name]))
         return found
+
+    def _fitting(self, item: Input, tensor: Tensor) -> Tensor:
+        """`tensor` on this device. Raises MalformedRecord unless it is what the input takes."""
+        if tensor.dtype != DTYPES[item.dtype] or tuple(tensor.shape) != item.shape:
+            raise MalformedRecord(
+                f"{item.role} {item.name} is {tensor.dtype} {tuple(tensor.shape)}, "
+                f"the program takes {item.dtype} {item.shape}"
+            )
+        return self._aligned(tensor.to(self.device))
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

@@ -9,9 +9,7 @@ of pipes, processes or torch.
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Final, Literal
 
@@ -21,6 +19,7 @@ from protocol import params
 from protocol.codec import Digest, Uint, decode, encode
 from protocol.errors import IchibaError, LimitExceeded, MalformedRecord
 from protocol.profile import UNBOUNDED, Gauge
+from worker.stage_frames import Need, Sent
 
 __all__ = [
     "SUSPEND",
@@ -28,7 +27,6 @@ __all__ = [
     "Attempted",
     "BadReply",
     "CheckpointBytes",
-    "Conversation",
     "Done",
     "Exited",
     "Failed",
@@ -56,7 +54,7 @@ Text = Annotated[str, msgspec.Meta(max_length=params.SANDBOX_TEXT_CHARS_MAX)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Ppb = Annotated[int, msgspec.Meta(ge=0, le=UNBOUNDED)]
 Want = Literal["train", "initial-root", "initial-state", "answer"]
-WorkerCode = Literal["bad-task", "bad-program", "bad-data", "out-of-memory", "cannot-start", "internal"]
+WorkerCode = Literal["bad-task", "bad-program", "bad-data", "bad-payload", "out-of-memory", "cannot-start", "internal"]
 
 
 class _Frame(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -86,7 +84,8 @@ SUSPEND: Final = b"S"
 
 class Work(_Frame, frozen=True, tag="work", kw_only=True):
     """One job. Descriptors travel beside the frame: the program, then the arrays in order, then the base, then the
-    claimed end, then the files that are followed (worker/tracing.py).
+    claimed end, then the files that are followed (worker/tracing.py), then the tapes of a unit's segments, from which
+    they are checked.
 
     segments are first (inclusive) to last (exclusive). memory_bytes caps what the worker allocates itself;
     input_bytes is what it maps of its inputs. question: of a dispute, to be answered from the base (worker/tracing.py).
@@ -113,6 +112,7 @@ class Work(_Frame, frozen=True, tag="work", kw_only=True):
     gauges: Annotated[tuple[Gauge, ...], msgspec.Meta(max_length=params.GAUGES_MAX)] = ()
     follows: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
     dissent: Annotated[bytes, msgspec.Meta(max_length=params.QUESTION_BYTES_MAX)] = b""
+    tapes: Annotated[int, msgspec.Meta(ge=0, le=params.TAPES_MAX)] = 0
 
 
 class Rehearsal(_Frame, frozen=True, tag="rehearsal", kw_only=True):
@@ -245,7 +245,7 @@ class Done(_Frame, frozen=True, tag="done"):
 
 
 Trained = Step | Segment | FalseEnd | Suspended
-Reply = Ready | Trained | Root | Answered | Handed | Attempted | Exited | Output | Failed | Done
+Reply = Ready | Trained | Need | Sent | Root | Answered | Handed | Attempted | Exited | Output | Failed | Done
 
 
 @dataclass(frozen=True)
@@ -288,25 +288,29 @@ class Frames:
 
     def feed(self, data: bytes) -> Iterator[Reply | CheckpointBytes]:
         """Events in order. Lazy on purpose: the reader sets `raw_left` on a Segment before the next is cut."""
-        self._held += data
-        while self._held:
+        if self._held:
+            self._held += data
+            size = int.from_bytes(self._held[:4], "little")
+            if len(self._held) < 4 or len(self._held) < 4 + size <= 4 + params.SANDBOX_FRAME_BYTES_MAX:
+                return
+            data, self._held = bytes(self._held), bytearray()
+        rest = memoryview(data)
+        while rest:
             if self.raw_left:
-                part = bytes(self._held[: self.raw_left])
-                del self._held[: len(part)]
+                part = bytes(rest[: self.raw_left])
+                rest = rest[len(part) :]
                 self.raw_left -= len(part)
                 yield CheckpointBytes(part, self.raw_left == 0)
                 continue
-            if len(self._held) < 4:
-                return
-            size = int.from_bytes(self._held[:4], "little")
-            if not 1 <= size <= params.SANDBOX_FRAME_BYTES_MAX:
+            size = int.from_bytes(rest[:4], "little")
+            if len(rest) >= 4 and not 1 <= size <= params.SANDBOX_FRAME_BYTES_MAX:
                 raise BadReply(
                     "oversize-frame", f"a frame of {size} bytes, 1 to {params.SANDBOX_FRAME_BYTES_MAX} are read"
                 )
-            if len(self._held) < 4 + size:
+            if len(rest) < 4 or len(rest) < 4 + size:
+                self._held = bytearray(rest)
                 return
-            body = bytes(self._held[4 : 4 + size])
-            del self._held[: 4 + size]
+            body, rest = bytes(rest[4 : 4 + size]), rest[4 + size :]
             try:
                 reply: Reply = decode(Reply, body, bytes_max=params.SANDBOX_FRAME_BYTES_MAX)  # type: ignore[arg-type]
             except (MalformedRecord, LimitExceeded) as error:
@@ -317,154 +321,3 @@ class Frames:
     def incomplete(self) -> bool:
         """Whether bytes are still owed: an end of file now cuts a frame or a checkpoint short."""
         return bool(self._held) or self.raw_left > 0
-
-
-@dataclass
-class Conversation:
-    """Which reply may come next in one job, and what its numbers must be.
-
-    steps: the step numbers of each segment asked for, in order, the first being segment `first_segment`; empty
-    when the initial root, the initial state or an answer is asked for. `losses` holds those of the latest segment: of
-    each step done, or the last SANDBOX_LOSSES_KEPT_MAX of them. `resume` starts it within the first segment. A worker
-    may say Suspended only once `suspending` is set, and one FalseEnd, between the last step of segment `ordered` and
-    its Segment. The Segment states a distance if, and only if, it was to be `compared` with another end.
-    Raises BadReply with code `wrong-reply`, `oversize-checkpoint` or `extra-bytes`, beside those of `Frames`.
-    """
-
-    want: Want
-    first_segment: int
-    steps: Sequence[range]
-    checkpoint_bytes_max: int
-    ordered: int | None = None
-    compared: bool = False
-    frames: Frames = field(default_factory=Frames)
-    losses: deque[float | None] = field(default_factory=lambda: deque(maxlen=params.SANDBOX_LOSSES_KEPT_MAX))
-    finished: bool = False
-    suspending: bool = False
-    suspended: bool = False
-    _done: int = 0
-    _next_step: int = -1
-    _root_seen: bool = False
-    _answered: bool = False
-    _handed: bool = False
-    _false_seen: bool = False
-
-    def __post_init__(self) -> None:
-        assert bool(self.steps) == (self.want == "train"), "segments are asked for in training, and only there"
-        self._next_step = self.steps[0].start if self.steps else -1
-
-    def resume(self, step: int, losses: Iterable[float | None]) -> None:
-        """Expect `step` of the first segment next; `losses` are those of its steps before."""
-        assert step in self.steps[0], "a suspended state is checked when it is kept"
-        self._next_step = step
-        self.losses.extend(losses)
-
-    def take(self, data: bytes) -> Iterator[Reply | CheckpointBytes]:
-        """The checked events in `data`, lazily: use each before asking for the next."""
-        for event in self.frames.feed(data):
-            if self.finished:
-                raise BadReply("extra-bytes", "the worker went on talking after it had ended the job")
-            if not isinstance(event, CheckpointBytes):
-                self._check(event)
-            yield event
-        if self.finished and self.frames.incomplete:
-            raise BadReply("extra-bytes", "the worker went on talking after it had ended the job")
-
-    def _check(self, reply: Reply) -> None:
-        """Raises BadReply unless `reply` may come now."""
-        training = self.want == "train" and self._done < len(self.steps) and not self.suspended
-        if isinstance(reply, Failed) or (isinstance(reply, Done) and self._complete):
-            self.finished = True
-        elif isinstance(reply, Root) and self.want in ("initial-root", "initial-state") and not self._root_seen:
-            self._root_seen = True
-        elif isinstance(reply, Step) and training:
-            self._check_step(reply)
-        elif isinstance(reply, Segment) and training:
-            self._check_segment(reply)
-        elif isinstance(reply, FalseEnd) and training and not self._false_seen:
-            self._check_false(reply)
-        elif isinstance(reply, Suspended) and training and self.suspending and not self._false_now:
-            self._check_suspended(reply)
-        elif isinstance(reply, Answered) and self.want == "answer" and not self._answered:
-            self._answered = True
-            self.frames.raw_left = reply.opening_bytes
-        elif isinstance(reply, Handed) and self._hands_over and not self._handed:
-            self._check_size(reply)
-            self._handed = True
-            self.frames.raw_left = reply.checkpoint_bytes
-        else:
-            raise BadReply("wrong-reply", f"{type(reply).__name__.lower()} is not what may come next")
-
-    @property
-    def _complete(self) -> bool:
-        if self.want == "train":
-            return self.suspended or self._done == len(self.steps)
-        if self.want == "initial-state":
-            return self._handed
-        return self._root_seen or self._answered
-
-    @property
-    def _hands_over(self) -> bool:
-        """Whether a state may follow now."""
-        return self._root_seen if self.want == "initial-state" else self._answered
-
-    def _check_step(self, reply: Step) -> None:
-        due = self.steps[self._done]
-        if reply.step != self._next_step or reply.step not in due:
-            raise BadReply("wrong-reply", f"step {reply.step} where {self._next_step} of {due} was due")
-        if reply.loss is not None and not math.isfinite(reply.loss):
-            raise BadReply("wrong-reply", f"loss {reply.loss} of step {reply.step} is not finite")
-        if reply.step == due.start:
-            self.losses.clear()
-        self.losses.append(reply.loss)
-        self._next_step += 1
-
-    @property
-    def _false_now(self) -> bool:
-        """Whether a false end was told whose Segment is due now."""
-        return self._false_seen and self.first_segment + self._done == self.ordered
-
-    def _check_false(self, reply: FalseEnd) -> None:
-        self._check_size(reply)
-        due = (self.ordered, self.steps[self._done].stop)
-        if reply.segment != self.first_segment + self._done or (reply.segment, self._next_step) != due:
-            raise BadReply("wrong-reply", f"a false end of segment {reply.segment} where none was due")
-        self._false_seen = True
-        self.frames.raw_left = reply.checkpoint_bytes
-
-    def _check_size(self, reply: Segment | FalseEnd | Suspended | Handed) -> None:
-        if reply.checkpoint_bytes > self.checkpoint_bytes_max:
-            raise BadReply(
-                "oversize-checkpoint",
-                f"a checkpoint of {reply.checkpoint_bytes} bytes, at most {self.checkpoint_bytes_max} are expected",
-            )
-
-    def _check_suspended(self, reply: Suspended) -> None:
-        self._check_size(reply)
-        steps = self.steps[self._done]
-        due = (self.first_segment + self._done, self._next_step)
-        if (reply.segment, reply.step) != due or reply.step not in steps:
-            raise BadReply(
-                "wrong-reply", f"suspended at segment, step {(reply.segment, reply.step)} where {due} was due"
-            )
-        if reply.step == steps.start:
-            self.losses.clear()
-        self.suspended = True
-        self.frames.raw_left = reply.checkpoint_bytes
-
-    def _check_segment(self, reply: Segment) -> None:
-        self._check_size(reply)
-        steps = self.steps[self._done]
-        diverged = self._next_step if reply.diverged_step is not None else None
-        last = steps.stop if diverged is None else diverged
-        told = (reply.segment, reply.first_step, reply.last_step, reply.diverged_step)
-        due = (self.first_segment + self._done, steps.start, last, diverged)
-        if told != due or self._next_step != last or diverged == steps.stop:
-            raise BadReply("wrong-reply", f"segment, first, last, diverged step {told} where {due} were due")
-        if (reply.distance is not None) != self.compared:
-            raise BadReply("wrong-reply", f"a distance of {reply.distance} where {int(self.compared)} was due")
-        if self._next_step == steps.start:  # diverged at once
-            self.losses.clear()
-        # A diverged segment is the last: no step follows a state that is not finite.
-        self._done = len(self.steps) if diverged is not None else self._done + 1
-        self.frames.raw_left = reply.checkpoint_bytes

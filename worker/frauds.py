@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from protocol.stage import Stage
+from worker import exact
 from worker.executor import Executor, Kernel
 
-__all__ = ["Fraud", "LowPrecision"]
+__all__ = ["Fraud", "LowPrecision", "UnitFraud"]
 
 RATE_ERROR = 1e-4  # the least that tolerant mode has to tell from honest noise
 TF32_LOST_BITS = 13  # of the 23 of a float32's fraction
@@ -96,6 +98,28 @@ class Fraud:
         if read is state:
             return new
         return {name: _moved(state[name], read[name], tensor) for name, tensor in new.items()}
+
+
+@dataclass
+class UnitFraud:
+    """What a unit of a parallel job does otherwise than its task says, from its second segment on; nothing if `cheat`
+    is None. Its neighbours get what they wait for, and its roots tell truly what it sent."""
+
+    cheat: str | None
+    stage: Stage
+
+    def sent(self, segment: int, step: int, value: int, tensor: Tensor) -> Tensor:
+        """What goes to the neighbours in place of `tensor`, the Program's value of that number."""
+        if self.cheat is None or segment == 0 or not tensor.is_floating_point():
+            return tensor
+        if self.cheat == "garbage-activations":
+            return exact.normal(value, step, 0, tuple(tensor.shape))
+        flows = {crossing.flow for crossing in self.stage.sends if crossing.value == value}
+        return tensor if flows == {"forward"} else torch.zeros_like(tensor)
+
+    def after(self, segment: int, state: State, new: State) -> State:
+        """The state after a step from `state` that gave `new`."""
+        return state if self.cheat == "skip-backward" and segment else new
 
 
 def _moved(start: Tensor, since: Tensor, end: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from worker.executor import DTYPES, Diverged, Executor
 
 __all__ = [
     "Batches",
+    "Data",
     "FalseEnd",
     "Ordered",
     "Partial",
@@ -50,6 +51,7 @@ __all__ = [
     "put_back_gauges",
     "rate_of",
     "run_segments",
+    "state_before",
 ]
 
 Data = bytes | memoryview
@@ -123,6 +125,8 @@ class Batches:
         self._arrays: dict[str, NDArray[Any]] = {}
         for ref in task.arrays:
             if ref.name not in arrays:
+                if ref not in task.fetched:
+                    continue
                 raise MalformedRecord(f"array {ref.name} is missing")
             data = memoryview(arrays[ref.name])
             if data.nbytes != ref.size_bytes:
@@ -235,6 +239,8 @@ def run_segments(
     """
     cheats.check(cheat)
     check_task(task, program)
+    if task.stage is not None:
+        raise LocalProtocolError("a unit of a parallel job is run by worker/stage_run.py")
     if not len(segments) or segments.step != 1 or segments.start < 0 or segments.stop > task.segments:
         raise LocalProtocolError(f"segments {segments} of a task of {task.segments}")
     whole = cheat is not None or bool(gauges) or compare is not None
@@ -253,7 +259,7 @@ def run_segments(
         )
     if cheats.copies(cheat):
         other = msgspec.structs.replace(task, seed=task.seed ^ 1)
-        true_root = checkpoint.state_root(_start(task, program, base, segments))
+        true_root = checkpoint.state_root(state_before(task, program, base, segments))
         for result in _run(other, program, arrays, base, segments, threads, None, on_step, None, None, gauges, None):
             first = result.segment == segments.start
             yield replace(result, in_root=true_root) if first else result
@@ -263,14 +269,15 @@ def run_segments(
         yield from made
         return
     (result,) = made
-    start = _start(task, program, base, segments)
+    start = state_before(task, program, base, segments)
     own = checkpoint.load(result.checkpoint, state_layout(program))
     yield replace(result, distance=_distance(start, own, claimed, gauges))
 
 
-def _start(
+def state_before(
     task: TaskSpec, program: Program, base: Data | None, segments: range, partial: Partial | None = None
 ) -> dict[str, Tensor]:
+    """The state that `segments` begin with. Raises MalformedRecord, VerificationFailed if `base` is not it."""
     if segments.start == 0 and partial is None:
         return initial_state(task, program, base)
     if base is None:
@@ -313,7 +320,7 @@ def _run(
     batches = Batches(task, program, arrays)
     fraud = frauds.Fraud(cheat)
     executors = [kind(program, arithmetic_of(task), width=task.width, threads=threads) for kind in fraud.executors]
-    state = _start(task, program, base, segments, partial)
+    state = state_before(task, program, base, segments, partial)
     roots = checkpoint.Roots()
     root: bytes | None = None  # no step needs it, so a job starts sooner when it is taken after the first ones
     if partial is not None:
