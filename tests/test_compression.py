@@ -15,7 +15,15 @@ from torch import Tensor
 
 from protocol.errors import LocalProtocolError, MalformedRecord
 from protocol.operations import ITEM_BYTES
-from protocol.payload_size import OUTER_FOUR_BITS, TileForm, noise_key, payload_bytes, stream_number, tile_bytes, tile_form
+from protocol.payload_size import (
+    OUTER_FOUR_BITS,
+    TileForm,
+    noise_key,
+    payload_bytes,
+    stream_number,
+    tile_bytes,
+    tile_form,
+)
 from protocol.stage import Codec
 from worker import exact
 from worker.compression import NotFinite, decode, encode
