@@ -198,7 +198,8 @@ def _own_words(own: Own, codes: frozenset[str], paths: Sequence[_Path]) -> Advic
         parts.append(f"make sandbox level {LEVELS[level]} work here (`ichiba doctor`)")
     if "stake" in codes:
         changes["stake_micro"] = stake = max(one.stake_micro for one in moved)
-        parts.append(f"have {credits_of(stake - own.stake_micro)} credits more of free stake")
+        more = credits_of(stake - own.stake_micro)
+        parts.append(f"lock {more} credits more (`ichiba wallet stake {more}`)")
     if "busy" in codes:
         changes["slots_free"] = 1
         parts.append("wait until a slot is free")

@@ -7,7 +7,7 @@ and market/own_terms.py say what they mean. Reads every role, changes none.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ from peer.market_view import MarketView
 from peer.prover import Prover
 from peer.settler import Settler
 from peer.solver import Solver
+from peer.stake_reasons import stake_reasons
 from peer.submitter import Submitter
 from protocol import params
 from protocol.credits import credits_of
@@ -106,7 +107,7 @@ class Answers:
         elif not demands:
             words = "no offer of anybody else stands at present"
             reasons.append(Reason("offer", "no-offers", 0, words, "`ichiba trades` shows when work was last sold"))
-        reasons += [*self._earning_reasons(), *found, *self._money_reasons()]
+        reasons += [*self._earning_reasons(demands), *found, *self._money_reasons()]
         head = f"{len(demands)} offer{_s(len(demands))} for this peer's roles heard, it can bid on {able} of them"
         if not means.roles & ROLE_SOLVER:
             head = "this peer checks the work of others: it is drawn for that, or looks by itself"
@@ -167,32 +168,14 @@ class Answers:
             found.append(Reason("peer", "others-clock", len(off), words, "", severity=3))
         return found
 
-    def _earning_reasons(self) -> list[Reason]:
+    def _earning_reasons(self, demands: Sequence[Demand]) -> list[Reason]:
         """What stops a peer that would earn."""
         desk, means, found = self.desk, self.desk.means, []
-        stake = self.settler.free_stake(desk.me)
         active = sum(1 for d in self.solver.deals.values() if d.lifecycle in (State.AGREED, State.RUNNING))
         if active:
             words = f"runs now, on {active} of {means.slots} slot{_s(means.slots)}"
             found.append(Reason("work", "working", active, words, severity=3))
-        if not stake:
-            locked = sum(c.agreement.lock_micro for c in self._open_as_solver() if c.locked)
-            why = (
-                f"{credits_of(locked)} credits of it are locked" if locked else "the network file gives this peer none"
-            )
-            found.append(
-                Reason("peer", "no-stake", 0, f"no stake is free: {why}", "work and checks of a graph ask for stake")
-            )
-        checks = desk.network.rules.checker_stake_min_micro
-        if means.roles & ROLE_VERIFIER and 0 < stake < checks:
-            words = (
-                f"a verifier's word counts from a stake of {credits_of(checks)} credits, {credits_of(stake)} are free"
-            )
-            found.append(
-                Reason(
-                    "check", "little-stake", 1, words, f"have {credits_of(checks - stake)} credits more of free stake"
-                )
-            )
+        found += stake_reasons(desk, self.settler, (demand.offer.lock_micro for demand in demands))
         pricer = self.bidder.pricer
         if means.roles & ROLE_SOLVER and pricer.price > pricer.floor:
             words = f"of the least that its owner works for are asked now ({credits_of(pricer.price)} credits per Gop)"

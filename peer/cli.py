@@ -41,7 +41,7 @@ _COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "price": ("peer.cli_market:price", "Suggest what to pay, or what to ask."),
     "audit": ("peer.cli_audit:audit", "Make a match again from its signed bids, here or elsewhere."),
     "reputation": ("peer.cli_reputation:reputation", "Show what co-signed endings say of peers; export and check it."),
-    "wallet": ("peer.cli_wallet:wallet", "Show what this peer holds, locks, earns and owes; back it up."),
+    "wallet": ("peer.cli_wallet:wallet", "Show what this peer holds, locks, earns, owes; move its stake, back it up."),
     "credit": ("peer.cli_credit:credit", "Trust people you know: credit lines, what is owed on them, and netting it."),
     "receipts": ("peer.cli_receipts:receipts", "Check and export the evidence of finished work."),
     "db": ("peer.cli_db:db", "Look into this peer's store, without changing it."),

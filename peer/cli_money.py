@@ -22,10 +22,11 @@ __all__ = ["check_proof", "read_evidence", "receipts", "show_proof", "trusted_ne
 @click.option("--all", "everybody", is_flag=True, help="Show every peer of the network, and that the sums agree.")
 @common
 def wallet(terminal: Terminal, everybody: bool) -> None:
-    """Show what this peer holds, locks, earns and owes; back it up.
+    """Show what this peer holds, locks, earns, owes; move its stake, back it up.
 
     \b
     ichiba wallet
+    ichiba wallet stake 5
     ichiba wallet --all
     """
     if click.get_current_context().invoked_subcommand is not None:
@@ -40,6 +41,7 @@ def wallet(terminal: Terminal, everybody: bool) -> None:
             "stake": f"{credits_of(found['stake_micro'])} credits free to lock",
             "earned": f"{credits_of(found['earned_unsettled_micro'])} credits in vouchers, not settled yet",
         }
+        | _leaving(found)
         | ({"money": MoneyLine(**found["money"]).words()} if "money" in found else {})
     )
     terminal.table(
@@ -54,8 +56,23 @@ def wallet(terminal: Terminal, everybody: bool) -> None:
         _money_table(terminal, found["table"])
 
 
+def _leaving(found: dict[str, Any]) -> dict[str, str]:
+    """Of a wallet: what unbonds, and the moves that do not stand yet."""
+    from peer.cli_stake import frees
+
+    lines = [f"{credits_of(one['amount_micro'])} credits {frees(one['frees_ns'])}" for one in found["unbonding"]]
+    told = {"unbonding": "; ".join(lines)} if lines else {}
+    words = {"add": "into the stake", "withdraw": "out of it"}
+    under_way = [
+        f"{credits_of(move['amount_micro'])} credits {words[move['kind']]}: {move['state']} {move['why']}".rstrip()
+        for move in found["moves"]
+        if move["state"] not in ("done", "void")
+    ]
+    return told | ({"moving": "; ".join(under_way)} if under_way else {})
+
+
 _MONEY_COLUMNS = (
-    "deposited", "withdrawn", "free", "stake", "channels", "locks", "earned", "awarded", "paid", "slashed",
+    "deposited", "withdrawn", "free", "stake", "unbonding", "channels", "locks", "earned", "awarded", "paid", "slashed",
 )  # fmt: skip
 
 

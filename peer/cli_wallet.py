@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from peer.cli_money import wallet
 from peer.cli_output import Terminal, ago, common, size_of
+from peer.cli_stake import wallet
 from peer.passphrase import asked_passphrase, passphrase_file_option, passphrase_for
 
 __all__ = ["wallet"]

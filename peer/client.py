@@ -203,6 +203,14 @@ class Client:
         """This peer's buckets, or everybody's."""
         return self.command("wallet", all=everybody)
 
+    def stake(self, amount_micro: int) -> dict[str, Any]:
+        """Move free credits into the stake; the move, and whether it is done."""
+        return self.command("stake", amount_micro=amount_micro)
+
+    def unstake(self, amount_micro: int) -> dict[str, Any]:
+        """Begin to take credits out of the stake: `window_s` later they are free."""
+        return self.command("unstake", amount_micro=amount_micro)
+
     def credit(self) -> dict[str, Any]:
         """The credit lines given and had, and what is owed, a row for each other peer."""
         return self.command("credit")

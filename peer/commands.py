@@ -121,7 +121,6 @@ class Commands:
             "wallet": self.wallet,
             "stake": self.moves.stake,
             "unstake": self.moves.unstake,
-            "stakes": lambda _: self.moves.wallet(),
             "bundle": self.bundle,
             "matches": lambda arguments: self.jobs.matches.describe(self._find(arguments).deals),
             "pause": self.pausing.pause,

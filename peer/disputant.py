@@ -33,6 +33,7 @@ from peer.rulings import Rulings
 from peer.settler import Settler
 from protocol import params
 from protocol.codec import blake
+from protocol.credits import credits_of
 from protocol.dispute import Side
 from protocol.forced import draws_from
 from protocol.network import Network
@@ -122,7 +123,8 @@ class Disputant:
         if not self.desk.network.notaries:
             return
         if self.settler.free_stake(self.desk.me) < least:
-            self.desk.emit("problem", what=f"a wrong segment is not challenged: that takes a stake of {least}")
+            words = f"a wrong segment is not challenged: that takes a free stake of {credits_of(least)} credits"
+            self.desk.emit("problem", what=f"{words} (`ichiba wallet stake {credits_of(least)}`)")
             return
         root = (case.agreement_id, case.proof_id, case.segment)
         if any(p.file.root == root and not p.file.over for p in self.plays.values()):

@@ -177,6 +177,7 @@ def test_the_wallet_shows_credits_and_never_a_float(daemon: FakeDaemon, home: Pa
     row = {"name": PEER} | {f"{name}_micro": 1 for name in _MONEY_COLUMNS}
     daemon.answers["wallet"] = lambda arguments: {
         "peer": PEER, "free_micro": 1, "stake_micro": 10**15, "earned_unsettled_micro": 123_456_789, "total_micro": 0,
+        "unbonding_micro": 0, "unbonding": [], "moves": [],
         "deals": [{"deal": "cd" * 32, "state": "running", "vouchers_micro": 5, "paid_micro": 0}],
         "table": {"rows": [row], "totals": row, "burned_micro": 0, "pool_micro": 7} if arguments["all"] else {},
     }  # fmt: skip

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peer.client import Client, CommandRefused, ConnectionLost, DaemonNotRunning
-from peer.control import VERBS, decode_command, serve_control
+from peer.control import decode_command, serve_control
 from peer.control_http import BadRequest
+from peer.control_verbs import VERBS
 from protocol import params
 from tests.fake_daemon import JOB, FakeDaemon, running, talk
 

@@ -185,7 +185,7 @@ def test_a_solver_hears_which_of_its_terms_keeps_which_offers_away() -> None:
     assert "ask 8 % less (--price 0.00092): 3 offers would take you" in words
     assert "ask 1 % less (--price 0.00099): 1 offer would take you" in words
     assert "allow a job 3.0 GiB (--memory 3072M): 1 offer would take you" in words
-    assert "have 0.001 credits more of free stake: 1 offer would take you" in words
+    assert "lock 0.001 credits more (`ichiba wallet stake 0.001`): 1 offer would take you" in words
     for one in advice:
         if "unit_price" in one.changes:
             cheaper = int(one.changes["unit_price"])

@@ -27,7 +27,8 @@ SANS_IO = {  # everything the simulator runs as the daemon does, and the simulat
         "desk", "disputant", "dispute_file", "disputes", "drawing", "drops", "events", "forcing", "hearing", "house",
         "intake", "jobs", "market_view", "matches", "messages", "moves", "netting", "node", "notary", "pricing",
         "profiles", "prover", "receipt_rows", "reputations", "restored", "rulings", "sealing", "settler",
-        "simulated_faults", "simulated_work", "simulator", "solver", "stakes", "submitter", "whistleblower", "witness",
+        "simulated_faults", "simulated_work", "simulator", "solver", "stake_reasons", "stakes", "submitter",
+        "whistleblower", "witness",
     )
 }  # fmt: skip
 BANNED_NAMES = {"utils", "helpers", "common", "misc"}
