@@ -12,6 +12,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from market.round_compiled import Auction
+
 __all__ = ["NEVER", "assign"]
 
 NEVER: Final = 2**62
@@ -33,18 +35,27 @@ def assign(costs: Costs, reserves: npt.NDArray[np.int64]) -> list[int]:
     rows, columns = costs.shape
     if not rows or not columns:
         return [_UNMATCHED] * rows
-    possible = costs < NEVER
-    most = max(int(reserves.max()), int(costs[possible].max()) if possible.any() else 0, 1)
+    compiled = Auction.of(costs, NEVER)
+    possible = costs < NEVER if compiled is None else np.empty(0, np.bool_)
+    dearest = int(costs[possible].max(initial=0)) if compiled is None else compiled.dearest
+    most = max(int(reserves.max()), dearest, 1)
     shift = max(0, most.bit_length() - _BITS)
     ceiling = (most >> shift) + 1
-    scaled = np.where(possible, costs >> shift, 4 * ceiling).astype(np.int32)
     dropped = (reserves >> shift).astype(np.int32)
-    step = max(1, int(np.median(scaled[possible]) if possible.any() else 0) // _STEPS)
+    if compiled is not None:
+        step = _step(compiled.scale(shift, 4 * ceiling))
+        return compiled.run(dropped, step).tolist()  # type: ignore[no-any-return]
+    scaled = np.where(possible, costs >> shift, 4 * ceiling).astype(np.int32)
+    step = _step(scaled[possible])
     # Like offers would all want the first of like columns, and one of them would get it a round: a little noise below
     # the step, the same everywhere, sends them to different ones.
     spread = (np.arange(rows)[:, None] * 40_503 + np.arange(columns)[None] * 30_241) % 65_521
     scaled += (spread * step >> 16).astype(np.int32)
     return _auction(-scaled, dropped, step).tolist()  # type: ignore[no-any-return]
+
+
+def _step(possible: npt.NDArray[np.int32]) -> int:
+    return max(1, int(np.median(possible) if possible.size else 0) // _STEPS)
 
 
 def _auction(worth: npt.NDArray[np.int32], reserves: npt.NDArray[np.int32], step: int) -> npt.NDArray[np.int64]:

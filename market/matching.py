@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+import msgspec
+
 from market.reputation import Reputation
 from protocol import params
 from protocol.codec import blake
@@ -127,9 +129,9 @@ class Refusal:
     why: str
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A feasible bid and the parts of its score, in micro-credits."""
+class Scored(msgspec.Struct, frozen=True, gc=False):
+    """A feasible bid and the parts of its score, in micro-credits. A large round makes thousands at once: as a Struct
+    of plain values they cost a fifth, and nothing to the garbage collector."""
 
     bid_id: bytes
     solver: bytes

@@ -80,14 +80,16 @@ def _auction(rest: Sequence[_Seat], used: Flags) -> None:
     column = np.full(len(used), -1)
     column[places] = np.arange(places.size)
     costs = np.full((len(rest), places.size), NEVER, np.int64)
+    dearest = np.zeros(len(rest), np.int64)  # of the bids on each offer that are left: the last, for they are in order
     for row, seat in enumerate(rest):
-        at = column[seat.ranking.solvers]
-        free = at >= 0
-        costs[row, at[free]] = np.minimum(seat.ranking.scores[free], NEVER - 1)
+        at, scores = column[seat.ranking.solvers], np.minimum(seat.ranking.scores, NEVER - 1)
+        if at.size and at.min() < 0:
+            at, scores = at[free := at >= 0], scores[free]
+        costs[row, at] = scores
+        dearest[row] = scores[-1] if scores.size else 0
     limits = [amount_for(seat.candidate.offer.operations, seat.candidate.offer.unit_price_max) for seat in rest]
     reserves = np.array([2 * limit + 1 for limit in limits], np.int64)
-    possible = np.where(costs < NEVER, costs, 0).max(axis=1, initial=0)
-    for seat, chosen in zip(rest, assign(costs, np.maximum(reserves, possible + 1)), strict=True):
+    for seat, chosen in zip(rest, assign(costs, np.maximum(reserves, dearest + 1)), strict=True):
         if chosen >= 0:
             seat.place = int(np.flatnonzero(seat.ranking.solvers == places[chosen])[0])
             used[seat.solver] = True
@@ -112,20 +114,22 @@ def _settle(rest: Sequence[_Seat], used: Flags) -> None:
 def _choice(seat: _Seat, used: Flags, known: Bidders) -> Choice:
     one, ranking = seat.candidate, seat.ranking
     first = [ranking.explored] if ranking.explored >= 0 else []
-    shown = [*first, *(place for place in range(min(RANKED_MAX, ranking.rows.size)) if place not in first)]
-    told = [ranking.scored(place, one.bids) for place in shown[:RANKED_MAX]]
+    shown = [*first, *(place for place in range(min(RANKED_MAX, ranking.rows.size)) if place not in first)][:RANKED_MAX]
+    # The winner is told once where it is among the best, and after them where it is not.
+    places = shown if seat.place < 0 or seat.place in shown else [*shown, seat.place]
+    told = dict(zip(places, ranking.scored(places, one.offer, one.bids, known), strict=True))
     refused = [_refusal(one, int(row), known) for row in ranking.refused]
     taken = [
-        (known.keys[solver], TAKEN)
-        for place in shown[:RANKED_MAX]
-        if used[solver := int(ranking.solvers[place])] and place != seat.place
+        (told[place].solver, TAKEN)
+        for place, gone in zip(shown, used[ranking.solvers[shown]].tolist(), strict=True)
+        if gone and place != seat.place
     ]
     return Choice(
-        ranking.scored(seat.place, one.bids) if seat.place >= 0 else None,
-        tuple(told),
+        told[seat.place] if seat.place >= 0 else None,
+        tuple(told[place] for place in shown),
         (*refused, *taken),
         0 <= ranking.explored == seat.place,
-        ranking.rows.size - len(told),
+        ranking.rows.size - len(shown),
     )
 
 

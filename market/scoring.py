@@ -19,6 +19,7 @@ import numpy.typing as npt
 from market.feasibility import DEVICES
 from market.matching import HOUR_NS, SLOWDOWN, Proven, Scored, draws_newcomer, required_level, transfer_bytes
 from market.reputation import Reputation
+from market.round_compiled import Known
 from protocol import params
 from protocol.records import Bid, Offer, amount_for
 
@@ -109,26 +110,44 @@ class Bidders:
         """Where each stands."""
         return {key: place for place, key in enumerate(self.keys)}
 
+    @cached_property
+    def compiled(self) -> Known | None:
+        """The same for compiled scoring, where there is any."""
+        columns = (self.free_stake_micro, self.doubt_ppm, self.slowdown, self.speed, self.link)
+        return Known.of(self.heads, columns, self.speeds, self.links)
+
+    @cached_property
+    def lists(self) -> tuple[list[int], list[int]]:
+        """The doubt and the place of the link of each, for one bid after the other."""
+        return self.doubt_ppm.tolist(), self.link.tolist()
+
 
 @dataclass
 class Ranking:
     """The bids on one offer. rows: places of the feasible ones among its bids, best first by score and id; solvers: the
-    place of each one's solver among the Bidders. refused: places of the others. explored: the place in `rows` of a
-    newcomer that goes first in this round, -1 for none."""
+    place of each one's solver among the Bidders. transfer_micro: by place of a link. refused: places of the others.
+    explored: the place in `rows` of a newcomer that goes first in this round, -1 for none."""
 
     rows: Ints
     solvers: Ints
     scores: Ints
-    order: Ints  # where each of `rows` stands in the parts
-    parts: tuple[Ints, Ints, Ints, Ints]  # price, risk, wait, transfer
+    transfer_micro: Ints
     refused: Ints
-    explored: int
+    explored: int = -1
 
-    def scored(self, place: int, bids: Sequence[tuple[bytes, Bid]]) -> Scored:
-        """The bid at this place of the ranking, in full."""
-        bid_id, bid = bids[int(self.rows[place])]
-        price, risk, wait, transfer = (part.item(self.order[place]) for part in self.parts)
-        return Scored(bid_id, bid.solver, price, risk, wait, transfer)
+    def scored(
+        self, places: list[int], offer: Offer, bids: Sequence[tuple[bytes, Bid]], bidders: Bidders
+    ) -> list[Scored]:
+        """The bids at these places of the ranking, in full: the wait is what is left of the score."""
+        doubts, links = bidders.lists
+        transfers, found = self.transfer_micro.tolist(), []
+        columns = (column[places].tolist() for column in (self.rows, self.solvers, self.scores))
+        for row, who, score in zip(*columns, strict=True):
+            bid_id, bid = bids[row]
+            price, transfer = amount_for(offer.operations, bid.unit_price), transfers[links[who]]
+            risk = price * doubts[who] // 1_000_000
+            found.append(Scored(bid_id, bid.solver, price, risk, score - price - risk - transfer, transfer))
+        return found
 
 
 def rank(
@@ -136,6 +155,24 @@ def rank(
     stake_min_micro: int, now_ns: int,
 ) -> Ranking | None:  # fmt: skip
     """The bids on `offer`, best first; None where their ids cannot be told apart by their heads. Needs `fits`."""
+    longest_ns = params.RUN_NS_MAX
+    if offer.deadline_ns:
+        longest_ns = min(longest_ns, offer.deadline_ns - now_ns)
+    may = bidders.reachable
+    if out := {*excluded, offer.submitter} & bidders.place_of.keys():
+        may = may.copy()
+        may[[bidders.place_of[key] for key in out]] = False
+    sort = _rank_compiled if bidders.compiled is not None else _rank_columns
+    ranking = sort(offer, packed, bidders, may, longest_ns=longest_ns, stake_min_micro=max(0, stake_min_micro))
+    if ranking is not None and draws_newcomer(offer_id, round_number):
+        new = np.flatnonzero(bidders.newcomer[ranking.solvers])
+        ranking.explored = int(new[0]) if new.size else -1
+    return ranking
+
+
+def _rank_columns(
+    offer: Offer, packed: bytes, bidders: Bidders, may: Flags, *, longest_ns: int, stake_min_micro: int
+) -> Ranking | None:
     rows = np.ascontiguousarray(np.frombuffer(packed, "<i8").reshape(-1, _FIELDS).T)
     heads, solver_heads = rows[0].view(np.uint64), rows[1].view(np.uint64)
     unit_price, cap, lock, eta, sandbox, device, vram = rows[2:]
@@ -144,27 +181,22 @@ def rank(
         _permille(np.minimum(eta, _LONG_NS), bidders.slowdown[who]),
         _nano_over(offer.operations, bidders.speeds)[bidders.speed[who]],
     )
-    moving_ns = _nano_over(transfer_bytes(offer), bidders.links)[bidders.link[who]]
-    takes_ns = run_ns + moving_ns
-    longest_ns = params.RUN_NS_MAX
-    if offer.deadline_ns:
-        longest_ns = min(longest_ns, offer.deadline_ns - now_ns)
+    moving_ns = _nano_over(transfer_bytes(offer), bidders.links)
+    takes_ns = run_ns + moving_ns[bidders.link[who]]
     stake = bidders.free_stake_micro[who]
     refused = (
-        ~bidders.reachable[who] | (unit_price > offer.unit_price_max) | (cap < offer.operations)
+        ~may[who] | (unit_price > offer.unit_price_max) | (cap < offer.operations)
         | (sandbox < required_level(offer)) | (vram < offer.device_memory_bytes) | (takes_ns > longest_ns)
-        | (lock < offer.lock_micro) | (stake < max(0, stake_min_micro)) | (lock > stake)
+        | (lock < offer.lock_micro) | (stake < stake_min_micro) | (lock > stake)
     )  # fmt: skip
     if offer.device != "any":
         refused |= device != DEVICES.index(offer.device)
-    for key in {*excluded, offer.submitter} & bidders.place_of.keys():
-        refused |= who == bidders.place_of[key]
     able = np.flatnonzero(~refused)
     price = _amounts(offer.operations, unit_price[able])
     risk = price * bidders.doubt_ppm[who[able]] // 1_000_000
     hour_micro = amount_for(offer.operations, offer.unit_price_max)
-    wait, transfer = (_hourly(hour_micro, ns[able]) for ns in (run_ns, moving_ns))
-    scores = price + risk + wait + transfer
+    transfer = _hourly(hour_micro, np.minimum(moving_ns, params.RUN_NS_MAX))
+    scores = price + risk + _hourly(hour_micro, run_ns[able]) + transfer[bidders.link[who[able]]]
     order = np.argsort(scores)
     if (np.diff(scores[order]) == 0).any():  # ties go to the smaller id
         order = np.lexsort((heads[able], scores))
@@ -172,12 +204,24 @@ def rank(
         if (heads[able[tied[:, 0]]] == heads[able[tied[:, 1]]]).any():
             return None
     able, scores = able[order], scores[order]
-    explored = -1
-    if draws_newcomer(offer_id, round_number):
-        new = np.flatnonzero(bidders.newcomer[who[able]])
-        explored = int(new[0]) if new.size else -1
-    parts = (price, risk, wait, transfer)
-    return Ranking(able, who[able], scores, order, parts, np.flatnonzero(refused), explored)
+    return Ranking(able, who[able], scores, transfer, np.flatnonzero(refused))
+
+
+def _rank_compiled(
+    offer: Offer, packed: bytes, bidders: Bidders, may: Flags, *, longest_ns: int, stake_min_micro: int
+) -> Ranking | None:
+    """As `_rank_columns`, in one pass over the bids."""
+    assert bidders.compiled is not None
+    found = bidders.compiled.rank(
+        (
+            offer.unit_price_max, offer.operations, transfer_bytes(offer), required_level(offer),
+            offer.device_memory_bytes, longest_ns, offer.lock_micro, min(stake_min_micro, _INT64_MAX),
+            -1 if offer.device == "any" else DEVICES.index(offer.device), *divmod(offer.operations, 10**9),
+            amount_for(offer.operations, offer.unit_price_max), _LONG_NS,
+        ),
+        packed, len(packed) // _ROW.size, may,
+    )  # fmt: skip
+    return None if found is None else Ranking(*found)
 
 
 def _permille(values: Ints, permille: Ints) -> Ints:
