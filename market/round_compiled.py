@@ -131,7 +131,7 @@ class Auction:
 
     def scale(self, shift: int, dear: int) -> Small:
         """The possible costs shifted so, in order; `dear` stands for the others from now on."""
-        self._scaled = np.empty(self._costs.shape, np.int32)
+        self._scaled: Small = np.empty(self._costs.shape, np.int32)
         possible = np.empty(self._possible + 1, np.int32)  # the C writes one past the last
         self._library.ichiba_rounds_scale(
             self._costs.ctypes.data, self._costs.size, self._never, shift, dear, self._scaled.ctypes.data,
@@ -143,9 +143,9 @@ class Auction:
         """The column of each row, -1 for none. reserves: (rows,), shifted likewise."""
         rows, columns = self._scaled.shape
         reserves = np.ascontiguousarray(reserves)
-        prices, offered = (np.zeros(columns, np.int32) for _ in range(2))
-        holder, by = (np.full(columns, _UNMATCHED, np.int64) for _ in range(2))
-        column_of, waiting = (np.full(rows, _UNMATCHED, np.int64) for _ in range(2))
+        prices, offered = np.zeros(columns, np.int32), np.zeros(columns, np.int32)
+        holder, by = np.full(columns, _UNMATCHED, np.int64), np.full(columns, _UNMATCHED, np.int64)
+        column_of, waiting = np.full(rows, _UNMATCHED, np.int64), np.full(rows, _UNMATCHED, np.int64)
         largest, out = np.empty(columns // _BLOCK + 1, np.int32), np.zeros(rows, np.uint8)
         self._library.ichiba_rounds_worth(self._scaled.ctypes.data, rows, columns, step)
         self._library.ichiba_rounds_auction(

@@ -36,6 +36,8 @@ from peer.invite import decode_invite, encode_invite
 from peer.node import Node
 from peer.store import Store
 from peer.suspension import SuspendedStates
+from peer.tensor_links import PROTOCOL as TENSOR_PROTOCOL
+from peer.tensor_links import TensorLinks
 from peer.turns import Turns, open_clock
 from peer.verifying import Verifier
 from peer.workshop import Workshop
@@ -94,6 +96,7 @@ class Daemon:
     inbox: trio.MemorySendChannel[Input]
     verifier: Verifier
     clock: Clock
+    tensors: TensorLinks
     sandbox_note: str = ""
     turns: Turns = field(init=False)
     device: Device = field(default_factory=Device)
@@ -355,10 +358,12 @@ async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATU
         states = SuspendedStates(config.data_dir / "suspended")
         performer = Performer(host, blobs, workshop, nursery, send, states)
         verifier = stack.enter_context(closing(Verifier(network.id)))
+        tensors = TensorLinks(host, config.data_dir / "tensors", nursery)
         daemon = Daemon(
-            config, network, store, blobs, host, node, workshop, performer, send, verifier, clock, note, device
+            config, network, store, blobs, host, node, workshop, performer, send, verifier, clock, tensors, note, device
         )
         host.serve(BLOB_PROTOCOL, blobs.serve)
+        host.serve(TENSOR_PROTOCOL, daemon.tensors.serve)
         nursery.start_soon(daemon.run, receive)
         nursery.start_soon(_pump, host, send)
         nursery.start_soon(_tick, send)

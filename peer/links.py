@@ -80,6 +80,20 @@ class Stream:
                 raise LimitExceeded("the peer sends more on a stream than it may")
         return data
 
+    async def receive_view(self, bytes_max: int) -> memoryview:
+        """As `receive_some`, without a copy where the carrier makes none; keep it only while it is used."""
+        if self._left is not None or not isinstance(self._carrier, MuxStream):
+            return memoryview(await self.receive_some(bytes_max))
+        try:
+            return await self._carrier.receive_view(bytes_max)
+        except CARRIER_FAULTS as fault:
+            raise PeerUnreachable("the stream broke", why=str(fault)) from None
+
+    def widen(self, window_bytes_max: int) -> None:
+        """Let up to so many bytes be on their way to us: for a peer that is owed them."""
+        if isinstance(self._carrier, MuxStream):
+            self._carrier.window_max = max(self._carrier.window_max, window_bytes_max)
+
     async def receive_exactly(self, count: int) -> bytes:
         """Exactly `count` bytes. Raises PeerUnreachable if the stream ends before, LimitExceeded."""
         first = await self.receive_some(count)
@@ -126,6 +140,8 @@ class Stream:
         """End it at once; the other side sees an error."""
         if isinstance(self._carrier, MuxStream):
             self._carrier.reset()
+        elif isinstance(self._carrier, trio.SocketStream):
+            self._carrier.socket.close()
 
 
 # --- multistream-select 1.0: varint length, text, newline -------------------------------------------------------

@@ -51,16 +51,21 @@ class MuxStream:
         self._chunks: deque[memoryview] = deque()
         self._readable, self._writable = trio.lowlevel.ParkingLot(), trio.lowlevel.ParkingLot()
         self.send_window = self.receive_window = self._target = params.MUX_WINDOW_BYTES
+        self.window_max = params.MUX_WINDOW_BYTES_MAX  # what it grows to; who knows the peer may raise it
         self._consumed = 0
 
     async def receive_some(self, bytes_max: int) -> bytes:
         """1 to `bytes_max` bytes, or none at the end. Raises trio.BrokenResourceError after a reset."""
+        return bytes(await self.receive_view(bytes_max))
+
+    async def receive_view(self, bytes_max: int) -> memoryview:
+        """As `receive_some`, not copied: it keeps up to a whole frame of the wire in memory."""
         await trio.lowlevel.checkpoint_if_cancelled()
         while not self._chunks:
             if self.broken:
                 raise trio.BrokenResourceError(self.session.reason or "the peer reset the stream")
             if self.fin_received or self.discarding:
-                return b""
+                return memoryview(b"")
             await self._readable.park()
         chunk = self._chunks[0]
         if len(chunk) > bytes_max:
@@ -69,13 +74,13 @@ class MuxStream:
         else:
             self._chunks.popleft()
         self._credit(len(chunk))
-        return bytes(chunk)
+        return chunk
 
     def _credit(self, count: int) -> None:
         """Give the sender back what was read, in halves of a window that doubles while the reader keeps up."""
         self._consumed += count
         if self._consumed * 2 >= self._target and not self.fin_received:
-            grown = min(self._target * 2, params.MUX_WINDOW_BYTES_MAX)
+            grown = min(self._target * 2, self.window_max)
             increment = self._consumed + grown - self._target
             self._target, self._consumed = grown, 0
             self.receive_window += increment

@@ -426,6 +426,32 @@ GUEST_BOOK_BYTES_MAX: Final = 1024 * 1024  # 400 days take about 60 kB
 GUEST_SENSOR_FILES_MAX: Final = 256  # looked at for one reading
 GUEST_SENSOR_BYTES_MAX: Final = 64 * 1024  # read of one file, or of what nvidia-smi says
 
+# --- tensors between the units of a run (peer/tensor_links.py) --------------------------------------------------
+TENSOR_PART_BYTES: Final = 256 * 1024  # of a payload at a time: beats pass between two parts, 0.2 s apart at 10 Mbit/s
+TENSOR_SMALL_BYTES: Final = 16 * 1024  # what is shorter leaves together with what follows: a frame of many payloads
+TENSOR_BATCH_BYTES: Final = 256 * 1024  # gathered at a time for one link
+TENSOR_ITEMS_MAX: Final = 256  # beats and echoes that wait to be written; more are not sent
+TENSOR_PAYLOAD_COST: Final = 256  # bytes that a payload costs beside its own, in credit: an empty one is not free
+TENSOR_WINDOW_BYTES: Final = 32 * 1024**2  # that one link's receiver takes ahead of its worker: 2.5 s of 100 Mbit/s
+TENSOR_STARVED_BYTES_MAX: Final = 4 * 1024**3  # beyond its window, on disk, while its worker waits for something else
+TENSOR_QUEUE_BYTES: Final = 32 * 1024**2  # of one link, not yet taken by its receiver: above it `send` waits
+TENSOR_MEMORY_BYTES: Final = 256 * 1024**2  # of one unit's payloads, kept or waiting, in memory; the rest is on disk
+TENSOR_DISK_BYTES_MAX: Final = 64 * 1024**3  # of one unit's payloads on disk: a segment of an hour at 150 Mbit/s
+TENSOR_LOG_BYTES: Final = 64 * 1024**2  # one file of payloads on disk: freed as a whole
+TENSOR_HAVE_MAX: Final = 32_768  # keys that a receiver says it has, 0.6 MiB; what more it has is sent again and dropped
+TENSOR_HELLO_BYTES_MAX: Final = 1024 * 1024  # one frame of greeting
+TENSOR_KEYS_MAX: Final = 4_000_000  # payloads of one link remembered until released: some 500 MB, a very long segment
+TENSOR_GRANT_SHARE: Final = 8  # credit is told again when this part of a window was freed
+TENSOR_STREAM_WINDOW_BYTES: Final = 8 * 1024**2  # of the muxer, for who has a unit of ours: 100 MB/s at 80 ms
+TENSOR_BEAT_SECONDS: Final = 1.0  # between two signs of life
+TENSOR_SILENCE_SECONDS: Final = 4.0  # without any byte, beside eight round trips: the stream is given up and made anew
+TENSOR_RETRY_SECONDS_MIN: Final = 0.1  # before a lost stream is made anew; twice as long each time
+TENSOR_RETRY_SECONDS_MAX: Final = 2.0
+TENSOR_WAITS_KEPT: Final = 32  # steps whose longest wait for a unit sets its deadline
+TENSOR_WAIT_FACTOR: Final = 3  # a unit is late after so many times the longest of them
+TENSOR_WAIT_SECONDS_MIN: Final = 3.0  # and this: a disk, a collection of garbage, a lost packet
+TENSOR_FIRST_WAIT_SECONDS: Final = 60.0  # while there were none: a worker starts in 2-6 s, 10 times that under load
+
 # --- placing many devices (market/placement*.py) --------------------------------------------------------------
 PLACEMENT_DEVICES_MAX: Final = 2048  # 16 MB a matrix of int32; market/c/placement.c has a stack for as many
 PLACEMENT_DELAY_MS_MAX: Final = 10**7  # three hours, one way: beyond any link one would train over

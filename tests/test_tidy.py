@@ -28,7 +28,7 @@ SANS_IO = {  # everything the simulator runs as the daemon does, and the simulat
         "intake", "jobs", "market_view", "matches", "messages", "moves", "netting", "node", "notary", "pricing",
         "profiles", "prover", "receipt_rows", "reputations", "restored", "rulings", "sealing", "settler",
         "simulated_faults", "simulated_work", "simulator", "solver", "stake_reasons", "stakes", "submitter",
-        "whistleblower", "witness",
+        "tensor_state", "tensor_wire", "whistleblower", "witness",
     )
 }  # fmt: skip
 BANNED_NAMES = {"utils", "helpers", "common", "misc"}

@@ -119,12 +119,12 @@ def _bounded(test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[No
 
 
 @pytest.fixture
-def spawn() -> Iterator[Callable[[str], subprocess.Popen[str]]]:
-    """Start `python -c CODE` as a process of its own; whatever is left is killed at the end."""
+def spawn() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start `python -c CODE ARGUMENTS` as a process of its own; whatever is left is killed at the end."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(code: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", code]
+    def start(code: str, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", code, *arguments]
         started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         return started[-1]
 
