@@ -14,7 +14,8 @@ from protocol import params
 from protocol.codec import Uint, blake, encode
 from protocol.errors import LimitExceeded
 from protocol.operations import TensorType
-from protocol.stage import Crossing, Flow, Stage
+from protocol.payload_size import payload_bytes
+from protocol.stage import Codec, Crossing, Flow, Stage
 
 __all__ = ["LinkHash", "PayloadKey", "payload_bytes_max", "payload_digest", "received_key", "receivers", "sent_key"]
 
@@ -53,8 +54,8 @@ def receivers(stage: Stage, flow: Flow) -> tuple[int, ...]:
     return tuple(stage.unit_of(stage.stage, other) for other in range(stage.replicas) if other != stage.replica)
 
 
-def payload_bytes_max(kind: TensorType) -> int:
-    """The most bytes that a tensor of this kind travels in, whatever its codec.
+def payload_bytes_max(kind: TensorType, codec: Codec, flow: Flow) -> int:
+    """The most bytes that a tensor of this kind travels in. Of the codec `change` it may be fewer; of others it is all.
 
     Raises LimitExceeded if the tensor itself is too large to travel.
     """
@@ -63,7 +64,9 @@ def payload_bytes_max(kind: TensorType) -> int:
             f"a tensor of {kind.size_bytes} bytes between two units, at most {params.CROSSING_BYTES_MAX} travel",
             next_step="make the micro-batches smaller, or cut elsewhere",
         )
-    return kind.size_bytes + params.PAYLOAD_HEAD_BYTES_MAX
+    if codec.kind == "change":
+        return kind.size_bytes + params.PAYLOAD_HEAD_BYTES_MAX
+    return payload_bytes(codec, kind.dtype, kind.shape, flow=flow)
 
 
 def payload_digest(payload: bytes | memoryview) -> bytes:

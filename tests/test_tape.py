@@ -53,9 +53,12 @@ def test_both_ends_of_a_link_know_a_payload_by_one_key(
 
 
 def test_a_payload_is_bounded_by_its_tensor_and_a_tensor_by_the_limit() -> None:
-    assert payload_bytes_max(TensorType("float32", (10, 10))) == 400 + params.PAYLOAD_HEAD_BYTES_MAX
+    kind = TensorType("float32", (10, 10))
+    assert payload_bytes_max(kind, RAW, "forward") == 400
+    assert payload_bytes_max(kind, Codec("tile", 4), "forward") == 2 + 4 + 50
+    assert payload_bytes_max(kind, Codec("change", 2), "forward") > 400
     with pytest.raises(LimitExceeded):
-        payload_bytes_max(TensorType("float32", (params.CROSSING_BYTES_MAX,)))
+        payload_bytes_max(TensorType("float32", (params.CROSSING_BYTES_MAX,)), RAW, "sync")
 
 
 @given(st.lists(st.tuples(KEYS, st.binary(max_size=8)), max_size=6, unique_by=lambda item: item[0]), st.randoms())

@@ -6,23 +6,43 @@ the order of the micro-batches. Stage 0 holds w (3, 4), stage 1 holds v (4, 1).
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 import trio
 
 from peer.work_order import SegmentDone, WorkOrder
 from protocol.codec import encode
+from protocol.errors import IchibaError
 from protocol.payload import PayloadKey
 from protocol.program import Init, Input, Items, Node, Program, Ref, Update, operations_per_step, program_id
-from protocol.stage import RECEIVED, SENT, TAPE, Codec, Crossing, Stage, links_in, links_out
+from protocol.stage import (
+    KEPT_PREFIX,
+    OUTER_PREFIX,
+    RECEIVED,
+    RESIDUAL_PREFIX,
+    SEEN_PREFIX,
+    SENT,
+    TAPE,
+    Codec,
+    Crossing,
+    Stage,
+    links_in,
+    links_out,
+    replica_seed,
+)
+from protocol.tape import entry_head
 from protocol.task import ArrayRef, BatchRule, Initial, Schedule, TaskSpec
 from worker import checkpoint
+from worker.crossings import TapeWire, Wire
+from worker.stage_run import run_unit
+from worker.training import SegmentResult
 
 F32 = "float32"
 ROWS, MICRO_BATCHES, STEPS, PER_SEGMENT = 16, 2, 6, 2
@@ -123,38 +143,61 @@ def unit_program(stage: Stage) -> tuple[Program, Stage]:
     """The program of a stage, and the stage with its crossings."""
     made, name, shape = Builder(), "wv"[stage.stage], ((3, 4), (4, 1))[stage.stage]
     made.take(name, "parameter", shape)
-    ends = {SENT: (len(links_out(stage)), 32), RECEIVED: (len(links_in(stage)), 32), TAPE: (32,)}
-    for end, size in ends.items():
-        made.take(end, "buffer", size, "uint8")
+    own = own_state(stage, name, shape)
+    for state, (dtype, size) in own.items():
+        made.take(state, "buffer", size, dtype)
     made.take("xy"[stage.stage], "batch", (SIZE, 3 if stage.stage == 0 else 1))
     flows: Any = ("forward", "backward") if stage.stage == 0 else ("backward", "forward")
-    for m in range(MICRO_BATCHES):
-        made.take(f"ichiba.in.{flows[1]}.{stage.replica}.{m}.0", "batch", (2, 4))
+    came = [(flows[1], stage.replica, m) for m in range(MICRO_BATCHES)]
+    for flow, replica, m in came:
+        made.take(f"ichiba.in.{flow}.{replica}.{m}.0", "batch", (2, 4))
+    others = [replica for replica in range(stage.replicas) if replica != stage.replica and stage.sync == "step"]
+    for replica in others:
+        came.append(("sync", replica, 0))
+        made.take(f"ichiba.in.sync.{replica}.0.0", "batch", shape)
     made.take("rate", "learning_rate", ())
     out = []
     for m in range(MICRO_BATCHES) if stage.stage == 0 else ():
         made.forward_0(m)
-        out.append(f"h{m}")
+        out.append((flows[0], m, f"h{m}"))
     for m in range(MICRO_BATCHES):
-        came = f"ichiba.in.{flows[1]}.{stage.replica}.{m}.0"
         if stage.stage == 0:
-            made.backward_0(m, came)
+            made.backward_0(m, f"ichiba.in.backward.{stage.replica}.{m}.0")
         else:
-            made.stage_1(m, came)
-            out.append(f"gh{m}")
-    made.added(f"g{name}", f"g{name}", shape)
+            made.stage_1(m, f"ichiba.in.forward.{stage.replica}.{m}.0")
+            out.append((flows[0], m, f"gh{m}"))
+    made.added("own", f"g{name}", shape)
+    made.of["all 0"] = made.of["own"] if stage.replica == 0 or not others else made.of["ichiba.in.sync.0.0.0"]
+    for replica in range(1, stage.replicas) if others else ():
+        term = "own" if replica == stage.replica else f"ichiba.in.sync.{replica}.0.0"
+        made.node(f"all {replica}", "add.Tensor", (f"all {replica - 1}", term), shape)
+    gradient = f"all {stage.replicas - 1 if others else 0}"
+    out += [("sync", 0, "own")] if others else []
     if stage.stage == 0:
-        made.node("loss", "sum.dim_IntList", ("gw", Items((0, 1)), False), ())
+        made.node("loss", "sum.dim_IntList", ("own", Items((0, 1)), False), ())
     else:
         made.added("loss", "loss", ())
-    made.descent(name, f"g{name}", shape)
-    sends = tuple(Crossing(flows[0], stage.replica, m, 0, made.of[value]) for m, value in enumerate(out))
-    came = [made.of[f"ichiba.in.{flows[1]}.{stage.replica}.{m}.0"] for m in range(MICRO_BATCHES)]
-    receives = tuple(Crossing(flows[1], stage.replica, m, 0, value) for m, value in enumerate(came))
-    import msgspec
-
-    program = made.program({name: f"new {name}", **{end: end for end in ends}}, "loss")
+    made.descent(name, gradient, shape)
+    sends = tuple(Crossing(flow, stage.replica, m, 0, made.of[value]) for flow, m, value in out)
+    receives = tuple(
+        Crossing(flow, replica, m, 0, made.of[f"ichiba.in.{flow}.{replica}.{m}.0"]) for flow, replica, m in came
+    )
+    program = made.program({name: f"new {name}", **{state: state for state in own}}, "loss")
     return program, msgspec.structs.replace(stage, sends=sends, receives=receives)
+
+
+def own_state(stage: Stage, name: str, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The state that a unit has beside its parameter."""
+    own: dict[str, tuple[str, tuple[int, ...]]] = {
+        SENT: ("uint8", (len(links_out(stage)), 32)), RECEIVED: ("uint8", (len(links_in(stage)), 32)),
+        TAPE: ("uint8", (32,)),
+    }  # fmt: skip
+    if stage.forward.kind == "change":
+        end = f"{'send' if stage.stage == 0 else 'recv'}.forward.0"
+        own |= {KEPT_PREFIX + end: (F32, (ROWS, 4)), SEEN_PREFIX + end: ("uint8", (ROWS,))}
+    if stage.sync == "local":
+        own |= {OUTER_PREFIX + name: (F32, shape), RESIDUAL_PREFIX + name: (F32, shape)}
+    return own
 
 
 def data() -> dict[str, np.ndarray[Any, Any]]:
@@ -172,7 +215,8 @@ def task_of(program: Program, stage: Stage | None, base: dict[str, torch.Tensor]
             for name, array in arrays.items()
         ),
         "batch": BatchRule("rows", SIZE, 0), "initial": Initial("state", bytes(32), checkpoint.state_root(base)),
-        "seed": 7, "steps": STEPS, "steps_per_segment": PER_SEGMENT, "mode": "exact", "width": 15,
+        "seed": replica_seed(7, stage.replica if stage else 0),
+        "steps": STEPS, "steps_per_segment": PER_SEGMENT, "mode": "exact", "width": 15,
         "schedule": Schedule("constant", 20_000_000, 0, 0), "operations_per_step": operations_per_step(program),
         "name": "two layers", "stage": stage,
     }  # fmt: skip
@@ -274,5 +318,107 @@ class Heard:
         self.segments.append(done)
 
 
-def float_bytes(*values: float) -> bytes:
-    return struct.pack(f"<{len(values)}f", *values)
+class ThreadWire:
+    """The wire of one unit whose whole run is in this process, each unit in a thread of its own.
+
+    Keeps the tapes that a daemon would write.
+    """
+
+    def __init__(self, net: ThreadNet) -> None:
+        self.net = net
+        self.tapes: list[bytearray] = []
+
+    def begin(self, segment: int) -> None:
+        self.tapes.append(bytearray())
+
+    def receive(self, key: PayloadKey) -> tuple[memoryview, memoryview]:
+        payload = self.net.want(key)
+        head = entry_head(key, payload)
+        self.tapes[-1] += head + payload
+        return memoryview(head), memoryview(payload)
+
+    def send(self, key: PayloadKey, payload: memoryview) -> None:
+        self.net.put(key, bytes(payload))
+
+    def end(self) -> None:
+        pass
+
+
+class ThreadNet:
+    """Payloads between threads. After a unit failed the others stop waiting."""
+
+    def __init__(self) -> None:
+        self.sent: dict[PayloadKey, bytes] = {}
+        self.failed = False
+        self._news = threading.Condition()
+
+    def put(self, key: PayloadKey, payload: bytes) -> None:
+        with self._news:
+            assert key not in self.sent
+            self.sent[key] = payload
+            self._news.notify_all()
+
+    def want(self, key: PayloadKey) -> bytes:
+        with self._news:
+            if not self._news.wait_for(lambda: key in self.sent or self.failed, timeout=60) or key not in self.sent:
+                raise TimeoutError(f"nobody sends {key}")
+            return self.sent[key]
+
+    def fail(self) -> None:
+        with self._news:
+            self.failed = True
+            self._news.notify_all()
+
+
+@dataclass
+class Ran:
+    """A unit's run in a thread: its segments and tapes, and what ended it."""
+
+    unit: Unit
+    wire: ThreadWire
+    results: list[SegmentResult] = field(default_factory=list)
+    error: BaseException | None = None
+
+    def end(self, segment: int) -> dict[str, torch.Tensor]:
+        return checkpoint.load(self.results[segment].checkpoint)
+
+    def base(self, segment: int) -> bytes:
+        assert self.unit.order.base is not None
+        return self.results[segment - 1].checkpoint if segment else self.unit.order.base.read_bytes()
+
+
+def unit_run(unit: Unit, wire: Wire, segments: range, base: bytes, **more: Any) -> Iterator[SegmentResult]:
+    arrays = {ref.name: data()[ref.name].tobytes() for ref in unit.task.fetched}
+    return run_unit(
+        task=unit.task, program=unit.program, arrays=arrays, base=base, segments=segments, wire=wire, **more
+    )  # fmt: skip
+
+
+def run_threads(units: list[Unit], cheats: dict[int, str] | None = None) -> list[Ran]:
+    """Run whole units beside each other. cheats: frauds, by the number of the unit."""
+    net = ThreadNet()
+    ran = [Ran(unit, ThreadWire(net)) for unit in units]
+
+    def one(mine: Ran) -> None:
+        try:
+            cheat = (cheats or {}).get(mine.unit.stage.unit)
+            for result in unit_run(mine.unit, mine.wire, range(mine.unit.task.segments), mine.base(0), cheat=cheat):
+                mine.results.append(result)
+        except (IchibaError, TimeoutError) as error:
+            mine.error = error
+            net.fail()
+
+    threads = [threading.Thread(target=one, args=(mine,)) for mine in ran]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+        assert not thread.is_alive(), "a unit waits for ever"
+    return ran
+
+
+def checked(mine: Ran, segment: int, tape: bytes | None = None) -> SegmentResult:
+    """The segment computed again from its base and tape alone."""
+    wire = TapeWire(segment, [memoryview(bytes(mine.wire.tapes[segment]) if tape is None else tape)])
+    (result,) = unit_run(mine.unit, wire, range(segment, segment + 1), mine.base(segment))
+    return result

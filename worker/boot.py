@@ -220,7 +220,8 @@ def work(job: frames.Work, descriptors: list[int], mouth: _Mouth, ear: _Ear) -> 
 
     from protocol.program import Program
     from worker import checkpoint, training
-    from worker.crossings import BadPayload, TapeWire
+    from worker.crossings import TapeWire
+    from worker.link_codecs import BadPayload
 
     limit("CPU", job.cpu_seconds)
     limit("DATA", job.memory_bytes)

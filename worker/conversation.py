@@ -134,7 +134,7 @@ class Conversation:
             raise BadReply("wrong-reply", f"step {reply.step} where {self._next_step} of {due} was due")
         if reply.loss is not None and not math.isfinite(reply.loss):
             raise BadReply("wrong-reply", f"loss {reply.loss} of step {reply.step} is not finite")
-        self._end_crossings(reply)
+        self._end_crossings(reply.step, due.stop - 1)
         if reply.step == due.start:
             self.losses.clear()
         self.losses.append(reply.loss)
@@ -184,14 +184,11 @@ class Conversation:
         except MalformedRecord as error:
             raise BadReply("wrong-reply", error.what) from None
 
-    def _end_crossings(self, reply: Step | Segment) -> None:
+    def _end_crossings(self, step: int, last: int) -> None:
         if self.crossings is None:
             return
         try:
-            if isinstance(reply, Step):
-                self.crossings.step_done(reply.step)
-            else:
-                self.crossings.segment_done(diverged=reply.diverged_step is not None)
+            self.crossings.step_done(step, last)
         except MalformedRecord as error:
             raise BadReply("wrong-reply", error.what) from None
 
@@ -206,7 +203,6 @@ class Conversation:
             raise BadReply("wrong-reply", f"segment, first, last, diverged step {told} where {due} were due")
         if (reply.distance is not None) != self.compared:
             raise BadReply("wrong-reply", f"a distance of {reply.distance} where {int(self.compared)} was due")
-        self._end_crossings(reply)
         if self._next_step == steps.start:  # diverged at once
             self.losses.clear()
         # A diverged segment is the last: no step follows a state that is not finite.

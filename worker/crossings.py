@@ -7,28 +7,39 @@ Everything here is a function of the checkpoint and the tape alone, so a checker
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Final, Protocol
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
 from protocol.errors import MalformedRecord
 from protocol.operations import TensorType
-from protocol.payload import LinkHash, PayloadKey, payload_bytes_max, payload_digest, received_key, sent_key
+from protocol.payload import LinkHash, PayloadKey, payload_digest, received_key, sent_key
 from protocol.program import Program
-from protocol.stage import IN_PREFIX, RECEIVED, SENT, TAPE, Crossing, Link, links_in, links_out
+from protocol.stage import (
+    IN_PREFIX,
+    KEPT_PREFIX,
+    OUTER_PREFIX,
+    RECEIVED,
+    RESIDUAL_PREFIX,
+    SEEN_PREFIX,
+    SENT,
+    TAPE,
+    Crossing,
+    Link,
+    links_in,
+    links_out,
+)
 from protocol.tape import TapeHash, TapeReader
 from protocol.task import TaskSpec
-from worker.executor import DTYPES
+from worker.link_codecs import LinkCodecs, OuterChange, check_memory
+from worker.stage_frames import CrossingTalk
 
-__all__ = ["BadPayload", "Crossings", "TapeWire", "Wire", "check_unit"]
+__all__ = ["Crossings", "TapeWire", "Wire", "check_unit"]
 
-
-class BadPayload(MalformedRecord):
-    """A neighbour sent what is no tensor of its crossing."""
-
-    code = "bad-payload"
+_OURS: Final = (KEPT_PREFIX, SEEN_PREFIX, OUTER_PREFIX, RESIDUAL_PREFIX, SENT, RECEIVED, TAPE)
 
 
 class Wire(Protocol):
@@ -87,39 +98,41 @@ def check_unit(task: TaskSpec, program: Program) -> None:
     """Refuse a unit whose crossings or state are not of its program. Raises MalformedRecord, LimitExceeded."""
     stage = task.stage
     assert stage is not None, "an ordinary task has nothing to check here"
-    known = len(program.types)
-    inputs = {item.name: number for number, item in enumerate(program.inputs) if item.role == "batch"}
-    due = {}
-    for crossing in (*stage.sends, *stage.receives):
-        if crossing.value >= known:
-            raise MalformedRecord(f"a crossing of value {crossing.value}, the program has {known}")
-        payload_bytes_max(program.types[crossing.value])
+    CrossingTalk.of(stage, program)  # every crossing is of a value, and small enough to travel
+    inputs = {item.name: number for number, item in enumerate(program.inputs)}
+    due = set()
     for crossing in stage.receives:
         name = f"{IN_PREFIX}{crossing.flow}.{crossing.replica}.{crossing.micro_batch}.{crossing.index}"
-        if inputs.get(name) != crossing.value:
+        if inputs.get(name) != crossing.value or program.inputs[crossing.value].role != "batch":
             raise MalformedRecord(f"value {crossing.value} of the program is not the batch input {name}")
-        due[name] = crossing.value
+        due.add(name)
     strange = sorted(name for name in inputs if name.startswith(IN_PREFIX) and name not in due)
     if strange:
         raise MalformedRecord(f"input {strange[0]} is received from nobody")
-    rows = {SENT: (len(links_out(stage)), 32), RECEIVED: (len(links_in(stage)), 32), TAPE: (32,)}
-    state = {item.name: (number, item) for number, item in enumerate(program.inputs)}
+    out, into = len(links_out(stage)), len(links_in(stage))
+    rows = {SENT: (out, 32), RECEIVED: (into, 32), TAPE: (32,)} if out or into else {}
     after = {update.name: update.value for update in program.updates}
     for name, shape in rows.items():
-        if name not in after or state[name][1].type != TensorType("uint8", shape):
-            raise MalformedRecord(f"the program of a unit has the state {name}, uint8 {shape}")
+        if name not in after or program.inputs[inputs[name]].type != TensorType("uint8", shape):
+            raise MalformedRecord(f"the program of this unit has no state {name}, uint8 {shape}")
     for name, value in after.items():
-        if name in rows and state[name][0] != value:
-            raise MalformedRecord(f"the program changes the state {name}, which is set at a segment's end")
+        if name.startswith(_OURS) and inputs[name] != value:
+            raise MalformedRecord(f"the program changes the state {name}, which it may only hand on")
+    check_memory(task, program)
 
 
 class Crossings:
-    """One segment's payloads. `receive` and `send` are what the Executor calls; `turn` comes after each step done."""
+    """One segment's payloads. `receive` and `send` are what the Executor calls; `turn` comes after each step done.
 
-    def __init__(self, task: TaskSpec, program: Program, wire: Wire) -> None:
+    state: at the segment's start; its memories of links are written in place.
+    """
+
+    def __init__(self, task: TaskSpec, program: Program, wire: Wire, state: Mapping[str, Tensor]) -> None:
         stage = task.stage
         assert stage is not None, "only a unit has crossings"
-        self._stage, self._program, self._wire = stage, program, wire
+        self._task, self._stage, self._program, self._wire = task, stage, program, wire
+        self._codecs = LinkCodecs(task, program, state)
+        self._start = state
         self._into = {crossing.value: crossing for crossing in stage.receives}
         self._out: dict[int, list[Crossing]] = {}
         for crossing in stage.sends:
@@ -132,11 +145,12 @@ class Crossings:
     def begin(self, step: int) -> None:
         """Step `step` follows."""
         self._step = step
+        self._codecs.begin(step)
 
     def receive(self, value: int) -> Tensor:
         """The tensor of input `value`, as soon as it is there. Raises BadPayload, MalformedRecord."""
         key = received_key(self._stage, self._into[value], self._step)
-        return as_tensor(self._fetch(key), self._program.types[value], key)
+        return self._codecs.decode(key, self._fetch(key), self._program.types[value])
 
     def _fetch(self, key: PayloadKey) -> memoryview:
         head, payload = self._wire.receive(key)
@@ -145,50 +159,62 @@ class Crossings:
         self._received[Link(key.flow, key.unit)].add(key, payload_digest(payload))
         return payload
 
-    def send(self, value: int, tensor: Tensor) -> None:
-        """Hand over `tensor`, the Program's value of that number, wherever it goes."""
-        for crossing in self._out[value]:
-            self._hand_over(sent_key(self._stage, crossing, self._step), as_payload(tensor))
+    def send(self, value: int, tensor: Tensor) -> Tensor:
+        """Hand over `tensor`, the Program's value of that number, wherever it goes; what the unit itself goes on with.
 
-    def _hand_over(self, key: PayloadKey, payload: memoryview) -> None:
+        Raises Diverged for what cannot be compressed.
+        """
+        own = tensor
+        for crossing in self._out[value]:
+            key = sent_key(self._stage, crossing, self._step)
+            payload, decoded = self._codecs.encode(key, tensor)
+            self._hand_over(key, payload)
+            own = decoded if crossing.flow == "sync" else own
+        return own
+
+    def _hand_over(self, key: PayloadKey, payload: bytes) -> None:
         digest = payload_digest(payload)
         for link, kept in self._sent.items():
             if link.flow == key.flow:
                 kept.add(key, digest)
-        self._wire.send(key, payload)
+        self._wire.send(key, memoryview(payload))
+
+    def outer(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state after the outer step, from the one after the segment's last step. Raises BadPayload, Diverged."""
+        if self._stage.sync != "local":
+            return state
+        change = OuterChange(self._task, self._start, state, self._step)
+        for key in change.keys:
+            self._hand_over(key, change.encode(key))
+        units = [link.other for link in self._received if link.flow == "outer"]
+        new: dict[str, Tensor] = {}
+        for key in change.keys:
+            others = {unit: self._fetch(msgspec.structs.replace(key, unit=unit)) for unit in units}
+            new |= change.taken(key, others)
+        return {**state, **new}
 
     def turn(self) -> None:
         """The step is done."""
         for kept in (*self._sent.values(), *self._received.values()):
             kept.turn()
 
+    def undo(self) -> None:
+        """The step diverged: the memories of links are as before it."""
+        self._codecs.undo()
+
     def end(self) -> Mapping[str, Tensor]:
-        """The state that tells what went over the links in this segment."""
+        """The state that tells what went over the links in this segment, and their memories."""
         self._wire.end()
+        if not self._sent and not self._received:
+            return {}
         return {
             SENT: _rows([kept.digest for kept in self._sent.values()]),
             RECEIVED: _rows([kept.digest for kept in self._received.values()]),
             TAPE: _rows([self._tape.blob])[0],
+            **self._codecs.state(),
         }
 
 
 def _rows(digests: list[bytes]) -> Tensor:
     """uint8 (digests, 32)."""
     return torch.from_numpy(np.frombuffer(b"".join(digests), np.uint8).copy().reshape(-1, 32))
-
-
-def as_payload(tensor: Tensor) -> memoryview:
-    """The bytes of `tensor` as they are: little-endian, row-major."""
-    array = tensor.detach().cpu().contiguous().numpy()
-    return memoryview(array.reshape(-1).view(np.uint8))
-
-
-def as_tensor(payload: memoryview, kind: TensorType, key: PayloadKey) -> Tensor:
-    """The tensor of a payload made by `as_payload`, in memory of its own. Raises BadPayload."""
-    if len(payload) != kind.size_bytes:
-        raise BadPayload(f"{key} has {len(payload)} bytes, a {kind.dtype} of shape {kind.shape} has {kind.size_bytes}")
-    held = np.frombuffer(payload, np.uint8)
-    if kind.dtype == "bool" and held.size and held.max() > 1:
-        raise BadPayload(f"{key} holds a bool that is neither 0 nor 1")
-    held = held if held.flags.writeable else held.copy()
-    return torch.from_numpy(held).view(DTYPES[kind.dtype]).reshape(kind.shape)

@@ -30,7 +30,7 @@ _ALIGNMENT = 64  # bytes: of all that torch allocates on a processor
 Kernel = Callable[..., Tensor]
 OnNode = Callable[[int, Tensor], None]
 Receive = Callable[[int], Tensor]
-Send = Callable[[int, Tensor], None]
+Send = Callable[[int, Tensor], Tensor]
 _Values = Sequence[Tensor | None] | Mapping[int, Tensor]
 
 DTYPES = {
@@ -166,9 +166,9 @@ class Executor:
 
         learning_rate: float32 value. seed, step: below 2**63. on_node: called with each node's number and result.
         receive, send: of a unit. receive is called with the number of a received input when a node first needs it,
-        send with the number and the tensor of a value as soon as it is there; neither is held longer than nodes need
-        it. Raises MalformedRecord if tensors do not fit the inputs or an index is out of range, Diverged if the new
-        state is not finite.
+        send with the number and the tensor of a value as soon as it is there, and gives what the nodes after it read in
+        its place; neither is held longer than nodes need it. Raises MalformedRecord if tensors do not fit the inputs or
+        an index is out of range, Diverged if the new state is not finite.
         """
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
@@ -208,15 +208,15 @@ class Executor:
             if value < len(values):
                 tensor = values[value]
                 assert tensor is not None
-                send(value, tensor)
+                values[value] = send(value, tensor)
         for number, planned in enumerate(self._plan):
             for value in planned.asks:
                 tensor = values[value] = self._fitting(self.program.inputs[value], receive(value))
                 if value in self._sent:
-                    send(value, tensor)
+                    values[value] = send(value, tensor)
             result = self._run(number, planned, values)
             if planned.sends:
-                send(len(values), result)
+                result = send(len(values), result)
             if on_node is not None:
                 on_node(number, result)
             values.append(result)

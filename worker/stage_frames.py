@@ -17,7 +17,7 @@ from protocol import params
 from protocol.errors import MalformedRecord
 from protocol.payload import PayloadKey, payload_bytes_max, received_key, sent_key
 from protocol.program import Program
-from protocol.stage import Stage, links_in
+from protocol.stage import OUTER_PREFIX, Crossing, Stage, links_in
 
 __all__ = ["FEED", "CrossingTalk", "Need", "Sent", "outer_parameters"]
 
@@ -38,16 +38,18 @@ class Sent(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     payload_bytes: Annotated[int, msgspec.Meta(ge=0, le=params.CROSSING_BYTES_MAX + params.PAYLOAD_HEAD_BYTES_MAX)]
 
 
-def outer_parameters(stage: Stage, program: Program) -> list[str]:
-    """The parameters whose changes replicas exchange at a segment's end, by their index; none unless sync is local."""
-    return sorted(item.name for item in program.inputs_of("parameter")) if stage.sync == "local" else []
+def outer_parameters(program: Program) -> list[str]:
+    """The parameters whose changes replicas exchange at a segment's end, by their index: those with outer momentum."""
+    names = (item.name for item in program.inputs_of("buffer") if item.name.startswith(OUTER_PREFIX))
+    return sorted(name.removeprefix(OUTER_PREFIX) for name in names)
 
 
 @dataclass
 class CrossingTalk:
-    """The payloads that may, and must, come in a step and at a segment's end. Raises MalformedRecord for others.
+    """The payloads that may, and must, come in each step, and beside them in the last of a segment.
 
-    needs, sends, outer_needs, outer_sends: by the key in step 0, the most bytes each may have.
+    needs, sends, outer_needs, outer_sends: by the key in step 0, the most bytes each may have. Raises MalformedRecord
+    for what may not come.
     """
 
     needs: Mapping[PayloadKey, int]
@@ -62,21 +64,24 @@ class CrossingTalk:
         known = len(program.types)
         if any(crossing.value >= known for crossing in (*stage.sends, *stage.receives)):
             raise MalformedRecord(f"a crossing of a value that the program, of {known} values, does not have")
-        sizes = [payload_bytes_max(program.types[c.value]) for c in (*stage.receives, *stage.sends)]
-        into = {received_key(stage, c, 0): size for c, size in zip(stage.receives, sizes, strict=False)}
-        out = {sent_key(stage, c, 0): size for c, size in zip(stage.sends, sizes[len(into) :], strict=True)}
-        types = {item.name: item.type for item in program.inputs_of("parameter")}
-        parameters = [payload_bytes_max(types[name]) for name in outer_parameters(stage, program)]
+
+        def most(crossing: Crossing) -> int:
+            return payload_bytes_max(program.types[crossing.value], stage.codec_of(crossing.flow), crossing.flow)
+
+        types = {item.name: item.type for item in program.inputs}
+        if any(name not in types for name in outer_parameters(program)):
+            raise MalformedRecord("outer momentum of a parameter that the program does not have")
+        changed = [payload_bytes_max(types[name], stage.shared, "outer") for name in outer_parameters(program)]
         others = [link.other for link in links_in(stage) if link.flow == "outer"]
         return cls(
-            into,
-            out,
-            {PayloadKey(0, "outer", 0, i, unit): size for unit in others for i, size in enumerate(parameters)},
-            {PayloadKey(0, "outer", 0, i, stage.unit): size for i, size in enumerate(parameters)},
+            {received_key(stage, crossing, 0): most(crossing) for crossing in stage.receives},
+            {sent_key(stage, crossing, 0): most(crossing) for crossing in stage.sends},
+            {PayloadKey(0, "outer", 0, i, unit): size for unit in others for i, size in enumerate(changed)},
+            {PayloadKey(0, "outer", 0, i, stage.unit): size for i, size in enumerate(changed) if others},
         )
 
     def need(self, key: PayloadKey, step: int, last: int) -> int:
-        """The worker asks for `key` where `step` is due, the segment's last being `last`; the most bytes it may get."""
+        """The worker asks for `key` in `step`, the segment's last being `last`; the most bytes that it may get."""
         return self._take("need", key, step, last, self.outer_needs if key.flow == "outer" else self.needs)
 
     def sent(self, key: PayloadKey, size_bytes: int, step: int, last: int) -> None:
@@ -87,22 +92,17 @@ class CrossingTalk:
 
     def _take(self, what: str, key: PayloadKey, step: int, last: int, known: Mapping[PayloadKey, int]) -> int:
         plain = msgspec.structs.replace(key, step=0)
-        due = (step == last + 1 and key.step == last) if key.flow == "outer" else key.step == step <= last
+        due = key.step == step and (key.flow != "outer" or step == last)
         if not due or plain not in known or (what, plain) in self._done:
             raise MalformedRecord(f"{what} {key} is not what may come in step {step}")
         self._done.add((what, plain))
         return known[plain]
 
-    def step_done(self, step: int) -> None:
+    def step_done(self, step: int, last: int) -> None:
         """A step is over: all that belongs to it must have come."""
-        missing = len(self.needs) + len(self.sends) - len(self._done)
-        if missing:
-            raise MalformedRecord(f"step {step} ended with {missing} payloads to come")
-        self._done.clear()
-
-    def segment_done(self, *, diverged: bool) -> None:
-        """A segment is over: all of its end must have come, unless it diverged."""
-        missing = len(self.outer_needs) + len(self.outer_sends) - len(self._done)
-        if missing and not diverged:
-            raise MalformedRecord(f"the segment ended with {missing} payloads to come")
+        due = len(self.needs) + len(self.sends)
+        if step == last:
+            due += len(self.outer_needs) + len(self.outer_sends)
+        if due != len(self._done):
+            raise MalformedRecord(f"step {step} ended with {due - len(self._done)} payloads to come")
         self._done.clear()

@@ -43,7 +43,7 @@ def run_unit(
     base: the checkpoint at the start of segments.start, as safetensors. cheat: one of cheats.UNIT_CHEATS. ordered: make
     a false end beside the true one of its segment, which lacks its last step.
     Raises MalformedRecord, VerificationFailed, LimitExceeded for a task, program, data, base or tape that do not fit
-    each other; crossings.BadPayload for what a neighbour sent.
+    each other; link_codecs.BadPayload for what a neighbour sent.
     """
     cheats.check(cheat, unit=True)
     check_task(task, program)
@@ -59,21 +59,24 @@ def run_unit(
     root = roots.of(state)
     for segment in segments:
         steps, in_root = task.steps_of(segment), root
-        crossings = Crossings(task, program, wire)
+        crossings = Crossings(task, program, wire, state)
         wire.begin(segment)
         losses: list[float] = []
         before, diverged = state, None
         for step in steps:
             crossings.begin(step)
             batch, rate = batches.of(step), rate_of(task, step)
+            send = partial(_send, crossings, fraud, segment, step)
             try:
-                send = partial(_send, crossings, fraud, segment, step)
                 new, loss = executor.step(state, batch, rate, task.seed, step, receive=crossings.receive, send=send)
+                new = fraud.after(segment, state, new)
+                new = crossings.outer(new) if step == steps.stop - 1 else new
             except Diverged as error:
+                crossings.undo()
                 diverged = error.step
                 break
             crossings.turn()
-            before, state = state, fraud.after(segment, state, new)
+            before, state = state, new
             losses.append(loss)
             on_step(step, loss)
         ends = crossings.end()
@@ -95,8 +98,8 @@ def run_unit(
 
 def _send(
     crossings: Crossings, fraud: frauds.UnitFraud, segment: int, step: int, value: int, tensor: torch.Tensor
-) -> None:
-    crossings.send(value, fraud.sent(segment, step, value, tensor))
+) -> torch.Tensor:
+    return crossings.send(value, fraud.sent(segment, step, value, tensor))
 
 
 def _false_end(state: State, true_root: bytes) -> FalseEnd | None:
