@@ -61,6 +61,7 @@ class Roles(click.ParamType[int]):
 )
 @passphrase_file_option
 @click.option("--cheat", default="", hidden=True, help="A fraud to demonstrate (worker/cheats.py).")
+@click.option("--shape", default="", envvar="ICHIBA_SHAPE", hidden=True, help="Slow links: `50ms,100mbit,jitter=5ms`.")
 @common
 def up(
     terminal: Terminal,
@@ -75,6 +76,7 @@ def up(
     network_file: Path | None,
     passphrase_file: Path | None,
     cheat: str,
+    shape: str,
 ) -> None:
     """Run the daemon until Ctrl-C.
 
@@ -107,6 +109,7 @@ def up(
         memory_bytes=memory,
         slots=slots,
         cheat=cheat,
+        shape=shape,
         passphrase=passphrase_for(home, passphrase_file),
     )
     failures: list[IchibaError] = []

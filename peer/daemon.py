@@ -33,6 +33,7 @@ from peer.home import Home
 from peer.host import Host, HostConfig, open_host
 from peer.intake import records_in, refuse_bundle
 from peer.invite import decode_invite, encode_invite
+from peer.link_shaper import parse_shaper
 from peer.node import Node
 from peer.store import Store
 from peer.suspension import SuspendedStates
@@ -78,6 +79,7 @@ class DaemonConfig:
     memory_bytes: int = 2 << 30
     slots: int = 1
     cheat: str = ""
+    shape: str = ""  # of its links, where they are to be slower than they are (peer/link_shaper.py)
     passphrase: str | None = field(default=None, repr=False)  # of a sealed key
 
 
@@ -340,6 +342,7 @@ async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATU
                     network_tag=network.id.hex()[:16],
                     validator=refuse_bundle,
                     records_in=records_in,
+                    shaper=parse_shaper(config.shape) if config.shape else None,
                 )
             )
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import random
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ from typing import Any, Final, Protocol
 import trio
 
 from peer.addresses import Address
+from peer.link_shaper import ShapedSocket, Shaper
 from peer.yamux import MuxStream, Session, Wire
 from protocol import params
 from protocol.errors import IchibaError, LimitExceeded, MalformedRecord, RemoteProtocolError
@@ -262,11 +264,12 @@ class Owner(Protocol):
 
 @dataclass(eq=False)
 class Links:
-    """All links of one host. `nursery` runs them."""
+    """All links of one host. `nursery` runs them; `shaper` makes them slow, to show what happens then."""
 
     owner: Owner
     secure: Secure
     nursery: trio.Nursery
+    shaper: Shaper | None = None
     by_peer: dict[bytes, list[Link]] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
     _inbound: Counter[str] = field(default_factory=Counter)
@@ -345,9 +348,7 @@ class Links:
         self._half_open.pop(scope)
         scope.cancel()
 
-    async def _handshake(
-        self, socket: trio.SocketStream, remote: Address, expected: bytes | None
-    ) -> tuple[bytes, Wire]:
+    async def _handshake(self, socket: Carrier, expected: bytes | None) -> tuple[bytes, Wire]:
         initiator = expected is not None
         raw = Stream(socket)
         if initiator:
@@ -373,12 +374,17 @@ class Links:
         task_status: Any = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """One connection from its handshake to its end."""
-        async with socket:
+        shaped = ShapedSocket(socket, self.shaper.others, random.Random()) if self.shaper is not None else None
+        async with shaped or socket as carrier:
+            if shaped is not None:
+                self.nursery.start_soon(shaped.run)
             if expected is None:
                 with self._half_open_place(remote.host), trio.fail_after(params.HANDSHAKE_SECONDS_MAX):
-                    peer, wire = await self._handshake(socket, remote, None)
+                    peer, wire = await self._handshake(carrier, None)
             else:
-                peer, wire = await self._handshake(socket, remote, expected)
+                peer, wire = await self._handshake(carrier, expected)
+            if shaped is not None and self.shaper is not None:
+                shaped.shape = self.shaper.of(peer)
             session = Session(wire, initiator=expected is not None)
             link = Link(peer, session, remote.of(peer), inbound=expected is None)
             self._inbound[remote.host] += link.inbound

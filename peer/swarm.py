@@ -22,6 +22,7 @@ from peer.addresses import Address, parse_address
 from peer.book import AddressBook
 from peer.drops import AT_TRANSPORT, Drops
 from peer.events import GossipIn, MessageIn, PeerDown, PeerUp
+from peer.host_config import HostConfig
 from peer.links import Link, Links, PeerUnreachable, Secure, Stream, answer
 from peer.mdns import discover, interface_addresses
 from peer.standing import GossipRates, Rates, Standing
@@ -47,25 +48,6 @@ COUNTERS: Final = (  # what `stats` always shows, so that nobody has to guess a 
     "stream_faults", "streams_broken",
 )  # fmt: skip
 HOUSEKEEPING_SECONDS: Final = 0.5  # redials and announcements are looked at this often
-
-
-@dataclass(frozen=True)
-class HostConfig:
-    """What a host is told.
-
-    seed: 32-byte Ed25519 seed. listen: multiaddrs such as /ip4/0.0.0.0/tcp/4001. topics: short names, gossiped as
-    /ichiba/<network_tag>/<name>. validator(topic, author, data) raises RemoteProtocolError to reject a gossiped
-    message and penalise the neighbour that passed it on; it must not block. records_in(data): how many records a
-    message says it holds, which is what an author's allowance is spent on.
-    """
-
-    seed: bytes
-    listen: list[str]
-    topics: tuple[str, ...]
-    mdns: bool
-    network_tag: str
-    validator: Callable[[str, bytes, bytes], None]
-    records_in: Callable[[bytes], int] = lambda _: 1
 
 
 class Gossip(Protocol):
@@ -103,7 +85,7 @@ class Host:
         self.peer: bytes = SigningKey.from_seed(config.seed).public
         self.addresses: list[str] = []
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
-        self.links = Links(self, secure, nursery, counters=self.counters)
+        self.links = Links(self, secure, nursery, config.shaper, counters=self.counters)
         self.standing, self.book, self.drops = Standing(), AddressBook(self.peer), Drops()
         self._nursery, self._faults, self._identify = nursery, faults, identify
         self._prefix = f"/ichiba/{config.network_tag}/"

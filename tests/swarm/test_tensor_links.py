@@ -10,6 +10,7 @@ from pathlib import Path
 
 import trio
 
+from peer.link_shaper import parse_shaper
 from peer.tensor_links import PROTOCOL, Seat, TensorLinks
 from protocol.keys import SigningKey
 from tests.swarm.conftest import Node, start_nodes, until
@@ -98,3 +99,15 @@ async def test_a_killed_peer_is_missed_and_its_successor_goes_on(
             assert not port.differences
         nursery.cancel_scope.cancel()
 
+
+
+async def test_a_shaper_delays_whatever_a_host_sends(tmp_path: Path) -> None:
+    async with start_nodes(2, shaper=parse_shaper("30ms,500mbit")) as (a, b), trio.open_nursery() as nursery:
+        assert await a.host.measure(b.host.peer) >= 60
+        seats = {0: Seat(a.host.peer), 1: Seat(b.host.peer)}
+        one = links_of(a, tmp_path, nursery).open(place(0, to={1}), seats)
+        two = links_of(b, tmp_path, nursery).open(place(1, comes={0: expected()}), seats)
+        with one, two:
+            await one.send(key(0), (1,), b"x" * PAYLOAD_BYTES)
+            assert await two.want(key(0)) == b"x" * PAYLOAD_BYTES
+        nursery.cancel_scope.cancel()
