@@ -17,11 +17,13 @@ from market.own_terms import Demand, Own, explain_own
 from market.quoting import lock_micro
 from market.reasons import Advice, Capacity, Reason, explain_offer
 from peer.bidding import Bidder
+from peer.clock_doubts import Clocks
 from peer.deals import Deal, Job, JobState, agreement_of, task_of
 from peer.desk import Desk
 from peer.jobs import JobDesk
 from peer.market_view import MarketView
 from peer.prover import Prover
+from peer.runs import RunDesk
 from peer.settler import Settler
 from peer.solver import Solver
 from peer.stake_reasons import stake_reasons
@@ -32,9 +34,9 @@ from protocol.errors import LocalProtocolError
 from protocol.keys import peer_name
 from protocol.lifecycle import TERMINAL, State
 from protocol.params import SANDBOX_LEVELS
-from protocol.records import ROLE_SOLVER, ROLE_VERIFIER, Ask, Bid, Offer, amount_for, parties
+from protocol.records import ROLE_SOLVER, ROLE_VERIFIER, Offer, amount_for
 
-__all__ = ["Answers", "Clocks"]
+__all__ = ["Answers"]
 
 _SECOND: Final = 10**9
 _DEALS_TOLD: Final = 5  # the last deals of a job, of those that brought it no further
@@ -45,27 +47,6 @@ class _BadQuestion(LocalProtocolError):
 
     code = "usage"
     exit_code = 2
-
-
-@dataclass
-class Clocks:
-    """How far the clocks of others seem to be from ours: seconds, by author, of records dated too far off to be taken.
-    A right record of the same author takes its entry away."""
-
-    off_s: dict[bytes, int] = field(default_factory=dict)
-
-    def note(self, record: Offer | Ask | Bid, now_ns: int) -> None:
-        """A record came in, whether or not it is taken."""
-        (author,) = parties(record)
-        ahead, past = record.created_ns - now_ns, now_ns - record.expires_ns
-        if ahead > params.CLOCK_SKEW_NS_MAX:
-            self.off_s[author] = ahead // _SECOND
-        elif past > params.CLOCK_SKEW_NS_MAX:
-            self.off_s[author] = -past // _SECOND
-        else:
-            self.off_s.pop(author, None)
-        while len(self.off_s) > params.CLOCKS_NOTED_MAX:
-            del self.off_s[next(iter(self.off_s))]
 
 
 @dataclass
@@ -80,6 +61,7 @@ class Answers:
     solver: Solver
     prover: Prover
     view: MarketView
+    runs: RunDesk
     find: Callable[[dict[str, Any]], Job]
     clocks: Clocks = field(default_factory=Clocks)
 
@@ -226,13 +208,15 @@ class Answers:
 
     # --- a job ---------------------------------------------------------------------------------------------
     def _of_job(self, job: Job) -> dict[str, Any]:
-        subjects = [c for c in self.jobs.children(job) if c.open] if job.state == JobState.PROFILING else [job]
+        split = job.state == JobState.PROFILING or bool(job.units)
+        subjects = [c for c in self.jobs.children(job) if c.open] if split else [job]
         reasons = self._peer_reasons() if job.open else []
         advice: list[Advice] = []
         able = heard = 0
         if job.state == JobState.PROFILING:
             words = "a tolerant job is measured first: verifiers profile it before it is offered"
             reasons.append(Reason("offer", "profiling", len(subjects), words, severity=3))
+        reasons += self.runs.reasons(job)
         for one in subjects:
             deal = self.submitter.deals.get(one.deal)
             if one.state == JobState.OFFERED:
@@ -240,7 +224,8 @@ class Answers:
                 reasons += found
             elif deal is not None and one.open:
                 reasons += self._running(one, deal)
-        for deal in (self.submitter.deals[d] for d in job.deals if d in self.submitter.deals):
+        past = [d for one in (job, *self.jobs.children(job)) for d in one.deals if d != one.deal]
+        for deal in (self.submitter.deals[d] for d in past if d in self.submitter.deals):
             if deal.id != job.deal and deal.lifecycle not in TERMINAL:
                 reasons += self._running(job, deal)
         if not job.open:

@@ -241,6 +241,9 @@ class Bidder:
             return Refusal("memory", f"the script takes {task.memory_bytes >> 20} MiB, more than its offer said")
         if task.segments < agreement.last_segment:
             return Refusal("operations", "the task has fewer segments than the offer said")
+        stage, offer = (task.stage if isinstance(task, TaskSpec) else None), self.desk.book.offers.get(agreement.offer)
+        if offer is not None and (stage.stages * stage.replicas if stage is not None else 0) != offer.units:
+            return Refusal("task", "the task is a unit of another run than the offer said")
         steps = range(task.steps_of(agreement.first_segment).start, task.steps_of(agreement.last_segment - 1).stop)
         if len(steps) * task.operations_per_step != agreement.operations:
             return Refusal("operations", "the task has another number of operations than the offer said")

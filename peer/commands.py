@@ -31,15 +31,16 @@ from peer.pausing import Pausing
 from peer.profiles import Profiles
 from peer.prover import Prover
 from peer.reputations import ReputationView
+from peer.run_commands import BadArguments, check_terms, submit_run
+from peer.runs import RunDesk
 from peer.sealing import Sealing
 from peer.settler import Settler
 from peer.solver import Solver
 from peer.submitter import Submitter
-from protocol import params
 from protocol.bench_card import Figures
 from protocol.codec import blake
 from protocol.credit_records import ON_CREDIT
-from protocol.errors import IchibaError, LocalProtocolError, NotFound
+from protocol.errors import IchibaError, NotFound
 from protocol.keys import peer_key, peer_name
 from protocol.lifecycle import TERMINAL, State
 from protocol.profile import EXACT
@@ -49,13 +50,6 @@ from protocol.script import ASSURANCE, ScriptSpec, compare, read_task
 from protocol.task import TaskSpec, task_id
 
 __all__ = ["Commands"]
-
-
-class BadArguments(LocalProtocolError):
-    """The arguments of a command do not fit."""
-
-    code = "usage"
-    exit_code = 2
 
 
 class SubmitArguments(msgspec.Struct, forbid_unknown_fields=True):
@@ -94,6 +88,7 @@ class Commands:
     profiles: Profiles
     sealing: Sealing
     moves: Moves
+    runs: RunDesk
 
     def __post_init__(self) -> None:
         self.settler.credit.deals = (self.submitter.deals, self.solver.deals)
@@ -101,7 +96,7 @@ class Commands:
         self.view = MarketView(self.desk, self.settler, self.bidder, self.challenger)
         self.answers = Answers(
             self.desk, self.settler, self.jobs, self.submitter, self.bidder, self.solver, self.prover, self.view,
-            self._find,
+            self.runs, self._find,
         )  # fmt: skip
 
     def handle(self, command: Command) -> None:
@@ -109,6 +104,7 @@ class Commands:
         verbs: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "status": self.status,
             "submit": self.submit,
+            "submit-run": lambda arguments: self._job(submit_run(self.runs, arguments)),
             "cancel": self.cancel,
             "jobs": self.list_jobs,
             "job": self.show_job,
@@ -181,6 +177,8 @@ class Commands:
         except (msgspec.ValidationError, ValueError) as error:
             raise BadArguments(f"submit: {error}") from None
         task = read_task(encoded, network=self.desk.network.id)
+        if isinstance(task, TaskSpec) and task.stage is not None:
+            raise BadArguments("a unit of a parallel job alone", next_step="submit the whole job that it is a part of")
         if isinstance(task, ProfileSpec):
             raise BadArguments("a profile is ordered by the job it is for", next_step="submit the tolerant job itself")
         if len(base_root) != 32:
@@ -190,7 +188,7 @@ class Commands:
             raise BadArguments("a script starts from its own id", next_step="give base_root the id of the task")
         if given.budget_micro <= 0 or given.unit_price_max <= 0:
             raise BadArguments("budget and price limit must be positive")
-        self._check_terms(given)
+        check_terms(given, now_ns=self.desk.wall_ns)
         task, encoded, key = self.sealing.submitted(task, encoded, sealed=given.sealed)
         other = [bytes([given.replica])] if given.replica else []
         job = Job(
@@ -217,23 +215,6 @@ class Commands:
         self.sealing.protect(job)
         return self._job(self.jobs.submit(job))
 
-    def _check_terms(self, given: SubmitArguments) -> None:
-        """Refuse what no solver can meet, before anybody hears of it. Raises BadArguments."""
-        if given.device_memory_bytes < 0 or (given.device_memory_bytes and given.device != "gpu"):
-            raise BadArguments(
-                f"{given.device_memory_bytes} bytes on the card of a device {given.device!r}",
-                why="only a graphics card has memory of its own",
-                next_step="ask for the device gpu, or for no such memory",
-            )
-        left_ns = given.deadline_ns - self.desk.wall_ns
-        if given.deadline_ns and not 0 < left_ns <= params.DEADLINE_NS_MAX:
-            when = f"{-left_ns // 10**9} s ago" if left_ns <= 0 else f"in {left_ns // (86_400 * 10**9)} days"
-            raise BadArguments(
-                f"the deadline is {when}",
-                why=f"it must be ahead, by {params.DEADLINE_NS_MAX // (86_400 * 10**9)} days at most",
-                next_step="--deadline 2h, or a time with its zone as in 2027-01-31T18:00+01:00",
-            )
-
     def cancel(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Stop a job."""
         return self._job(self.submitter.cancel(self._find(arguments).id))
@@ -246,7 +227,7 @@ class Commands:
     def show_job(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """One job with its deals."""
         job = self._find(arguments)
-        return {**self._job(job), "deals": [self._deal(deal) for deal in self._own_deals(job)]}
+        return {**self._job(job), "deals": [self._deal(deal) for deal in self._all_deals(job)]}
 
     def _find(self, arguments: dict[str, Any]) -> Job:
         """A job by any unambiguous prefix of its hex id."""
@@ -262,7 +243,7 @@ class Commands:
         task = task_of(job.task)
         deal = self.submitter.deals.get(job.deal)
         # Receipts of the running deal count as progress: they are paid for and in this peer's store.
-        done = job.segment + (deal.receipts if deal is not None else 0)
+        done = job.segment + (deal.receipts if deal is not None and job.unit < 0 else 0)
         return {
             "job": job.id.hex(),
             "name": job.name,
@@ -272,6 +253,7 @@ class Commands:
             "assurance": ASSURANCE if isinstance(task, ScriptSpec) else ON_CREDIT if job.credit else "",
             "credit": job.credit,
             "replicas": self._replicas(job),
+            "run": self.runs.watch.describe(job, self.runs.runs.get(job.id)),
             "state": JobState(job.state).name.lower(),
             "stage": deal.lifecycle.name.lower() if deal is not None else "",
             "profiling": self.profiles.describe(job),
@@ -283,9 +265,9 @@ class Commands:
             "budget_micro": job.budget_micro,
             "spent_micro": self.jobs.spent(job),
             "paid_micro": sum(self._paid(d) for one in (job, *self.jobs.children(job)) for d in self._own_deals(one)),
-            "money": asdict(line_over(self._own_deals(job), self.settler.channels, self.desk.network)),
-            "slashed_micro": job.slashed_micro,
-            "culprits": [peer_name(p) for p in job.culprits],
+            "money": asdict(line_over(self._all_deals(job), self.settler.channels, self.desk.network)),
+            "slashed_micro": sum(one.slashed_micro for one in (job, *self.jobs.children(job))),
+            "culprits": [peer_name(p) for p in self._culprits(job)],
             "retried": job.retried,
             "created_ns": job.created_ns,
             "ended_ns": job.ended_ns,
@@ -295,6 +277,13 @@ class Commands:
             "final_root": job.base_root.hex() if job.state == JobState.DONE else "",
             "checkpoint": job.base_blob.hex() if job.state == JobState.DONE else "",
         }
+
+    def _all_deals(self, job: Job) -> list[Deal]:
+        """Of a run, those of its units."""
+        return [deal for one in (self.jobs.children(job) if job.units else [job]) for deal in self._own_deals(one)]
+
+    def _culprits(self, job: Job) -> list[bytes]:
+        return sorted({p for one in self.jobs.children(job) for p in one.culprits}) if job.units else job.culprits
 
     def _own_deals(self, job: Job) -> list[Deal]:
         return [self.submitter.deals[deal] for deal in job.deals if deal in self.submitter.deals]

@@ -72,6 +72,7 @@ class JobState(IntEnum):
     FAILED = 4
     CANCELLED = 5
     PROFILING = 6
+    PLACING = 7  # of a run, whose units are on the market
 
 
 class PassedOver(msgspec.Struct):
@@ -118,7 +119,7 @@ class Job(msgspec.Struct, kw_only=True):
     group: bytes = b""  # the same for all replicas of one script
     profiles: list[bytes] = msgspec.field(default_factory=list)  # sealed Profiles of a tolerant task
     tolerance: bytes = EXACT  # what they come to (protocol.profile.tolerance_id), once it is known
-    parent: bytes = b""  # of a profile: the tolerant job it is for
+    parent: bytes = b""  # of a profile: the tolerant job it is for; of a unit: its run
     solvers: list[bytes] = msgspec.field(default_factory=list)  # of its deals, in their order
     key: bytes = b""  # of a sealed job: what its blobs are sealed under
     credit: bool = False  # on a credit line: no channel, no lock and no paid check
@@ -127,6 +128,9 @@ class Job(msgspec.Struct, kw_only=True):
     device_memory_bytes: int = 0
     deadline_ns: int = 0  # when its work must be done; 0: whenever
     passed: dict[bytes, PassedOver] = msgspec.field(default_factory=dict)  # solver -> since the offer was made
+    units: list[bytes] = msgspec.field(default_factory=list)  # of a run: the jobs of its units, in their order
+    unit: int = -1  # of one of those: its number
+    kept: bool = False  # this peer runs the unit itself
 
     @property
     def tolerant(self) -> bool:
@@ -136,7 +140,7 @@ class Job(msgspec.Struct, kw_only=True):
     @property
     def open(self) -> bool:
         """Whether anything is still to happen."""
-        return self.state in (JobState.PROFILING, JobState.OFFERED, JobState.RUNNING)
+        return self.state in (JobState.PROFILING, JobState.PLACING, JobState.OFFERED, JobState.RUNNING)
 
 
 Correction = Literal["unknown", "none", "fetching", "checking", "done", "given-up"]

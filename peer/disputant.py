@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-from peer.checker import Case
+from peer.case import Case
 from peer.deals import Deal, agreement_of
 from peer.desk import SETTLEMENT, Desk
 from peer.dispute_file import DisputeFile, Kept, Parts, Seen, open_file, parts_of

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from peer.checker import Case, open_evidence
+from peer.case import Case, open_evidence
 from peer.deals import task_of
 from peer.desk import Desk
 from peer.events import Fetch, ReadBlob

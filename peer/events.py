@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from market.entries import Entry
 from market.rounds import Played, Round
+from peer.run_events import LinkEnds, Relink, RunOrder, UnitWaits
 from protocol.bench_card import Figures, Opening
 from protocol.profile import Findings, Gauge
 from protocol.records import BenchChallenge
@@ -43,6 +44,7 @@ __all__ = [
     "Publish",
     "ReadBlob",
     "Release",
+    "Relink",
     "Reply",
     "Save",
     "ScriptSaid",
@@ -55,6 +57,7 @@ __all__ = [
     "StopWork",
     "Suspend",
     "Tick",
+    "UnitWaits",
     "WarmBench",
     "WorkChecked",
     "WorkEnded",
@@ -113,6 +116,7 @@ class Fetched:
     note: str = ""  # how the script ended whose outputs these are; empty if well
     peer: bytes = b""  # whose link it measured, with the bytes per second; 0: it tells nothing
     bytes_per_second: int = 0
+    ends: LinkEnds | None = None  # of a unit's checkpoint, if they were asked for
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,7 @@ class SegmentMade:
     false_checkpoint: bytes = b""
     false_bytes: int = 0
     distance: tuple[int, int] | None = None  # of what was to be compared with this end, in ppb: L1 and L2
+    ends: LinkEnds | None = None  # of a unit of a parallel job
 
 
 @dataclass(frozen=True)
@@ -266,6 +271,7 @@ Input: TypeAlias = (
     | Inspected
     | Played
     | BenchInput
+    | UnitWaits
     | Command
 )
 
@@ -315,6 +321,7 @@ class Fetch:
     state_root: bytes = b""
     program: bytes = b""
     keys: Keys | None = None  # of a sealed job: it comes sealed, and is served to nobody as it is
+    links: bool = False  # of a unit's checkpoint: tell its LinkEnds
 
 
 @dataclass(frozen=True)
@@ -356,6 +363,8 @@ class StartWork:
     gauges: tuple[Gauge, ...] = ()
     compare: bytes = b""
     keys: Keys | None = None  # of a sealed job: what is made here is protected too
+    run: RunOrder | None = None  # of a unit that trains with its neighbours
+    tapes: tuple[bytes, ...] = ()  # of a unit that is checked: blobs of what it received, for each segment
 
 
 @dataclass(frozen=True)
@@ -473,6 +482,7 @@ Effect: TypeAlias = (
     | StopWork
     | Inspect
     | Round
+    | Relink
     | Suspend
     | BenchEffect
     | Release

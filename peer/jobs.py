@@ -48,6 +48,7 @@ class JobDesk:
     desk: Desk
     settler: Settler
     on_choice: Callable[[Job, Offer, Bid, Choice], None] = lambda *_: None
+    on_unit_back: Callable[[Job, str], None] = lambda *_: None  # a unit of a run lost its solver, and why
     speed_of: Callable[[bytes], Proven] = lambda _: Proven("none", 0)
     jobs: dict[bytes, Job] = field(default_factory=dict)
     rounds: dict[bytes, int] = field(default_factory=dict)  # job -> next round at
@@ -82,7 +83,7 @@ class JobDesk:
                 f"{job.budget_micro}",
                 next_step=f"raise the budget to {(needed + profiles) / 1e6:.6f} credits or lower the price limit",
             )
-        self._require(job, needed)
+        self.require(job, needed)
         self.jobs[job.id] = job
         if job.tolerant:
             job.state = JobState.PROFILING
@@ -92,14 +93,12 @@ class JobDesk:
             self.offer(job)
         return job
 
-    def _require(self, job: Job, needed: int) -> None:
+    def require(self, job: Job, needed: int) -> None:
         """Raise InsufficientFunds, or LocalProtocolError, where neither balance nor credit lines bear the job."""
         if job.credit and job.tolerant:
-            raise LocalProtocolError(
-                "a tolerant job cannot be done on credit",
-                why="the verifiers who profile it are paid out of channels",
-                next_step='make it exact (mode = "exact"), or pay for it',
-            )
+            why = "the verifiers who profile it are paid out of channels"
+            hint = 'make it exact (mode = "exact"), or pay for it'
+            raise LocalProtocolError("a tolerant job cannot be done on credit", why=why, next_step=hint)
         if job.credit:
             self.settler.credit.require(needed)
             return
@@ -124,8 +123,17 @@ class JobDesk:
         return self.sequence
 
     def children(self, job: Job) -> list[Job]:
-        """The profiles that were ordered for a tolerant job."""
+        """The profiles that were ordered for a tolerant job; the units of a run."""
+        if job.units:
+            return [self.jobs[unit] for unit in job.units]
         return [other for other in self.jobs.values() if other.parent == job.id] if job.tolerant else []
+
+    def in_channels(self, job: Job) -> int:
+        """What the open channels of a job's children hold of its budget, or will when they open."""
+        if not job.units:
+            return sum(child.budget_micro for child in self.children(job) if child.open and child.deal)
+        channels = (self.settler.channels.get(deal) for child in self.children(job) for deal in child.deals)
+        return sum(channel.agreement.channel_micro for channel in channels if channel and not channel.closed)
 
     def spent(self, job: Job) -> int:
         """What a job cost so far, with its profiles: they are paid out of its budget."""
@@ -142,8 +150,7 @@ class JobDesk:
         """What an open job may still take out of the free balance."""
         if job.parent or not job.open or job.deal or job.credit:
             return 0
-        in_channels = sum(child.budget_micro for child in self.children(job) if child.open and child.deal)
-        return job.budget_micro - self.spent(job) - in_channels
+        return job.budget_micro - self.spent(job) - self.in_channels(job)
 
     def channel_for(self, job: Job, segments_end: int) -> int:
         """The most that the rest of a job costs, with its checks; on credit nobody is paid for any."""
@@ -209,6 +216,7 @@ class JobDesk:
             deadline_ns=job.deadline_ns,
             content_bytes=sum(blobs_of(task).values()) + (job.checkpoint_bytes if job.base_blob else 0),
             privacy="sealed" if job.key else "open",
+            units=len(self.jobs[job.parent].units) if job.unit >= 0 else 0,
         )
         job.offer = self.desk.seal(offer)
         job.offer_id = open_record(job.offer, network=self.desk.network.id)[1]
@@ -421,6 +429,9 @@ class JobDesk:
         """Back to the market after a deal that did not finish the job."""
         job.deal = b""
         job.fruitless += 1
+        if job.unit >= 0:
+            self.on_unit_back(job, why)
+            return
         if job.parent:
             job.solvers.clear()  # who made no profile may make another one
         if job.cancelled:
@@ -454,7 +465,7 @@ class JobDesk:
         for job in [job for job in self.jobs.values() if job.deadline_ns and self.late(job)]:
             if job.state in (JobState.OFFERED, JobState.PROFILING):
                 self.end(job, JobState.FAILED, self.missed(job))
-        offered = [job for job in offered if job.open]
+        offered = [job for job in offered if job.open and job.unit < 0]  # units are awarded together (peer/parallel.py)
         if self.awaited is None and any(now >= self.rounds.setdefault(job.id, now) for job in offered):
             # Those that would be due soon come along: together they are matched better than one after the other.
             soon = now + self.desk.network.rules.round_ms * 10**6 // 2

@@ -11,6 +11,7 @@ import msgspec
 
 from peer.certificate_messages import CertificateMessage, Sealed, Shares, Text
 from peer.credit_messages import CreditMessage
+from peer.run_messages import Handovers, RunMessage
 from protocol import params
 from protocol.bench_card import Figures, Opening
 from protocol.codec import Digest, PeerKey, Uint, decode, encode
@@ -64,6 +65,7 @@ __all__ = [
     "ReceiptOffer",
     "Records",
     "RevealOffer",
+    "RunMessage",
     "ScriptNews",
     "SettleBack",
     "SettleOffer",
@@ -138,6 +140,7 @@ class ReceiptOffer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 
     receipt: Sealed
     profile: Sealed = b""
+    handovers: Handovers = ()  # of a unit of a run: of each link into it
 
 
 class ReceiptBack(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="receipt-back"):
@@ -483,6 +486,7 @@ Message: TypeAlias = (
     | DisputeMessage
     | CreditMessage
     | HousePay
+    | RunMessage
 )
 
 

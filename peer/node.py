@@ -15,7 +15,9 @@ from market import entries as money
 from market.ledger import Ledger
 from market.rounds import Played
 from peer import messages as m
+from peer import run_messages as rm
 from peer.beacon import Beacons
+from peer.benches import Benches
 from peer.bidding import Bidder
 from peer.certificates import Certificates
 from peer.challenger import Challenger
@@ -23,13 +25,12 @@ from peer.checker import Checker
 from peer.checking import CheckDesk
 from peer.commands import Commands
 from peer.correcting import Corrections
-from peer.deals import Deal, agreement_of, task_of
+from peer.deals import Deal
 from peer.desk import Desk, Means
 from peer.disputes import Disputes
 from peer.events import (
     BenchEnded,
     BenchFilled,
-    BenchInput,
     BenchMade,
     BenchWarm,
     BlobRead,
@@ -50,6 +51,7 @@ from peer.events import (
     SegmentMade,
     StepMade,
     Tick,
+    UnitWaits,
     WorkChecked,
     WorkEnded,
 )
@@ -58,15 +60,20 @@ from peer.house import House
 from peer.intake import Bundle, Intake
 from peer.jobs import JobDesk
 from peer.messages import unpack
+from peer.news import News
+from peer.parallel import ParallelDesk
 from peer.pausing import Pausing
 from peer.profiles import Profiles
 from peer.prover import Prover
 from peer.receipt_rows import Rows
 from peer.restored import Restored
+from peer.runs import RunDesk
 from peer.sealing import Sealing
 from peer.settler import Logged, Settler
 from peer.solver import Solver
 from peer.submitter import Submitter
+from peer.unit_deals import UnitDeals
+from peer.units import Units
 from peer.witness import Witness
 from protocol import params
 from protocol.codec import blake, decode
@@ -75,7 +82,6 @@ from protocol.errors import LimitExceeded, LocalProtocolError, MalformedRecord, 
 from protocol.house import is_availability
 from protocol.keys import SigningKey, peer_key
 from protocol.network import Network
-from protocol.profile_task import ProfileSpec
 from protocol.records import (
     Ask,
     BenchCard,
@@ -87,7 +93,6 @@ from protocol.records import (
     Verdict,
     open_record,
 )
-from protocol.task import FIGURES, TaskSpec
 
 __all__ = ["Node"]
 
@@ -114,13 +119,18 @@ class Node:
         self.witness, self.intake = Witness(self.desk), Intake(self.desk, self.bidder)
         self.certificates = Certificates(self.desk, self.settler, self.witness)
         self.bidder.in_doubt_micro = lambda: self.certificates.in_doubt_micro("stake") + self.solver.promised_micro()
-        self.solver = Solver(self.desk, self.settler, self.bidder, self.forcing, self.certificates.watch)
+        self.units = Units(self.desk)
+        self.solver = Solver(self.desk, self.settler, self.bidder, self.forcing, self.units, self.certificates.watch)
+        self.unit_deals = UnitDeals(self.desk, self.units, self.solver)
         self.forcing.go, self.forcing.offer = self.solver.go, self.solver.offer
         self.bidder.slots_free = self.solver.slots_free
         self.checks = CheckDesk(self.desk, self.settler, Corrections(self.desk, self.settler))
         self.jobs = JobDesk(self.desk, self.settler)
         self.submitter = Submitter(self.desk, self.settler, self.checks, self.jobs, self.beacons, self.certificates)
-        self.jobs.on_choice = self.submitter.propose
+        market = ParallelDesk(self.desk, self.settler, self.jobs, self.submitter.propose)
+        self.jobs.on_choice, self.news = self.submitter.propose, News(self.desk, self.submitter)
+        self.runs = RunDesk(self.desk, self.settler, self.jobs, self.submitter, self.units, market)
+        self.units.on_ready = self._handed_over
         moves = self.certificates.moves
         moves.number, moves.reserved_micro = self.jobs.number, self.jobs.reserved_micro
         moves.promised_micro, self.jobs.moving_micro = self.solver.promised_micro, moves.moving_micro
@@ -131,6 +141,7 @@ class Node:
         self.pausing = Pausing(self.desk, self.bidder, self.solver, self.checker)
         self.prover = Prover(self.desk, free=self._idle)
         self.challenger = Challenger(self.desk)
+        self.benches = Benches(self.desk, self.prover, self.challenger)
         self.house = House(self.desk, self.settler, self.jobs, self.challenger)
         self.disputes = Disputes(self.desk, self.settler, self.checker, self.submitter, self.solver)
         self.sealing = Sealing(self.desk, self.jobs, self.submitter, self.solver, self.disputes)
@@ -139,13 +150,14 @@ class Node:
         self.bidder.carded = self.prover.speed
         self.commands = Commands(
             self.desk, self.settler, self.jobs, self.submitter, self.bidder, self.solver, self.pausing, self.prover,
-            self.challenger, self.disputes, self.profiles, self.sealing, moves,
+            self.challenger, self.disputes, self.profiles, self.sealing, moves, self.runs,
         )  # fmt: skip
         self.restored = Restored(self.desk, self.settler, answer=self.commands.handle, on_heard=self._heard)
         self.next_sync_ns = now_ns
         self._deposit()
         for first in (
-            self.settler, self.beacons, self.forcing, self.jobs, self.submitter, self.pausing, self.solver,
+            self.settler, self.beacons, self.forcing, self.jobs, self.submitter, self.runs, self.pausing, self.units,
+            self.solver,
         ):  # fmt: skip
             first.restore(rows)
         self.certificates.restore(rows, self.submitter.deals, self.solver.deals)
@@ -193,6 +205,13 @@ class Node:
         self.submitter.closed(agreement_id, how)
         self.solver.closed(agreement_id, how)
 
+    def _handed_over(self, work: bytes) -> None:
+        """The neighbours of a unit here have signed: its receipt, or its end if this peer keeps it, may go on."""
+        if work in self.solver.deals:
+            self.solver.offer(self.solver.deals[work])
+        elif work in self.runs.kept.working:
+            self.runs.kept.offer(self.jobs.jobs[work])
+
     def _idle(self) -> bool:
         """Whether no job and no check runs here, and none is only paused."""
         return not self.desk.paused_ns and self.solver.slots_free() == self.desk.means.slots and not self.checker.cases
@@ -224,7 +243,7 @@ class Node:
                 if deal is not None:
                     self.jobs.note(deal.job, event.note)
                     self.desk.attempt(self.checks.corrections.on_fetched, deal, event)
-                for role in (self.submitter, self.solver, self.checker):
+                for role in (self.submitter.receiving, self.solver, self.checker):
                     self.desk.attempt(role.on_fetched, event)
                 self.desk.attempt(self.disputes.fetched, event)
             case BlobRead():
@@ -237,32 +256,24 @@ class Node:
                 self.solver.on_said(event)
             case StepMade():
                 self.solver.on_step(event)
+                self.runs.kept.on_step(event)
+            case UnitWaits():
+                self.unit_deals.on_waits(event)
+                self.runs.watch.waits[event.work] = (self.desk.now_ns, event.units)
             case SegmentMade():
-                for worker in (self.solver, self.checker):
+                for worker in (self.solver, self.checker, self.runs.kept):
                     self.desk.attempt(worker.on_segment, event)
             case ProfileMade():
                 self.desk.attempt(self.solver.on_profile, event)
             case WorkEnded():
-                for worker in (self.solver, self.checker):
+                for worker in (self.solver, self.checker, self.runs.kept):
                     self.desk.attempt(worker.on_work_ended, event)
             case BenchWarm() | BenchMade() | BenchFilled() | MemoryOpened() | BenchEnded() | WorkChecked():
-                self._bench_event(event)
+                self.benches.event(event)
             case Command():
                 self.commands.handle(event)
         effects, self.desk.effects = self.sealing.keyed(self.profiles.retold(self.desk.effects)), []
         return sorted(effects, key=lambda effect: not isinstance(effect, Save | Post))
-
-    def _bench_event(self, event: BenchInput) -> None:
-        """What the bench process made, or the check of another's work."""
-        acts: dict[type[BenchInput], Callable[..., None]] = {
-            BenchWarm: self.prover.on_warm,
-            BenchMade: self.prover.on_made,
-            BenchFilled: self.prover.on_filled,
-            MemoryOpened: self.prover.on_opened,
-            BenchEnded: self.prover.on_ended,
-            WorkChecked: self.challenger.on_checked,
-        }
-        self.desk.attempt(acts[type(event)], event)  # a card that ran out meanwhile must not stop the node
 
     def _guard(self, peer: bytes, act: Callable[..., None], *arguments: Any) -> None:
         """Run `act` on a peer's bytes; what is wrong with them costs the peer, not us."""
@@ -285,12 +296,15 @@ class Node:
     def _tick(self) -> None:
         self.jobs.tick()
         self.profiles.tick()
+        self.runs.tick()
         self.submitter.tick()
         self.certificates.tick()
         self.bidder.tick()
         self.beacons.tick()
         self.forcing.tick()
         self.solver.tick()
+        self.unit_deals.tick()
+        self.runs.kept.tick()
         self.settler.tick()
         self.pausing.tick()
         self.prover.tick()
@@ -361,11 +375,11 @@ class Node:
             case m.Opened():
                 self.solver.on_opened(peer, message)
             case m.Progress() | m.ScriptNews():
-                self._progress(peer, message)
+                self.news.progress(peer, message)
             case m.Paused():
-                self._paused(peer, message)
+                self.news.paused(peer, message)
             case m.ReceiptOffer():
-                self.submitter.on_receipt(peer, message)
+                self.submitter.receiving.on_receipt(peer, message)
             case m.ReceiptBack():
                 self.solver.on_receipt_back(peer, message)
             case m.ProofOffer() | m.RevealOffer():
@@ -395,8 +409,10 @@ class Node:
                 self._notary_message(peer, message)
             case _ if isinstance(message, m.CreditMessage):
                 self.settler.netting.message(peer, message)
+            case _ if isinstance(message, m.RunMessage):
+                self._run_message(peer, message)
             case _:
-                self._bench_message(peer, message)
+                self._other_message(peer, message)
 
     def _notary_message(self, peer: bytes, message: m.Message) -> None:
         match message:
@@ -411,25 +427,12 @@ class Node:
             case m.CorrectionAsk():
                 self.forcing.on_correction_ask(peer, message)
 
-    def _bench_message(self, peer: bytes, message: m.Message) -> None:
-        acts: dict[type[m.Message], Callable[..., None]] = {
-            m.BenchInvite: lambda peer, _: self.prover.on_invite(peer),
-            m.BenchAsk: self.challenger.on_ask,
-            m.BenchStart: self.prover.on_start,
-            m.BenchDone: self.challenger.on_done,
-            m.BenchTimed: self.prover.on_timed,
-            m.BenchOffer: self.challenger.on_offer,
-            m.BenchProbe: self.prover.on_probe,
-            m.BenchProbed: self.challenger.on_probed,
-            m.BenchWitness: self.prover.on_witness,
-            m.HousePay: self.house.on_pay,
-        }
+    def _other_message(self, peer: bytes, message: m.Message) -> None:
         match message:
-            case _ if type(message) in acts:
-                acts[type(message)](peer, message)
-            case m.BenchDecline():
-                self.prover.on_decline(peer, message)
-                self.challenger.on_decline(peer, message)
+            case _ if self.benches.message(peer, message):
+                pass
+            case m.HousePay():
+                self.house.on_pay(peer, message)
             case _ if isinstance(message, m.CertificateMessage):
                 self.certificates.message(peer, message)
             case _:
@@ -460,25 +463,18 @@ class Node:
         record, _, _ = open_record(message.settlement, network=self.desk.network.id)
         return self.submitter.deals.get(getattr(record, "agreement", b""))
 
-    def _progress(self, peer: bytes, message: m.Progress | m.ScriptNews) -> None:
-        deal = self.submitter.deals.get(message.agreement)
-        if deal is not None and self.submitter.solver_of(deal) == peer:
-            deal.news_ns = self.desk.now_ns
-            if isinstance(message, m.ScriptNews):
-                self.desk.emit("said", deal.job, deal=deal.id, text=message.text, used_ns=message.used_ns)
-                return
-            task = task_of(deal.task)
-            figure = FIGURES[task.kind] if isinstance(task, TaskSpec) else ""
-            loss, of = message.loss_millionths / 1e6, task.steps_run if isinstance(task, ProfileSpec) else task.steps
-            self.desk.emit("step", deal.job, deal=deal.id, step=message.step, loss=loss, figure=figure, of=of)
-
-    def _paused(self, peer: bytes, message: m.Paused) -> None:
-        """Told to people, and no news: a solver cannot hold a job longer by saying that it does not work on it."""
-        deal = self.submitter.deals.get(message.agreement)
-        if deal is not None and self.submitter.solver_of(deal) == peer:
-            silence_ns = agreement_of(deal, self.desk.network.id).segment_deadline_ns
-            kind = "solver-paused" if message.paused else "solver-resumed"
-            self.desk.emit(kind, deal.job, deal=deal.id, solver=peer, silence_s=silence_ns // 10**9)
+    def _run_message(self, peer: bytes, message: m.RunMessage) -> None:
+        """Of a parallel job, to its submitter, its solvers or between them."""
+        acts: dict[type[m.RunMessage], Callable[..., None]] = {
+            rm.Launch: self.unit_deals.on_launch,
+            rm.Launched: self.runs.on_launched,
+            rm.Held: self.unit_deals.on_held,
+            rm.HandoverAsk: self.units.on_ask,
+            rm.HandoverGiven: self.units.on_given,
+            rm.UnitWaiting: self.runs.watch.on_waiting,
+            rm.UnitDisputed: self.runs.on_disputed,
+        }
+        acts[type(message)](peer, message)
 
     # --- anti-entropy --------------------------------------------------------------------------------------
     def _sync(self, peer: bytes, message: m.SyncDigest | m.SyncIds) -> None:

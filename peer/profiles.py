@@ -184,7 +184,9 @@ class Profiles:
         told: list[Effect] = []
         for effect in effects:
             child = self.jobs.jobs.get(effect.job) if isinstance(effect, Emit) and effect.job else None
-            if isinstance(effect, Emit) and child is not None and child.parent:
+            if isinstance(effect, Emit) and child is not None and child.unit >= 0:
+                told.append(Emit(f"unit-{effect.kind}", child.parent, {**effect.data, "unit": child.unit}))
+            elif isinstance(effect, Emit) and child is not None and child.parent:
                 told.append(Emit(f"profile-{effect.kind}", child.parent, {**effect.data, "profile": child.id}))
             else:
                 told.append(effect)

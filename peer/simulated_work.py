@@ -112,7 +112,7 @@ def distance_of(base: bytes, ours: bytes, theirs: bytes, gauges: Sequence[Gauge]
 
 def plain(task: TaskSpec) -> TaskSpec:
     """The same task on no network, in the only arithmetic there is here: what it computes depends on neither."""
-    return msgspec.structs.replace(task, network=bytes(32), mode="exact", salt=b"")
+    return msgspec.structs.replace(task, network=bytes(32), mode="exact", salt=b"", stage=None)
 
 
 @lru_cache(maxsize=512)

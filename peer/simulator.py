@@ -17,10 +17,6 @@ from market.ledger import Ledger
 from market.rounds import Round
 from peer.desk import Means
 from peer.events import (
-    BenchEffect,
-    BenchFilled,
-    BenchMade,
-    BenchWarm,
     BlobRead,
     CheckWork,
     Command,
@@ -32,7 +28,6 @@ from peer.events import (
     Input,
     Inspect,
     Inspected,
-    MemoryOpened,
     MessageIn,
     OpenMemory,
     PeerDown,
@@ -43,6 +38,7 @@ from peer.events import (
     Protect,
     Publish,
     ReadBlob,
+    Relink,
     Reply,
     Save,
     ScriptSaid,
@@ -56,14 +52,14 @@ from peer.events import (
     Suspend,
     Tick,
     WarmBench,
-    WorkChecked,
     WorkEnded,
 )
 from peer.node import Node
+from peer.simulated_bench import run_bench
 from peer.simulated_faults import SECOND, Faults
 from peer.simulated_frauds import WRONG_PRODUCT, answer_of, work_of
+from peer.simulated_units import RunningUnit, SimulatedUnits
 from peer.simulated_work import CONTENTS, distance_of, findings_of, initial_root
-from protocol.bench_card import Figures, chain_operations
 from protocol.codec import blake, encode
 from protocol.dispute_player import decode_question
 from protocol.errors import IchibaError
@@ -103,6 +99,7 @@ class SimulatedPeer:
     node: Node | None = None
     life: int = 0  # grows with every start: events meant for an earlier process are dropped
     working: set[bytes] = field(default_factory=set)
+    units: dict[bytes, RunningUnit] = field(default_factory=dict)  # of runs, by their work
     crashes: int = 0
     bench_speed: int = 10**10  # operations a second of its device
     bench_lie: str = ""  # "result": another chain's; "memory": another challenge's; "claim": says to be 10 times faster
@@ -111,6 +108,7 @@ class SimulatedPeer:
     liar: bool = False  # its sandbox gets every segment wrong as a cheat's does, and defends that
     lie: str = WRONG_PRODUCT  # how, if it does: a lie of peer/simulated_frauds.py
     withholds: set[str] = field(default_factory=set)  # names of peers that it serves no blob to
+    link_lie: bool = False  # its units' states say that they sent what they did not
     silent: bool = False  # it answers no question of a dispute
     noise_ppb: int = 1000  # of the distances that its profiles find: as much to three times as much
     gauges: tuple[Gauge, ...] = ()  # that its profiles name
@@ -145,11 +143,13 @@ class Simulation:
         self.log: list[tuple[int, str, str, dict[str, Any]]] = []
         self.penalties: list[tuple[str, str, str]] = []
         self.roots: dict[bytes, bytes] = {}  # checkpoint blob -> state root
+        self.units = SimulatedUnits(self)
         for peer in self.peers.values():
             self._boot(peer)
 
     # --- the world -----------------------------------------------------------------------------------------
-    def _at(self, delay_ns: int, peer: SimulatedPeer, event: Input) -> None:
+    def at(self, delay_ns: int, peer: SimulatedPeer, event: Input) -> None:
+        """`event` comes to `peer` after so long, if its process still runs then."""
         self.counter += 1
         heapq.heappush(self.heap, (self.now_ns + delay_ns, self.counter, peer.name, peer.life, event))
 
@@ -172,13 +172,14 @@ class Simulation:
         """Start the process, then meet the others."""
         peer.life += 1
         peer.working.clear()
+        peer.units.clear()
         peer.node = self._load(peer, random.Random(self.rng.getrandbits(64)))
         self._perform(peer, peer.node.handle(Tick(), self.now_ns))
-        self._at(self.rng.randrange(TICK_NS), peer, Tick())
+        self.at(self.rng.randrange(TICK_NS), peer, Tick())
         for other in self.peers.values():
             if other is not peer and other.node is not None:
-                self._at(self.rng.randrange(SECOND), peer, PeerUp(other.key.public))
-                self._at(self.rng.randrange(SECOND), other, PeerUp(peer.key.public))
+                self.at(self.rng.randrange(SECOND), peer, PeerUp(other.key.public))
+                self.at(self.rng.randrange(SECOND), other, PeerUp(peer.key.public))
 
     def crash(self, name: str, *, for_ns: int = DOWN_NS) -> None:
         """Kill a process now; `for_ns` later it starts again (0: never). One that is down stays down as long as it was
@@ -191,7 +192,7 @@ class Simulation:
         peer.crashes += 1
         for other in self.peers.values():
             if other is not peer and other.node is not None:
-                self._at(self.rng.randrange(SECOND), other, PeerDown(peer.key.public))
+                self.at(self.rng.randrange(SECOND), other, PeerDown(peer.key.public))
         if for_ns:
             self.counter += 1
             heapq.heappush(self.heap, (self.now_ns + for_ns, self.counter, name, -1, Tick()))
@@ -228,16 +229,19 @@ class Simulation:
     def _handle(self, peer: SimulatedPeer, event: Input) -> None:
         assert peer.node is not None
         if isinstance(event, Tick):
-            self._at(TICK_NS, peer, event)
+            self.at(TICK_NS, peer, event)
         if (
             isinstance(event, ScriptSaid | StepMade | SegmentMade | ProfileMade | WorkEnded)
             and event.work not in peer.working
         ):
             return
+        if isinstance(event, StepMade | SegmentMade | WorkEnded) and self.units.stalls(peer, event):
+            return
         if isinstance(event, WorkEnded):
             peer.working.discard(event.work)
         if isinstance(event, SegmentMade):
-            peer.keep(event.work, {event.checkpoint, event.false_checkpoint} - {b""})
+            tape = event.ends.tape if event.ends is not None else b""
+            peer.keep(event.work, {event.checkpoint, event.false_checkpoint, tape} - {b""})
         faulty = self.now_ns < START_NS + self.faults.until_ns
         fate = self.rng.random() if faulty and self.faults.crash else 1.0
         effects = peer.node.handle(event, self.now_ns)
@@ -283,17 +287,19 @@ class Simulation:
                 case ReadBlob(blob=blob, token=token):
                     here = blob in peer.blobs and blob in CONTENTS
                     read = BlobRead(blob, token, CONTENTS[blob]) if here else BlobRead(blob, token, error="not here")
-                    self._at(1 + self.rng.randrange(SECOND // 20), peer, read)
+                    self.at(1 + self.rng.randrange(SECOND // 20), peer, read)
                 case Inspect():
                     self._inspect(peer, effect)
                 case StartWork():
                     self._work(peer, effect)
                 case StopWork(work=work):
                     peer.working.discard(work)
+                case Relink(work=work, order=order):
+                    self.units.relink(peer, work, order)
                 case Suspend():
                     peer.working.clear()
                 case WarmBench() | StartBench() | OpenMemory() | StopBench() | CheckWork():
-                    self._bench(peer, effect)
+                    run_bench(self, peer, effect)
                 case Emit(kind=kind, data=data):
                     self.log.append((self.now_ns, peer.name, kind, data))
                 case Reply():
@@ -302,7 +308,7 @@ class Simulation:
                     accused = self.by_key[target].name if target in self.by_key else target.hex()
                     self.penalties.append((peer.name, accused, reason))
                 case Round():
-                    self._at(1 + SECOND // 10, peer, effect.play())
+                    self.at(1 + SECOND // 10, peer, effect.play())
 
     def _deliver(self, target: SimulatedPeer, event: Input) -> None:
         faulty = self.now_ns < START_NS + self.faults.until_ns
@@ -313,7 +319,7 @@ class Simulation:
             elif self.rng.random() < self.faults.duplication:
                 copies = 2
         for _ in range(copies):
-            self._at(1 + self.rng.randrange(self.faults.delay_ns_max), target, event)
+            self.at(1 + self.rng.randrange(self.faults.delay_ns_max), target, event)
 
     def _fetch(self, peer: SimulatedPeer, effect: Fetch) -> None:
         holders = [self.by_key[p] for p in effect.peers if p in self.by_key]
@@ -328,7 +334,8 @@ class Simulation:
         elif effect.blob not in peer.blobs or effect.keys is not None:
             peer.keys.update({effect.token: effect.keys} if effect.keys is not None else {})
             peer.keep(effect.token, [effect.blob])
-        self._at(1 + self.rng.randrange(SECOND // 5), peer, Fetched(effect.blob, effect.token, error, forged))
+        ends = self.units.ends.get(effect.blob) if effect.links and not error else None
+        self.at(1 + self.rng.randrange(SECOND // 5), peer, Fetched(effect.blob, effect.token, error, forged, ends=ends))
 
     def _work(self, peer: SimulatedPeer, order: StartWork) -> None:
         """A worker: the same inputs give the same states, a cheat gives others."""
@@ -345,13 +352,16 @@ class Simulation:
         else:
             root = initial_root(order.task.seed)
         segments = range(order.first_segment, order.last_segment)
+        if order.run is not None:
+            self.units.start(peer, order, root)
+            return
         ends = work_of(order.task, segments, root, peer.lie if peer.liar else order.cheat, order.gauges)
         for index, (segment, (root, out)) in enumerate(zip(segments, ends, strict=True)):
             blob = blake("sim/blob", out)
             self.roots[blob] = out
             at = (index + 1) * SEGMENT_NS
             steps = order.task.steps_of(segment)
-            self._at(at - SEGMENT_NS // 2, peer, StepMade(order.work, steps.start, 1.0 / (1 + steps.start)))
+            self.at(at - SEGMENT_NS // 2, peer, StepMade(order.work, steps.start, 1.0 / (1 + steps.start)))
             made = SegmentMade(order.work, segment, root, out, (1.0 / (1 + segment),), 1, blob, 1000)
             if order.ordered is not None and order.ordered[0] == segment:
                 ((_, false),) = work_of(order.task, range(segment, segment + 1), root, WRONG_PRODUCT)
@@ -360,8 +370,8 @@ class Simulation:
                 made = replace(made, false_root=false, false_checkpoint=false_blob, false_bytes=1000)
             if order.compare:
                 made = replace(made, distance=distance_of(root, out, self.roots[order.compare], order.gauges))
-            self._at(at, peer, made)
-        self._at((order.last_segment - order.first_segment) * SEGMENT_NS + 1, peer, WorkEnded(order.work))
+            self.at(at, peer, made)
+        self.at((order.last_segment - order.first_segment) * SEGMENT_NS + 1, peer, WorkEnded(order.work))
 
     def _inspect(self, peer: SimulatedPeer, order: Inspect) -> None:
         """A sandbox that answers a question of a dispute; a replay takes as long as the segment took."""
@@ -386,35 +396,7 @@ class Simulation:
                     state = b"state" + blake("sim/before", order.question)[5:]
                     peer.blobs.add(state)
         event = Inspected(order.work, order.question, body, opening, state, error)
-        self._at(took, peer, event)
-
-    def _bench(self, peer: SimulatedPeer, effect: BenchEffect) -> None:
-        """A bench process: its chain takes its time, its result is a hash; its memory is real, so keep it small."""
-        match effect:
-            case WarmBench():
-                figures = Figures(
-                    float32_per_second=peer.bench_speed, memory_bytes=2**30, memory_bytes_per_second=10**10,
-                    disk_bytes=10**9, disk_bytes_per_second=10**8, cores=1, threads=1, device=peer.device or peer.name,
-                )  # fmt: skip
-                claim = peer.bench_speed * (10 if peer.bench_lie == "claim" else 1)
-                self._at(3 * SECOND, peer, BenchWarm(claim, figures))
-            case StartBench(id=challenge, challenge=terms):
-                took = chain_operations(terms.side, terms.links) * SECOND // peer.bench_speed
-                blob = bench_result(bytes(32) if peer.bench_lie == "result" else challenge)
-                peer.blobs.add(blob)
-                peer.memory = Memory(bytes(32) if peer.bench_lie == "memory" else challenge, terms.memory_blocks)
-                self._at(took, peer, BenchMade(challenge, blob))
-                self._at(took + SECOND, peer, BenchFilled(challenge, peer.memory.root))
-            case OpenMemory(id=challenge, indices=indices):
-                assert peer.memory is not None
-                self._at(SECOND // 100, peer, MemoryOpened(challenge, tuple(map(peer.memory.open, indices))))
-            case StopBench():
-                peer.memory = None
-            case CheckWork(id=challenge, challenge=terms, evidence=blob):
-                holder = self.by_key[terms.peer]
-                here = holder.node is not None and blob in holder.blobs
-                error = "" if here and blob == bench_result(challenge) else "wrong" if here else "no peer has it"
-                self._at(SECOND // 5, peer, WorkChecked(challenge, error, forged=here and bool(error)))
+        self.at(took, peer, event)
 
     def _script(self, peer: SimulatedPeer, order: StartWork, script: ScriptSpec) -> None:
         """A script that runs half its time; one with a seed leaves other outputs on each machine."""
@@ -422,19 +404,19 @@ class Simulation:
         out = blake("sim/outputs", encode(script.command), peer.key.public if script.seed else b"")
         blob = blake("sim/blob", out)
         self.roots[blob] = out
-        self._at(used_ns // 2, peer, ScriptSaid(order.work, "half way", used_ns // 2))
+        self.at(used_ns // 2, peer, ScriptSaid(order.work, "half way", used_ns // 2))
         made = SegmentMade(order.work, 0, task_id(script), out, (), used_ns, blob, 1000)
-        self._at(used_ns, peer, made)
-        self._at(used_ns + 1, peer, WorkEnded(order.work))
+        self.at(used_ns, peer, made)
+        self.at(used_ns + 1, peer, WorkEnded(order.work))
 
     def _profile(self, peer: SimulatedPeer, order: StartWork, spec: ProfileSpec) -> None:
         """A profile whose distances are drawn: simulated arithmetic is exact and has no noise of its own."""
         found = findings_of(self.rng, peer.noise_ppb, peer.gauges)
         took = SEGMENT_NS * spec.steps_run // spec.of.steps_per_segment
         for done in range(1, spec.steps_run, max(1, spec.steps_run // 4)):
-            self._at(took * done // spec.steps_run, peer, StepMade(order.work, done, 1.0))
-        self._at(took, peer, ProfileMade(order.work, found, operations_per_second=10**9))
-        self._at(took + 1, peer, WorkEnded(order.work))
+            self.at(took * done // spec.steps_run, peer, StepMade(order.work, done, 1.0))
+        self.at(took, peer, ProfileMade(order.work, found, operations_per_second=10**9))
+        self.at(took + 1, peer, WorkEnded(order.work))
 
     # --- promises ------------------------------------------------------------------------------------------
     def check(self, peer: SimulatedPeer) -> None:
@@ -493,8 +475,3 @@ class Simulation:
     def _broken(self, what: str) -> None:
         at = (self.now_ns - START_NS) / SECOND
         raise InvariantBroken(f"seed {self.seed}, at {at:.2f} s: {what}")
-
-
-def bench_result(challenge: bytes) -> bytes:
-    """The blob of a simulated challenge's right result."""
-    return blake("sim/bench", challenge)

@@ -42,6 +42,7 @@ from peer.forcing import Forcing
 from peer.profiles import gauges_of, handed_in, profile_end
 from peer.receipt_rows import ReceiptRows, Rows
 from peer.settler import Settler
+from peer.units import Units
 from protocol import params
 from protocol.errors import VerificationFailed
 from protocol.lifecycle import TERMINAL, Event, State
@@ -63,6 +64,7 @@ class Solver:
     settler: Settler
     bidder: Bidder
     forcing: Forcing
+    units: Units
     watch: Callable[[Deal], None]  # a deal that both signed, until its channel is open or never will be
     deals: dict[bytes, Deal] = field(default_factory=dict)
     receipts: ReceiptRows = field(init=False)  # co-signed
@@ -165,7 +167,7 @@ class Solver:
         if deal is None or event.token not in self.missing or deal.lifecycle != State.RUNNING:
             return
         if event.error:
-            self._give_up(deal, "data", f"a blob of the task cannot be had: {event.error}")
+            self.give_up(deal, "data", f"a blob of the task cannot be had: {event.error}")
             return
         self.missing[deal.id].discard(event.blob)
         if not self.missing[deal.id]:
@@ -176,7 +178,8 @@ class Solver:
         """Start the worker of a deal whose blobs are here, or note that it waits for the end of a pause."""
         agreement, task = agreement_of(deal, self.desk.network.id), task_of(deal.task)
         first = agreement.first_segment + deal.made
-        if first >= agreement.last_segment or self.forcing.waits(deal) or deal.id in self.working:
+        waits = self.forcing.waits(deal) or self.units.waits(deal)
+        if first >= agreement.last_segment or waits or deal.id in self.working:
             return
         if self.desk.paused_ns:
             self.waiting.add(deal.id)
@@ -195,6 +198,7 @@ class Solver:
                 cheat=self.desk.means.cheat,
                 ordered=self.forcing.order_of(deal),
                 gauges=gauges_of(deal, agreement),
+                run=self.units.order(deal.id),
             )
         )
 
@@ -228,7 +232,7 @@ class Solver:
             return
         previous_root = self._made_root(deal)
         if not deal.made and event.in_root != previous_root:
-            self._give_up(deal, "base", "the task's initial state has another root than the agreement says")
+            self.give_up(deal, "base", "the task's initial state has another root than the agreement says")
             return
         operations = task.operations_per_step * len(task.steps_of(event.segment))
         if isinstance(task, ScriptSpec):
@@ -246,7 +250,9 @@ class Solver:
         deal.made += 1
         deal.last_blob = event.checkpoint
         save(self.desk, deal)
-        self._offer_receipt(deal)
+        if event.ends is not None:
+            self.units.ended(deal.id, event.segment, event.ends)
+        self.offer(deal)
 
     def _made_root(self, deal: Deal) -> bytes:
         if not deal.made:
@@ -259,8 +265,11 @@ class Solver:
         """(Again) offer the oldest receipt that is not co-signed."""
         self.resend[deal.id] = self.desk.now_ns + params.RESEND_NS
         if deal.receipts < deal.made and not self.forcing.holds(deal, deal.receipts):
-            self.told_ns[deal.id] = self.desk.now_ns
-            self.desk.send(self._submitter(deal), m.ReceiptOffer(self.made[deal.id][deal.receipts], handed_in(deal)))
+            segment = agreement_of(deal, self.desk.network.id).first_segment + deal.receipts
+            handovers = self.units.handovers(deal.id, segment)
+            if handovers is not None:
+                self.told_ns[deal.id], receipt = self.desk.now_ns, self.made[deal.id][deal.receipts]
+                self.desk.send(self._submitter(deal), m.ReceiptOffer(receipt, handed_in(deal), handovers))
 
     def on_work_ended(self, event: WorkEnded) -> None:
         """The worker is gone: all done, or start it again from the last checkpoint a bounded number of times."""
@@ -271,14 +280,15 @@ class Solver:
         deal.failures += 1
         self.desk.emit("problem", deal=deal.id, what=f"the worker failed: {event.error}")
         if event.error.startswith("diverged"):
-            self._give_up(deal, "diverged", event.error[:300])  # trying again would diverge again
+            self.give_up(deal, "diverged", event.error[:300])  # trying again would diverge again
         elif deal.failures >= params.WORK_FAILURES_MAX:
-            self._give_up(deal, "work-failed", event.error[:300])
+            self.give_up(deal, "work-failed", event.error[:300])
         else:
             save(self.desk, deal)
             self._gather(deal)
 
-    def _give_up(self, deal: Deal, code: str, why: str) -> None:
+    def give_up(self, deal: Deal, code: str, why: str) -> None:
+        """End a deal from this side: it goes no further, and its submitter hears why."""
         deal.ended_early, deal.note = True, why
         save(self.desk, deal)
         self.desk.add(StopWork(deal.id))
@@ -350,8 +360,8 @@ class Solver:
         deal = self.deals.get(record.agreement)
         if deal is None or peer != self._submitter(deal) or not deal.proof_id or record.proof != deal.proof_id:
             return
-        agreement = agreement_of(deal, self.desk.network.id)
-        check_reveal(record.seed, agreement.submitter_commitment, agreement_salt=peer)
+        committed = agreement_of(deal, self.desk.network.id).submitter_commitment
+        check_reveal(record.seed, committed, agreement_salt=peer)
         deal.news_ns = self.desk.now_ns
         if not deal.own_reveal:
             own = Reveal(
@@ -396,6 +406,7 @@ class Solver:
             return
         self.desk.add(StopWork(deal.id))
         self.desk.add(Release(deal.id))
+        self.units.drop(deal.id)
         channel = self.settler.every[agreement_id]
         # The log is the truth: whatever this side had heard so far, the deal ends as the channel did.
         deal.state = {"settled": State.SETTLED, "slashed": State.SLASHED, "claimed": State.CLAIMED}[how]
@@ -481,7 +492,7 @@ class Solver:
             self.start(deal)
 
     def offer(self, deal: Deal) -> None:
-        """Forcing: the notaries know what is wrong with the next receipt."""
+        """Offer the next receipt, if any: the notaries know what is wrong with it, or the neighbours signed."""
         if deal.lifecycle == State.RUNNING:
             self._offer_receipt(deal)
 

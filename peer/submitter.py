@@ -6,6 +6,7 @@ matters is repeated by `tick` until the deal moves on, and every handler does no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -21,18 +22,14 @@ from peer.deals import (
     Job,
     JobState,
     agreement_of,
-    check_receipt,
-    checkpoint_program,
-    cosign,
     make_proof,
     move,
-    receipt_key,
     save,
     task_of,
 )
 from peer.desk import Desk
 from peer.drawing import Drawing
-from peer.events import Fetch, Fetched, Release
+from peer.events import Release
 from peer.jobs import JobDesk
 from peer.messages import (
     Accept,
@@ -40,21 +37,17 @@ from peer.messages import (
     Decline,
     Opened,
     Propose,
-    ReceiptBack,
-    ReceiptOffer,
 )
-from peer.profiles import open_answer
 from peer.receipt_rows import ReceiptRows, Rows
+from peer.receiving import Receiving
 from peer.settler import Settler
 from protocol import params
 from protocol.errors import NotFound, VerificationFailed
 from protocol.lifecycle import TERMINAL, Event, State
-from protocol.profile_task import ProfileSpec
 from protocol.records import (
     Agreement,
     Bid,
     Offer,
-    Receipt,
     open_record,
 )
 from protocol.sampling import commitment
@@ -75,12 +68,15 @@ class Submitter:
     deals: dict[bytes, Deal] = field(default_factory=dict)
     receipts: ReceiptRows = field(init=False)  # deal -> co-signed envelopes
     proposals: dict[bytes, int] = field(default_factory=dict)  # deal -> resend at
-    waiting: dict[bytes, tuple[bytes, ReceiptOffer]] = field(default_factory=dict)  # deal -> awaited blob
+    # Of a unit of a run (peer/runs.py): its deal's work is right; it is wrong.
+    on_unit_right: Callable[[Deal], None] = lambda _: None
+    on_unit_wrong: Callable[[Deal], None] = lambda _: None
 
     def __post_init__(self) -> None:
         self.receipts = ReceiptRows("receipts", lambda deal: self.deals[deal].receipts)
         self.certificates.on_certified, self.certificates.on_refused = self.certified, self.uncertified
         self.drawing = Drawing(self.desk, self.checks, self.beacons, self.deals, self.receipts)
+        self.receiving = Receiving(self.desk, self.jobs, self.drawing, self.deals, self.receipts, self.lose)
 
     # --- a person's wishes ---------------------------------------------------------------------------------
     def cancel(self, job_id: bytes) -> Job:
@@ -93,13 +89,16 @@ class Submitter:
         job.cancelled = True
         for child in self.jobs.children(job):
             self.cancel(child.id)
+        if job.units:
+            self.jobs.save(job)  # it is over when its units are
+            return job
         deal = self.deals.get(job.deal)
         if deal is None or deal.lifecycle == State.PROPOSED:
             if deal is not None:
                 self._decline(deal, "cancelled", "the submitter cancelled the job")
             self.jobs.end(job, JobState.CANCELLED, "cancelled before any work")
         elif deal.lifecycle in (State.AGREED, State.RUNNING):
-            self._solver_lost(deal, "the submitter cancelled the job")
+            self.lose(deal, "the submitter cancelled the job")
         self.jobs.save(job)
         return job
 
@@ -218,94 +217,7 @@ class Submitter:
             self.jobs.reoffer(job, f"the solver declined: {message.why}")
         elif deal.lifecycle == State.RUNNING:
             job.diverged += message.code == "diverged"
-            self._solver_lost(deal, f"the solver gave up: {message.why}")
-
-    def on_receipt(self, peer: bytes, message: ReceiptOffer) -> None:
-        """A segment done: check the chain, fetch its checkpoint, then co-sign and pay."""
-        record, _, signers = open_record(message.receipt, network=self.desk.network.id)
-        if not isinstance(record, Receipt) or signers != {peer}:
-            raise VerificationFailed("a receipt comes from its solver, with its signature alone")
-        deal = self.deals.get(record.agreement)
-        if deal is None or peer != self.solver_of(deal):
-            raise VerificationFailed("receipt on an agreement this peer does not have")
-        if record.sequence < deal.receipts:
-            self._send_back(deal, record.sequence)
-            return
-        if deal.lifecycle != State.RUNNING or deal.ended_early:
-            self.drawing.send_proof(deal)
-            return
-        if record.sequence > deal.receipts:
-            return
-        if deal.id in self.waiting:
-            return  # what is on its way is held against the root of that receipt: no other may take its place
-        check_receipt(deal, record, self.desk.network.id, self.desk.now_ns)
-        deal.news_ns, task = self.desk.now_ns, task_of(deal.task)
-        if isinstance(task, ProfileSpec):
-            open_answer(message.profile, record, task, verifier=peer, network=self.desk.network.id)
-            deal.profiles = [message.profile]
-            self._pay_receipt(deal, message.receipt)
-            return
-        self.waiting[deal.id] = (record.checkpoint, message)
-        job = self.jobs.jobs[deal.job]
-        self.desk.add(
-            Fetch(
-                record.checkpoint,
-                deal.id,
-                (peer,),
-                job.checkpoint_bytes,
-                state_root=record.out_root,
-                program=checkpoint_program(task),
-            )
-        )
-
-    def on_fetched(self, event: Fetched) -> None:
-        """The checkpoint of the awaited receipt is here (or is not what it claims to be)."""
-        deal = self.deals.get(event.token)
-        if deal is None or deal.id not in self.waiting or self.waiting[deal.id][0] != event.blob:
-            return
-        _, message = self.waiting.pop(deal.id)
-        if deal.lifecycle != State.RUNNING or deal.ended_early:
-            return
-        if event.error:
-            self.desk.emit("problem", deal.job, what=f"checkpoint not accepted: {event.error}")
-            if event.forged:
-                self.desk.penalise(self.solver_of(deal), "checkpoint does not have the root its receipt claims")
-                self._solver_lost(deal, "a checkpoint does not match its receipt")
-            return
-        self._pay_receipt(deal, message.receipt)
-
-    def _pay_receipt(self, deal: Deal, envelope: bytes) -> None:
-        record, receipt_id, _ = open_record(envelope, network=self.desk.network.id)
-        assert isinstance(record, Receipt)
-        agreement = agreement_of(deal, self.desk.network.id)
-        deal.cumulative_micro += record.amount_micro
-        deal.cumulative_operations += record.operations
-        assert deal.cumulative_micro <= agreement.promise_micro
-        both, deal.voucher = cosign(
-            envelope, record, receipt_id, self.desk.key,
-            cumulative_micro=deal.cumulative_micro, operations=deal.cumulative_operations,
-        )  # fmt: skip
-        self.receipts.add(self.desk, deal.id, both)
-        deal.receipts += 1
-        deal.last_receipt, deal.last_root, deal.last_blob = receipt_id, record.out_root, record.checkpoint
-        deal.news_ns = self.desk.now_ns
-        self.desk.save("vouchers", receipt_key(deal.id, record.sequence), deal.voucher)
-        save(self.desk, deal)
-        self._send_back(deal, record.sequence, voucher=deal.voucher)
-        self.desk.emit(
-            "paid",
-            deal.job,
-            deal=deal.id,
-            segment=record.segment,
-            amount_micro=record.amount_micro,
-            cumulative_micro=deal.cumulative_micro,
-            out_root=record.out_root,
-        )
-
-    def _send_back(self, deal: Deal, sequence: int, *, voucher: bytes = b"") -> None:
-        # The newest voucher pays for every earlier receipt too: cumulative.
-        receipt = self.receipts[deal.id][sequence]
-        self.desk.send(self.solver_of(deal), ReceiptBack(receipt, voucher or deal.voucher))
+            self.lose(deal, f"the solver gave up: {message.why}")
 
     def _rest(self, job: Job, solver: bytes) -> None:
         """Try others first: this solver may have the job again later, when it may be well again."""
@@ -313,11 +225,11 @@ class Submitter:
         self.jobs.save(job)
 
     # --- endings -------------------------------------------------------------------------------------------
-    def _solver_lost(self, deal: Deal, why: str) -> None:
+    def lose(self, deal: Deal, why: str) -> None:
         """End a running deal early: what both signed is proved, checked and paid; the rest goes back to market."""
         job = self.jobs.jobs[deal.job]
         deal.ended_early, deal.note = True, why
-        self.waiting.pop(deal.id, None)
+        self.receiving.waiting.pop(deal.id, None)
         self.desk.send(self.solver_of(deal), Cancel(deal.id))
         self.desk.emit("lost", deal.job, deal=deal.id, solver=self.solver_of(deal), why=why, receipts=deal.receipts)
         self._rest(job, self.solver_of(deal))
@@ -328,6 +240,8 @@ class Submitter:
             return
         envelope, proof_id = make_proof(self.desk, deal, self.receipts[deal.id])
         self.drawing.prove(deal, envelope, proof_id, Event.SOLVER_LOST)
+        if job.unit >= 0 and job.deal == deal.id:
+            self.jobs.reoffer(job, why)  # the others of its run wait: it goes on at once, and the checks beside it
 
     def checked_right(self, deal: Deal) -> None:
         """CheckDesk: the work of an ended deal is verified, so the job can go on from its last checkpoint."""
@@ -360,7 +274,9 @@ class Submitter:
             culprit, lost = channel.agreement.solver, channel.agreement.lock_micro
             self.desk.emit("slashed", job.id, deal=deal.id, solver=culprit, lock_micro=lost)
             self.desk.add(Release(deal.id))
-            if job.deal == deal.id:
+            if job.unit >= 0:
+                self.on_unit_wrong(deal)
+            elif job.deal == deal.id:
                 self.jobs.reoffer(job, "the work was wrong and its solver is slashed")
             self.jobs.save(job)
             return
@@ -381,7 +297,7 @@ class Submitter:
             return
         move(self.desk, deal, Event.COSIGNED if how == "settled" else Event.WINDOW_CLOSED)
         self.desk.add(Release(deal.id, keep=deal.last_blob))  # the last checkpoint is the job's result, or its base
-        if job.deal == deal.id:
+        if job.deal == deal.id or job.unit >= 0:
             self._continue_job(deal)
 
     def overtaken(self, agreement_id: bytes, how: str) -> None:
@@ -409,7 +325,7 @@ class Submitter:
         if deal.lifecycle != State.RUNNING:
             save(self.desk, deal)
         elif deal.receipts:
-            self._solver_lost(deal, "the solver closed the channel alone")
+            self.lose(deal, "the solver closed the channel alone")
         else:
             move(self.desk, deal, Event.WINDOW_CLOSED)
             if job.deal == deal.id:
@@ -422,12 +338,17 @@ class Submitter:
         job.culprits.append(self.solver_of(deal))
         job.retried += 1
         self.jobs.save(job)
-        if job.deal == deal.id:
+        if job.unit >= 0:
+            self.on_unit_wrong(deal)
+        elif job.deal == deal.id:
             self.jobs.reoffer(job, "the work was wrong; its solver had claimed its pay already")
 
     def _continue_job(self, deal: Deal) -> None:
         """After a deal's work is known to be right (or none): go on from its end, or finish."""
         job, task = self.jobs.jobs[deal.job], task_of(deal.task)
+        if job.unit >= 0:
+            self.on_unit_right(deal)
+            return
         if job.deal != deal.id or not job.open:
             return
         useful = deal.receipts if deal.useful < 0 else deal.useful
@@ -464,11 +385,11 @@ class Submitter:
                     self._send_proposal(deal)
             case State.RUNNING:
                 if self.jobs.late(self.jobs.jobs[deal.job]):
-                    self._solver_lost(deal, "the deadline of the job passed")
+                    self.lose(deal, "the deadline of the job passed")
                 elif now - deal.news_ns > agreement.segment_deadline_ns:
-                    self._solver_lost(deal, f"no receipt for {(now - deal.news_ns) // 10**9} s")
+                    self.lose(deal, f"no receipt for {(now - deal.news_ns) // 10**9} s")
                 elif gone and now - max(deal.news_ns, self.desk.left_ns(agreement.solver)) > grace_ns:
-                    self._solver_lost(deal, "the connection to the solver is gone")
+                    self.lose(deal, "the connection to the solver is gone")
             case State.PROVED:
                 self.drawing.tick(deal)
             case State.CHECKING | State.SETTLING:

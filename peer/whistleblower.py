@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from market.entries import POOL
-from peer.checker import Checker, open_evidence
+from peer.case import open_evidence
+from peer.checker import Checker
 from peer.deals import Deal
 from peer.desk import Desk
 from peer.disputant import request_of

@@ -101,6 +101,7 @@ class Offer(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, k
     deadline_ns: Uint = 0  # when the work must be done; 0: whenever
     content_bytes: Uint = 0  # that its solver fetches before it starts: program, data and the state it starts from
     privacy: Literal["open", "sealed"] = "open"  # sealed: only who wins gets the keys of program and data
+    units: Uint = 0  # of a unit of a parallel job: how many it has; they are awarded together
 
 
 class Ask(_Record, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/ask/1"):

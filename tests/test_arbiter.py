@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from peer import messages as m
-from peer.checker import Case, open_evidence
+from peer.case import Case, open_evidence
 from peer.disputant import request_of
 from peer.dispute_file import SILENT
 from peer.events import Emit, MessageIn, Penalise, Post, Save, Send
@@ -138,7 +138,7 @@ def test_two_signed_moves_for_one_round_convict_by_themselves(side: str) -> None
     other = Move(network=simulation.network.id, dispute=dispute, player=mover.key.public, number=1, body=b"other")
     for name in ("notary0", "notary1"):
         message = MessageIn(mover.key.public, pack(MoveOffer(seal(other, mover.key))))
-        simulation._at(1, simulation.peers[name], message)
+        simulation.at(1, simulation.peers[name], message)
     state = settle(simulation, job)
     finding = "wrong" if side == "solver" else "right"
     assert {(f, cause) for f, _, cause in rulings_of(simulation).values()} == {(finding, "equivocation")}

@@ -35,7 +35,7 @@ def twins(simulation: Simulation, name: str) -> tuple[bytes, bytes]:
 
 
 def hear(simulation: Simulation, listener: str, author: str, envelope: bytes) -> None:
-    simulation._at(
+    simulation.at(
         0, simulation.peers[listener], GossipIn("market", simulation.peers[author].key.public, encode([envelope]))
     )
 

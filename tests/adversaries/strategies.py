@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import msgspec
 
+from peer.case import Case, open_evidence
 from peer.certificate_messages import CertifyAsk
-from peer.checker import Case, open_evidence
 from peer.deals import agreement_of
 from peer.disputant import request_of
 from peer.events import Effect, GossipIn, Input, Inspected, SegmentMade, Send, Tick

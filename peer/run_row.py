@@ -1,0 +1,25 @@
+"""What a submitter keeps of a parallel job beside its job and those of its units, as it stands in the store."""
+
+from __future__ import annotations
+
+import msgspec
+
+__all__ = ["Run"]
+
+
+class Run(msgspec.Struct, kw_only=True):
+    """A row of the store. segment: so many are signed for by all. lineage: the deals that this state rests on and that
+    are not found right yet. cuts: segment -> root and blob of each unit's state before it, where one of those began."""
+
+    id: bytes
+    units: list[bytes]
+    activation_bytes: int
+    gradient_bytes: int
+    epoch: int = 0
+    peers: list[bytes] = msgspec.field(default_factory=list)
+    segment: int = 0
+    lineage: list[bytes] = msgspec.field(default_factory=list)
+    cuts: dict[int, list[tuple[bytes, bytes]]] = msgspec.field(default_factory=dict)
+    fruitless: int = 0  # times it went back, in a row
+    rewinds: int = 0
+    failed: str = ""  # why it is being ended

@@ -1,0 +1,196 @@
+"""Parallel jobs in simulated swarms: placed together, launched, signed for together, paid, replaced, taken back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from peer.simulated_faults import SECOND, Faults
+from peer.simulator import Simulation
+from protocol.keys import peer_name
+from tests.run_scene import make_run_swarm, run_state, run_until, submit_run, until_over
+
+
+def kinds(simulation: Simulation, name: str = "alice") -> Counter[str]:
+    return Counter(kind for _, peer, kind, _ in simulation.log if peer == name)
+
+
+def told(simulation: Simulation, kind: str, name: str = "alice") -> list[dict[str, Any]]:
+    return [data for _, peer, what, data in simulation.log if (peer, what) == (name, kind)]
+
+
+def test_a_run_of_two_by_two_is_placed_launched_checked_and_paid() -> None:
+    simulation = make_run_swarm(1, solvers=5)
+    job = submit_run(simulation)["job"]
+    found = until_over(simulation, job)
+    simulation.check_quiet()
+    assert found["state"] == "done", found
+    units = found["run"]["units"]
+    solvers = {deal["solver"] for deal in found["deals"]}
+    assert len(found["deals"]) == 4 and len(solvers) == 4  # each unit to a peer of its own, and the dearest is spare
+    assert [unit["segments_done"] for unit in units] == [4] * 4
+    assert found["run"]["epoch"] == 1 and not found["run"]["rewinds"]
+    assert all(deal["state"] == "settled" and deal["receipts"] == 4 for deal in found["deals"])
+    assert found["paid_micro"] == sum(deal["vouchers_micro"] for deal in found["deals"]) > 0
+    assert found["spent_micro"] >= found["paid_micro"]
+
+
+def launched(simulation: Simulation) -> bool:
+    return bool(told(simulation, "launch"))
+
+
+def segments(simulation: Simulation, count: int) -> bool:
+    return len(told(simulation, "segment")) >= count
+
+
+def solver_of(simulation: Simulation, job: str, unit: int) -> str:
+    name = run_state(simulation, job)["run"]["units"][unit]["solver"]
+    return next(p.name for p in simulation.peers.values() if peer_name(p.key.public) == name)
+
+
+def test_a_unit_whose_solver_dies_goes_on_elsewhere_and_the_others_stay() -> None:
+    simulation = make_run_swarm(2, solvers=5)
+    job = submit_run(simulation, segments=6)["job"]
+    run_until(simulation, lambda: segments(simulation, 2), seconds=60)
+    dead = solver_of(simulation, job, 1)
+    simulation.crash(dead, for_ns=0)
+    before = {u: solver_of(simulation, job, u) for u in (0, 2, 3)}
+    found = until_over(simulation, job)
+    assert found["state"] == "done", found
+    assert found["run"]["epoch"] == 2 and not found["run"]["rewinds"]
+    (lost,) = told(simulation, "unit-lost")
+    assert lost["unit"] == 1 and lost["receipts"] == 2
+    assert len(found["deals"]) == 5
+    held = {d["solver"]: d for d in found["deals"]}
+    assert all(held[peer_name(simulation.peers[name].key.public)]["receipts"] == 6 for name in before.values())
+    first = held[peer_name(simulation.peers[dead].key.public)]
+    assert first["receipts"] == 2 and first["paid_micro"] == first["vouchers_micro"] > 0  # both are paid for theirs
+    simulation.peers[dead].node = None
+    simulation.check_quiet()
+
+
+def test_a_solver_that_was_only_away_for_a_moment_keeps_its_unit() -> None:
+    simulation = make_run_swarm(3, solvers=4)
+    job = submit_run(simulation, segments=6)["job"]
+    run_until(simulation, lambda: segments(simulation, 2), seconds=60)
+    simulation.crash(solver_of(simulation, job, 3), for_ns=1 * SECOND)
+    found = until_over(simulation, job)
+    simulation.check_quiet()
+    assert found["state"] == "done" and len(found["deals"]) == 4 and found["run"]["epoch"] == 1
+
+
+def test_a_cheating_unit_is_slashed_and_the_run_goes_on_without_it() -> None:
+    simulation = make_run_swarm(4, solvers=6, s1={"cheat": "skip-step"})
+    job = submit_run(simulation)["job"]
+    found = until_over(simulation, job, seconds=1200)
+    simulation.check_quiet()
+    assert found["state"] == "done", found
+    cheat = peer_name(simulation.peers["s1"].key.public)
+    assert found["culprits"] == [cheat] and found["slashed_micro"] > 0
+    assert [d["state"] for d in found["deals"] if d["solver"] == cheat] == ["slashed"]
+    assert found["run"]["rewinds"] == 1  # what the others computed beside it rests on what it sent
+    assert all(d["paid_micro"] == d["vouchers_micro"] > 0 for d in found["deals"] if d["solver"] != cheat)
+    honest = {u["root"] for u in found["run"]["units"]}
+    clean = make_run_swarm(5, solvers=4)
+    again = until_over(clean, submit_run(clean)["job"])
+    assert {u["root"] for u in again["run"]["units"]} == honest
+
+
+def test_a_unit_whose_solver_declines_is_placed_alone() -> None:
+    simulation = make_run_swarm(6, solvers=5)
+    job = submit_run(simulation)["job"]
+    run_until(simulation, lambda: bool(told(simulation, "unit-matched")), seconds=30)
+    victim = told(simulation, "unit-matched")[0]["solver"]
+    name = simulation.by_key[victim].name
+    simulation.command(name, "pause", {"within_ms": 0})
+    found = until_over(simulation, job)
+    simulation.check_quiet()
+    assert found["state"] == "done", found
+    matched = told(simulation, "unit-matched")
+    assert len(matched) == 5 and len({m["unit"] for m in matched}) == 4
+    assert len(told(simulation, "launch")) == 1  # nobody began before all had agreed
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_restart_of_the_submitter_changes_nothing(after: int) -> None:
+    simulation = make_run_swarm(7, solvers=4)
+    job = submit_run(simulation, segments=6)["job"]
+    run_until(simulation, lambda: segments(simulation, after) and bool(told(simulation, "unit-step")), seconds=60)
+    simulation.crash("alice", for_ns=4 * SECOND)
+    simulation.run(seconds=5)
+    found = until_over(simulation, job)
+    simulation.check_quiet()
+    assert found["state"] == "done", found
+    assert len(found["deals"]) == 4 and not found["run"]["rewinds"] and found["run"]["epoch"] == 1
+
+
+def test_with_too_few_peers_it_says_why_it_waits() -> None:
+    small = {"memory_bytes": 2**21}
+    simulation = make_run_swarm(8, solvers=4, s2=small, s3=small)
+    job = submit_run(simulation, memory_bytes=[2**20, 2**22, 2**22, 2**22])["job"]
+    simulation.run(seconds=20)
+    assert run_state(simulation, job)["state"] == "placing"
+    assert not told(simulation, "unit-matched")  # nobody is bound while one is missing
+    why = simulation.command("alice", "why", {"of": job}).result
+    words = "; ".join(reason["words"] for reason in why["reasons"])
+    assert "3 of 4 units have a solver" in words and "unit 3 has bids only of solvers" in words, words
+    assert any("memory" in advice["words"] for advice in why["advice"]), why["advice"]
+    simulation.command("alice", "cancel", {"job": job})
+    assert until_over(simulation, job, seconds=60)["state"] == "cancelled"
+    simulation.check_quiet()
+
+
+def test_units_that_differ_about_a_link_both_make_room() -> None:
+    simulation = make_run_swarm(9, solvers=7)
+    simulation.peers["s0"].link_lie = True
+    job = submit_run(simulation)["job"]
+    found = until_over(simulation, job, seconds=1200)
+    simulation.check_quiet()
+    assert found["state"] == "done", found
+    assert found["run"]["rewinds"] >= 1
+    liar = peer_name(simulation.peers["s0"].key.public)
+    assert not any(d["vouchers_micro"] for d in found["deals"] if d["solver"] == liar)
+
+
+def test_the_submitter_keeps_the_first_unit_and_the_last() -> None:
+    simulation = make_run_swarm(10, solvers=3)
+    job = submit_run(simulation, stages=4, replicas=1, kept=(0, 3))["job"]
+    found = until_over(simulation, job)
+    simulation.check_quiet()
+    assert found["state"] == "done", found
+    me = peer_name(simulation.peers["alice"].key.public)
+    assert [unit["solver"] == me for unit in found["run"]["units"] if unit["kept"]]
+    assert len(found["deals"]) == 2 and all(d["receipts"] == 4 for d in found["deals"])
+    assert [unit["segments_done"] for unit in found["run"]["units"]] == [4] * 4
+
+
+def test_a_run_is_cancelled_in_the_middle_and_what_was_done_is_paid() -> None:
+    simulation = make_run_swarm(11, solvers=4)
+    job = submit_run(simulation, segments=6, kept=(0,))["job"]
+    run_until(simulation, lambda: segments(simulation, 2), seconds=60)
+    simulation.command("alice", "cancel", {"job": job})
+    found = until_over(simulation, job)
+    simulation.check_quiet()
+    assert found["state"] == "cancelled"
+    assert all(d["paid_micro"] == d["vouchers_micro"] > 0 for d in found["deals"])
+
+
+def test_a_budget_below_the_sum_of_all_units_is_refused_with_the_sum() -> None:
+    simulation = make_run_swarm(12, solvers=4)
+    refused = submit_run(simulation, budget_micro=1000)
+    assert refused["code"] == "insufficient-funds" and "4 units can cost" in refused["what"], refused
+    with_less = submit_run(simulation, budget_micro=200_000_000)
+    assert with_less["code"] == "insufficient-funds"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_seed_breaks_a_run(seed: int) -> None:
+    faults = Faults.drawn_from(seed)
+    simulation = make_run_swarm(seed, solvers=6, faults=faults)
+    job = submit_run(simulation)["job"]
+    found = until_over(simulation, job, seconds=3000)
+    simulation.run(seconds=600)
+    simulation.check_quiet()
+    assert found["state"] == "done", (seed, found)
