@@ -20,6 +20,7 @@ from peer.settler import Settler
 from protocol import params
 from protocol.credit_records import NO_CREDIT
 from protocol.errors import IchibaError
+from protocol.house import is_rerun, takes_rerun
 from protocol.incentives import check_rate, lock_needed
 from protocol.profile import EXACT
 from protocol.records import ROLE_SOLVER, ROLE_VERIFIER, Agreement, Ask, Bid, Offer, amount_for, open_record
@@ -38,6 +39,7 @@ class Bidder:
     settler: Settler
     slots_free: Callable[[], int] = lambda: 0
     carded: Callable[[], int] = lambda: 0  # operations a second of this peer's bench card, 0 for none
+    house_wanted: Callable[[bytes], bool] = lambda _: True  # whether the owner wants the work of that house
     in_doubt_micro: Callable[[], int] = lambda: 0  # of this peer's stake, promised to openings that may come yet
     seeds: dict[bytes, tuple[bytes, bytes, Bid]] = field(default_factory=dict)  # bid id -> seed, secret, terms
     bid_on: dict[bytes, int] = field(default_factory=dict)  # offer -> when our bid on it expires
@@ -64,7 +66,7 @@ class Bidder:
             return
         if self._brings() != self._brought:
             self._looks[offer_id] = None  # what changed since the last tick may have changed back by the next
-        refusal = self._paused() or refuse_offer(
+        refusal = self._paused() or self._unwanted(offer) or refuse_offer(
             offer,
             unit_price=self.price_of(offer),
             memory_bytes=means.memory_bytes,
@@ -154,6 +156,13 @@ class Bidder:
         resting = self.desk.resting()
         return Refusal(*resting) if resting is not None else None
 
+    def _unwanted(self, offer: Offer) -> Refusal | None:
+        terms = {"check_permille": offer.check_permille, "lock_micro": offer.lock_micro}
+        rerun = offer.mode == "exact" and takes_rerun(offer.submitter, network=self.desk.network, **terms)
+        if not rerun or self.house_wanted(offer.submitter):
+            return None
+        return Refusal("house-off", "its owner wants no work of the house; `ichiba earn house --on`")
+
     def price_of(self, offer: Offer, *, least: bool = False) -> int:
         """What this peer asks for it now, per giga-operation. One of a script's is a second, so it costs what the
         machine would earn in a second with graphs; rounded up. A profile is no trade that others compete for: it costs
@@ -234,7 +243,8 @@ class Bidder:
             return Refusal("task", "the proposal is not about the task that was offered")
         if refusal := self._untrusted(agreement, task, profiles):
             return refusal
-        checked = isinstance(task, TaskSpec) and agreement.credit == NO_CREDIT
+        rerun = is_rerun(agreement, self.desk.network)
+        checked = isinstance(task, TaskSpec) and agreement.credit == NO_CREDIT and not rerun
         if checked != (agreement.check_permille != 0):
             return Refusal("terms", "only paid work on a graph is re-executed, and always; the proposal differs")
         if isinstance(task, ScriptSpec) and task.memory_bytes > self.desk.means.memory_bytes:

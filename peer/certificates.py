@@ -57,7 +57,7 @@ class _Asked:
     @property
     def ours(self) -> bool:
         """Whether this peer has it certified, not the other party."""
-        return isinstance(self.deal, Moving) or self.deal.side == "submitter"
+        return isinstance(self.deal, Moving) or self.deal.side != "solver"
 
     def never(self, quorum: int) -> bool:
         """Whether it is certain that it never stands, though some notary may hold its money back still."""
@@ -66,13 +66,16 @@ class _Asked:
 
 @dataclass
 class Certificates:
-    """See the module docstring. `on_certified` opens the submitter's deal, `on_refused` declines it (code, why)."""
+    """See the module docstring. `on_certified` opens the submitter's deal, `on_refused` declines it (code, why); the
+    other two do the same with the house's pay for availability (peer/house.py)."""
 
     desk: Desk
     settler: Settler
     witness: Witness
     on_certified: Callable[[Deal], None] = lambda _: None
     on_refused: Callable[[Deal, str, str], None] = lambda *_: None
+    on_pay_certified: Callable[[Deal], None] = lambda _: None
+    on_pay_refused: Callable[[Deal, str, str], None] = lambda *_: None
     asked: dict[bytes, _Asked] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -94,7 +97,10 @@ class Certificates:
         if deal.doubt:
             self._tick(self.asked[deal.id])
         else:
-            self.on_certified(deal)
+            self._open_it(deal)
+
+    def _open_it(self, deal: Deal) -> None:
+        (self.on_pay_certified if deal.side == "house" else self.on_certified)(deal)
 
     def certify_move(self, row: Moving) -> None:
         """This peer signed a move of its stake: ask the notaries."""
@@ -196,7 +202,7 @@ class Certificates:
         if isinstance(deal, Moving) or asked.given_up:
             self.settler.accept(envelope, publish=True)
         else:
-            self.on_certified(deal)
+            self._open_it(deal)
 
     def _release(self, asked: _Asked) -> None:
         """A quorum never signs: who did lets go of the money. One that has said nothing yet may have signed too, and
@@ -254,7 +260,7 @@ class Certificates:
                 self.moves.refused(asked.deal, *refusal)
             else:
                 asked.deal.uncertified = refusal[0]
-                self.on_refused(asked.deal, *refusal)
+                (self.on_pay_refused if asked.deal.side == "house" else self.on_refused)(asked.deal, *refusal)
         elif self.desk.now_ns >= asked.resend_ns and self._short(asked) is None:
             asked.resend_ns = self.desk.now_ns + params.RESEND_NS
             self._ask(asked, end=False)

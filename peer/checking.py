@@ -20,6 +20,7 @@ from protocol import params
 from protocol.credit_records import NO_CREDIT, ON_CREDIT
 from protocol.errors import RemoteProtocolError, VerificationFailed
 from protocol.forced import forced_of, open_beacon
+from protocol.house import KNOWN_END, is_rerun
 from protocol.lifecycle import Event, State
 from protocol.records import (
     ROLE_VERIFIER,
@@ -54,10 +55,11 @@ class CheckDesk:
         self.corrections.ask = self._ask_corrected
 
     def begin(self, deal: Deal, agreement: Agreement, receipts: list[bytes]) -> None:
-        """Draw the segments and ask the first checkers. Of a script, and on credit, nothing is drawn: it is settled as
-        it is."""
+        """Draw the segments and ask the first checkers. Of a script, on credit, and where the house knew the end,
+        nothing is drawn: it is settled as it is."""
         if not agreement.check_permille:
-            why = ASSURANCES[task_of(deal.task).mode] if agreement.credit == NO_CREDIT else ON_CREDIT
+            known = KNOWN_END if is_rerun(agreement, self.desk.network) else ""
+            why = ASSURANCES.get(task_of(deal.task).mode, known) if agreement.credit == NO_CREDIT else ON_CREDIT
             self.desk.emit("unchecked", deal.job, deal=deal.id, why=why)
             self._found_right(deal, agreement, receipts)
             return

@@ -237,6 +237,10 @@ class Client:
         """What the peer was paid, oldest first."""
         return list(self.command("earnings", since_ns=since_ns)["earnings"])
 
+    def house(self, *, on: bool | None = None) -> dict[str, Any]:
+        """What the house pays this peer and why not; `on` opts in or out first."""
+        return self.command("house") if on is None else self.command("house-want", on=on)
+
     def finish(self, *, on: bool = True) -> dict[str, Any]:
         """Take no new work and finish what there is; or, with `on` false, take new work again."""
         return self.command("finish", on=on)

@@ -23,6 +23,8 @@ from peer.disputes import Disputes
 from peer.drops import merged
 from peer.earnings import earnings_of
 from peer.events import Command, Reply
+from peer.house import House
+from peer.house_view import HouseView
 from peer.jobs import JobDesk
 from peer.market_view import MarketView
 from peer.money_lines import line_over
@@ -89,10 +91,12 @@ class Commands:
     sealing: Sealing
     moves: Moves
     runs: RunDesk
+    house: House
 
     def __post_init__(self) -> None:
         self.settler.credit.deals = (self.submitter.deals, self.solver.deals)
         self.reputations = ReputationView(self.settler)
+        self.house_view = HouseView(self.desk, self.settler, self.house, self.bidder, self.prover)
         self.view = MarketView(self.desk, self.settler, self.bidder, self.challenger)
         self.answers = Answers(
             self.desk, self.settler, self.jobs, self.submitter, self.bidder, self.solver, self.prover, self.view,
@@ -123,6 +127,8 @@ class Commands:
             "resume": self.pausing.resume,
             "finish": self.pausing.finish,
             "earnings": self.earnings,
+            "house": self.house_view.describe,
+            "house-want": self.house_view.want,
             "bench": self.bench,
             "challenge": self.challenge,
             "cards": self.cards,

@@ -83,7 +83,7 @@ class _Since(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Finish(msgspec.Struct, forbid_unknown_fields=True):
-    """Of finish: true to take nothing new, false to take new work again."""
+    """Of finish: true to take nothing new, false to take new work again. Of house-want: whether to take part."""
 
     on: bool = True
 
@@ -180,6 +180,8 @@ VERBS: Final[dict[str, type[msgspec.Struct]]] = {
     "resume": _Nothing,
     "finish": _Finish,
     "earnings": _Since,
+    "house": _Nothing,
+    "house-want": _Finish,
     "bench": _Bench,
     "challenge": _Challenge,
     "cards": _Nothing,

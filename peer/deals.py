@@ -127,6 +127,8 @@ class Job(msgspec.Struct, kw_only=True):
     device: Literal["any", "cpu", "gpu"] = "any"
     device_memory_bytes: int = 0
     deadline_ns: int = 0  # when its work must be done; 0: whenever
+    only: bytes = b""  # the one solver that it is offered to; empty: to the market
+    known: bytes = b""  # the root it ends at, where its submitter ran it before: it pays for no other, and tries once
     passed: dict[bytes, PassedOver] = msgspec.field(default_factory=dict)  # solver -> since the offer was made
     units: list[bytes] = msgspec.field(default_factory=list)  # of a run: the jobs of its units, in their order
     unit: int = -1  # of one of those: its number
@@ -168,7 +170,7 @@ class Deal(msgspec.Struct, kw_only=True):
     """One agreement as one of its parties sees it. `receipts` counts those with both signatures."""
 
     id: bytes
-    side: Literal["submitter", "solver"]
+    side: Literal["submitter", "solver", "house"]  # house: pay for availability, until it is certified
     state: int
     agreement: bytes
     task: bytes

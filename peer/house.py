@@ -1,9 +1,12 @@
-"""The house of a network: once a period, at a moment nobody knows before, it has everybody who asks for work prove what
-their asks claim, and pays for each challenge that was passed, and for nothing else.
+"""The house of a network, and who is paid by it. Re-runs are in peer/reruns.py; availability is here.
+
+Once a period, at a moment nobody knows before, the house has everybody who asks for work prove what their asks claim,
+and pays for each challenge that was passed, and for nothing else.
 
 All are called together, in one batch if there are no more than can be challenged at a time: one machine behind many
 names shares its time among them, and is paid for what it shares (protocol/house.py). A peer that works at that moment
-has no bench and no pay: it earns already. The other side, the peer that is paid, is here too. Sans-IO.
+has no bench and no pay: it earns already. The other side, the peer that is paid, is here too. Where notaries certify
+openings, the peer signs first and the house brings them the agreement: it is its money that they set aside. Sans-IO.
 """
 
 from __future__ import annotations
@@ -13,16 +16,20 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from peer.certificates import Certificates
 from peer.challenger import Challenger
+from peer.deals import Deal, move
 from peer.desk import SETTLEMENT, Desk
 from peer.jobs import JobDesk
 from peer.messages import HousePay
+from peer.reruns import Reruns
 from peer.settler import Settler
 from protocol import params
 from protocol.bench_card import OpenCard
+from protocol.certificate import takes_certificate
 from protocol.errors import VerificationFailed
 from protocol.house import AVAILABILITY_NS, availability_micro, check_pay, pay_agreement, pay_settlement
-from protocol.keys import peer_key
+from protocol.lifecycle import Event, State
 from protocol.network import House as Terms
 from protocol.records import ROLE_SOLVER, Agreement, Ask, Claim, Settlement, add_signature, open_record
 
@@ -40,17 +47,22 @@ class _Pay(msgspec.Struct, kw_only=True):
     micro: int
     deal: bytes
     agreement: bytes
-    settlement: bytes
+    settlement: bytes  # with the peer's signature too, once it gave both to be certified
+    given_up: bool = False  # notaries did not certify it
 
 
 @dataclass
 class House:
-    """See the module docstring. `claims`: what those who are called now said in their asks."""
+    """See the module docstring. `claims`: what those who are called now said in their asks. `deals`: pays that both
+    signed, until notaries have certified them or never will."""
 
     desk: Desk
     settler: Settler
     jobs: JobDesk
     challenger: Challenger
+    certificates: Certificates
+    off: bool = False  # the owner of this peer wants nothing of the house
+    deals: dict[bytes, Deal] = field(default_factory=dict)
     pays: dict[bytes, _Pay] = field(default_factory=dict)  # row key -> it
     claims: dict[bytes, Ask] = field(default_factory=dict)
     period: int = -1
@@ -61,18 +73,35 @@ class House:
 
     def __post_init__(self) -> None:
         self.challenger.on_proven = self._proven
+        self.certificates.on_pay_certified, self.certificates.on_pay_refused = self._certified, self._refused
+        self.reruns = Reruns(self.desk, self.settler, self.jobs, self.challenger)
+        self.on_segment, self.on_work_ended = self.reruns.on_segment, self.reruns.on_work_ended
+        self.on_fetched = self.reruns.on_fetched
 
     @property
     def terms(self) -> Terms | None:
         """What the network's house pays, if it is this peer."""
         house = self.desk.network.house
-        return house if house is not None and peer_key(house.peer) == self.desk.me else None
+        return house if house is not None and self.desk.network.house_key == self.desk.me else None
+
+    # --- the owner's wish ----------------------------------------------------------------------------------
+    def wanted(self, peer: bytes) -> bool:
+        """Whether this peer takes challenges and re-runs of `peer`: of the house only while its owner wants them."""
+        return not (self.off and peer == self.desk.network.house_key)
+
+    def want(self, on: bool) -> None:
+        """Take part in what the house pays for, or not, over restarts too."""
+        self.off = not on
+        self.desk.save("house-off", b"", None if on else b"1")
 
     # --- the house -----------------------------------------------------------------------------------------
     def tick(self) -> None:
         """Draw the moment of each period, call everybody when it comes, repeat what is unanswered."""
         if self.terms is None:
             return
+        self.reruns.tick()
+        for deal in list(self.deals.values()):
+            self.desk.attempt(self._advance, deal)
         period, now = self.desk.wall_ns // AVAILABILITY_NS, self.desk.wall_ns
         if period != self.period:
             self.period, self.waiting = period, None
@@ -87,9 +116,9 @@ class House:
             self._call()
         for key in [key for key, at in self.resend.items() if self.desk.now_ns >= at]:
             pay = self.pays[key]
-            if self._settled(pay) or pay.period + 1 < self.period:  # or it goes without it
+            if self._settled(pay) or pay.given_up or pay.period + 1 < self.period:  # or it goes without it
                 del self.resend[key]
-            else:
+            elif pay.deal not in self.deals:
                 self._offer(key, pay)
 
     def _callable(self, period: int) -> list[bytes]:
@@ -183,10 +212,61 @@ class House:
             self.resend.pop(key, None)
             self.desk.save("house", key, None)
 
+    # --- its pay before notaries ---------------------------------------------------------------------------
+    def _on_back(self, peer: bytes, message: HousePay) -> None:
+        """A pay with the signature of who is paid: the notaries have to certify it. Raises VerificationFailed."""
+        agreement, deal_id, first = open_record(message.agreement, network=self.desk.network.id)
+        settlement, _, second = open_record(message.settlement, network=self.desk.network.id)
+        found = [(key, pay) for key, pay in self.pays.items() if (pay.deal, pay.peer) == (deal_id, peer)]
+        if not found or not isinstance(agreement, Agreement):
+            raise VerificationFailed("a pay that this house did not offer")
+        ((key, pay),) = found
+        ours, _, _ = open_record(pay.settlement, network=self.desk.network.id)
+        if settlement != ours or first != {self.desk.me, peer} or second != {self.desk.me, peer}:
+            raise VerificationFailed("a pay comes back as it was offered, with both signatures on both records")
+        if deal_id in self.deals or deal_id in self.settler.channels or pay.given_up:
+            return
+        pay.settlement = message.settlement
+        self.desk.save("house", key, msgspec.msgpack.encode(pay))
+        now = self.desk.now_ns
+        self.deals[deal_id] = Deal(
+            id=deal_id, side="house", state=State.PROPOSED, agreement=message.agreement, task=b"", base_blob=b"",
+            seed=b"", created_ns=now, entered_ns=now,
+        )  # fmt: skip
+        self.certificates.certify(self.deals[deal_id])
+
+    def _certified(self, deal: Deal) -> None:
+        self.settler.accept(deal.agreement, publish=True)
+        self._advance(deal)
+
+    def _refused(self, deal: Deal, code: str, why: str) -> None:
+        """No quorum signed in time: the peer goes without it, and what some set aside comes back (certificates)."""
+        move(self.desk, deal, Event.REFUSED)
+        for key, pay in self.pays.items():
+            if pay.deal == deal.id:
+                pay.given_up = True
+                self.desk.save("house", key, msgspec.msgpack.encode(pay))
+                self.desk.emit("house-unpaid", peer=pay.peer, code=code, why=why)
+
+    def _advance(self, deal: Deal) -> None:
+        """Settle what is open, whoever opened it; forget what is settled, or never opens."""
+        channel = self.settler.channels.get(deal.id)
+        pay = next((pay for pay in self.pays.values() if pay.deal == deal.id), None)
+        if channel is not None and not channel.closed and pay is not None:
+            self.settler.accept(pay.settlement, publish=True)
+        never = deal.lifecycle == State.DECLINED and not deal.doubt
+        if never or (channel is not None and channel.closed):
+            del self.deals[deal.id]
+            self.desk.save("deals", deal.id, None)
+
     # --- who is paid ---------------------------------------------------------------------------------------
     def on_pay(self, peer: bytes, message: HousePay) -> None:
-        """The house pays for our card: sign both records, and let everybody know. Raises VerificationFailed."""
+        """The house pays for our card: sign both records, and let everybody know; or, to the house, who is paid has
+        signed them. Raises VerificationFailed."""
         network = self.desk.network
+        if self.terms is not None:
+            self._on_back(peer, message)
+            return
         agreement, deal, first = open_record(message.agreement, network=network.id)
         settlement, _, second = open_record(message.settlement, network=network.id)
         if not isinstance(agreement, Agreement) or not isinstance(settlement, Settlement):
@@ -203,6 +283,9 @@ class House:
             add_signature(envelope, self.desk.key, network=network.id)
             for envelope in (message.agreement, message.settlement)
         )
+        if known is None and takes_certificate(agreement, network):
+            self.desk.send(peer, HousePay(opening, closing))  # it asks again until it has this
+            return
         if known is None and not self.settler.accept(opening, publish=True):
             return  # not funded as far as this peer knows: the house asks again, and it may open meanwhile
         self.settler.accept(closing, publish=True)
@@ -219,6 +302,12 @@ class House:
 
     def restore(self, rows: Callable[[str], Iterable[tuple[bytes, bytes]]]) -> None:
         """What was signed before a restart, so that nobody is paid twice for one period."""
+        self.off = any(True for _ in rows("house-off"))
+        self.reruns.restore(rows)
+        for key, value in rows("deals"):
+            deal = msgspec.msgpack.decode(value, type=Deal)
+            if deal.side == "house":
+                self.deals[key] = deal
         for key, value in rows("house"):
             self.pays[key] = msgspec.msgpack.decode(value, type=_Pay)
             self.resend[key] = 0

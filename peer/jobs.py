@@ -17,6 +17,7 @@ from market.rounds import Candidate, Played, Round
 from peer.deals import Job, JobState, PassedOver, operations_per_check, salt_of, task_of
 from peer.desk import MARKET, Desk
 from peer.matches import Matches
+from peer.messages import Records
 from peer.settler import Settler
 from protocol import params
 from protocol.codec import blake
@@ -153,8 +154,9 @@ class JobDesk:
         return job.budget_micro - self.spent(job) - self.in_channels(job)
 
     def channel_for(self, job: Job, segments_end: int) -> int:
-        """The most that the rest of a job costs, with its checks; on credit nobody is paid for any."""
-        if job.credit:
+        """The most that the rest of a job costs, with its checks; on credit, and where the end is known, nobody is paid
+        for any."""
+        if job.credit or job.known:
             return amount_for(self._operations(job), job.unit_price_max)
         return channel_micro(
             self.desk.network.rules,
@@ -179,7 +181,8 @@ class JobDesk:
             self.end(job, JobState.FAILED, self.missed(job))
             return
         job.nonce += 1
-        operations, checked = self._operations(job), bool(operations_per_check(task)) and not job.credit
+        operations = self._operations(job)
+        checked = bool(operations_per_check(task)) and not job.credit and not job.known
         needed, left = self.channel_for(job, task.segments), job.budget_micro - self.spent(job)
         if needed > left:
             self.end(
@@ -205,7 +208,7 @@ class JobDesk:
             sandbox=job.sandbox,
             unit_price_max=job.unit_price_max,
             budget_micro=0 if job.credit else needed,
-            # Nothing of a script or a profile is re-executed, so no stake could be lost over it: none is asked for.
+            # Nothing of a script or a profile is re-executed, or where the end is known: no stake is at risk.
             check_permille=rules.newcomer_permille if checked else 0,
             lock_micro=lock_micro(rules, amount_for(operations, job.unit_price_max)) if checked else 0,
             created_ns=dated_ns,
@@ -226,7 +229,7 @@ class JobDesk:
         self.rounds[job.id] = now + rules.round_ms * 10**6
         self.repeats[job.id] = now + params.OFFER_REPEAT_NS
         self.save(job)
-        self.desk.publish(MARKET, job.offer)
+        self._spread(job)
         self.desk.emit(
             "offer",
             job.id,
@@ -236,6 +239,13 @@ class JobDesk:
             unit_price_max=job.unit_price_max,
             budget_micro=job.budget_micro,
         )
+
+    def _spread(self, job: Job) -> None:
+        """Tell the market the offer, or the one solver that it is for."""
+        if job.only:
+            self.desk.send(job.only, Records((job.offer,)))
+        else:
+            self.desk.publish(MARKET, job.offer)
 
     def late(self, job: Job) -> bool:
         """Whether the job's deadline has passed."""
@@ -351,11 +361,12 @@ class JobDesk:
         )
 
     def excluded(self, job: Job) -> set[bytes]:
-        """Who may not have the job now: who failed it, who rests after a refusal, and who runs, or ran, another replica
-        of it, for two runs on one machine say nothing of each other."""
+        """Who may not have the job now: who failed it, who rests after a refusal, who is not the one that it is for,
+        and who runs, or ran, another replica of it, for two runs on one machine say nothing of each other."""
         resting = {peer for peer, until in job.resting.items() if self.desk.now_ns < until}
         others = [other for other in self.jobs.values() if job.group and other.group == job.group and other is not job]
-        return {*job.culprits, *resting, *(solver for other in others for solver in other.solvers)}
+        uninvited = self.desk.book.bids.get(job.offer_id, {}).keys() - {job.only} if job.only else set()
+        return {*job.culprits, *resting, *uninvited, *(solver for other in others for solver in other.solvers)}
 
     def note(self, job_id: bytes, outcome: str) -> None:
         """How a script ended, for people."""
@@ -394,7 +405,7 @@ class JobDesk:
                 operations=offer.operations,
                 segments=task.segments - job.segment,
                 unit_price=bid.unit_price,
-                operations_per_segment=operations_per_check(task),
+                operations_per_segment=operations_per_check(task) if permille else 0,
                 permille=permille,
             ),
             lock_micro=bid.lock_micro,
@@ -437,8 +448,8 @@ class JobDesk:
         if job.cancelled:
             self.end(job, JobState.CANCELLED, why)
             return
-        if self.late(job):
-            self.end(job, JobState.FAILED, self.missed(job))
+        if self.late(job) or job.known:
+            self.end(job, JobState.FAILED, why if job.known else self.missed(job))
             return
         if job.fruitless >= params.FRUITLESS_DEALS_MAX:
             self.end(job, JobState.FAILED, f"{job.fruitless} deals brought the job no further; the last: {why}")
@@ -473,7 +484,7 @@ class JobDesk:
         for job in list(self.jobs.values()):
             if job.state == JobState.OFFERED and now >= self.repeats.setdefault(job.id, now):
                 self.repeats[job.id] = now + params.OFFER_REPEAT_NS
-                self.desk.publish(MARKET, job.offer)
+                self._spread(job)
 
     def redate(self) -> None:
         """The clock jumped: offers that bear the old time are made anew."""
@@ -483,7 +494,7 @@ class JobDesk:
 
     def live_offers(self) -> list[bytes]:
         """The envelopes a peer just met should hear of."""
-        return [job.offer for job in self.jobs.values() if job.state == JobState.OFFERED and job.offer]
+        return [job.offer for job in self.jobs.values() if job.state == JobState.OFFERED and job.offer and not job.only]
 
     def restore(self, rows: Callable[[str], Iterable[tuple[bytes, bytes]]]) -> None:
         """Rebuild the jobs, and their offers where they still stand."""

@@ -24,7 +24,7 @@ from peer.desk import Desk
 from peer.settler import Settler
 from protocol import params
 from protocol.errors import LocalProtocolError
-from protocol.house import is_availability
+from protocol.house import part_of_house
 from protocol.keys import peer_name
 from protocol.records import ROLE_SOLVER, Agreement, Ask, Offer, amount_for
 
@@ -194,9 +194,9 @@ class MarketView:
         }
 
     def prints(self) -> list[Print]:
-        """All trades of the settlement log; availability pay is none."""
-        network, channels = self.desk.network, self.settler.channels
-        return [print_of(i, c.agreement) for i, c in channels.items() if not is_availability(c.agreement, network)]
+        """All trades of the settlement log; what the house pays newcomers is none."""
+        terms = ((agreement_id, channel.agreement) for agreement_id, channel in self.settler.channels.items())
+        return [print_of(i, agreement) for i, agreement in terms if not part_of_house(agreement, self.desk.network)]
 
     # --- what it costs -------------------------------------------------------------------------------------
     def quote(self, arguments: dict[str, Any]) -> dict[str, Any]:

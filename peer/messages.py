@@ -430,7 +430,8 @@ class BaseGiven(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 
 
 class HousePay(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="house-pay"):
-    """The house pays for a passed challenge: an agreement and its settlement, signed by it (protocol/house.py)."""
+    """The house pays for a passed challenge: an agreement and its settlement, signed by it (protocol/house.py). Where
+    notaries certify openings the paid peer sends them back, signed by both."""
 
     agreement: Sealed
     settlement: Sealed

@@ -142,7 +142,8 @@ class Node:
         self.prover = Prover(self.desk, free=self._idle)
         self.challenger = Challenger(self.desk)
         self.benches = Benches(self.desk, self.prover, self.challenger)
-        self.house = House(self.desk, self.settler, self.jobs, self.challenger)
+        self.house = House(self.desk, self.settler, self.jobs, self.challenger, self.certificates)
+        self.bidder.house_wanted = self.prover.wanted = self.house.wanted
         self.disputes = Disputes(self.desk, self.settler, self.checker, self.submitter, self.solver)
         self.sealing = Sealing(self.desk, self.jobs, self.submitter, self.solver, self.disputes)
         self.disputes.arbiter.ordered = self.forcing.excuses
@@ -151,18 +152,19 @@ class Node:
         self.commands = Commands(
             self.desk, self.settler, self.jobs, self.submitter, self.bidder, self.solver, self.pausing, self.prover,
             self.challenger, self.disputes, self.profiles, self.sealing, moves, self.runs,
+            self.house,
         )  # fmt: skip
         self.restored = Restored(self.desk, self.settler, answer=self.commands.handle, on_heard=self._heard)
         self.next_sync_ns = now_ns
         self._deposit()
         for first in (
             self.settler, self.beacons, self.forcing, self.jobs, self.submitter, self.runs, self.pausing, self.units,
-            self.solver,
+            self.solver, self.house,
         ):  # fmt: skip
             first.restore(rows)
-        self.certificates.restore(rows, self.submitter.deals, self.solver.deals)
+        self.certificates.restore(rows, self.submitter.deals, self.solver.deals, self.house.deals)
         for then in (
-            self.checker, self.disputes, self.prover, self.challenger, self.house, self.restored, self.witness,
+            self.checker, self.disputes, self.prover, self.challenger, self.restored, self.witness,
         ):  # fmt: skip
             then.restore(rows)
         self.settler.on_open, self.settler.on_moved = self._opened, self.certificates.moved
@@ -214,7 +216,8 @@ class Node:
 
     def _idle(self) -> bool:
         """Whether no job and no check runs here, and none is only paused."""
-        return not self.desk.paused_ns and self.solver.slots_free() == self.desk.means.slots and not self.checker.cases
+        working = self.checker.cases or self.house.reruns.work
+        return not self.desk.paused_ns and self.solver.slots_free() == self.desk.means.slots and not working
 
     # --- the one door --------------------------------------------------------------------------------------
     def handle(self, event: Input, now_ns: int, wall_ns: int | None = None) -> list[Effect]:
@@ -243,7 +246,7 @@ class Node:
                 if deal is not None:
                     self.jobs.note(deal.job, event.note)
                     self.desk.attempt(self.checks.corrections.on_fetched, deal, event)
-                for role in (self.submitter.receiving, self.solver, self.checker):
+                for role in (self.submitter.receiving, self.solver, self.checker, self.house):
                     self.desk.attempt(role.on_fetched, event)
                 self.desk.attempt(self.disputes.fetched, event)
             case BlobRead():
@@ -261,12 +264,12 @@ class Node:
                 self.unit_deals.on_waits(event)
                 self.runs.watch.waits[event.work] = (self.desk.now_ns, event.units)
             case SegmentMade():
-                for worker in (self.solver, self.checker, self.runs.kept):
+                for worker in (self.solver, self.checker, self.house, self.runs.kept):
                     self.desk.attempt(worker.on_segment, event)
             case ProfileMade():
                 self.desk.attempt(self.solver.on_profile, event)
             case WorkEnded():
-                for worker in (self.solver, self.checker, self.runs.kept):
+                for worker in (self.solver, self.checker, self.house, self.runs.kept):
                     self.desk.attempt(worker.on_work_ended, event)
             case BenchWarm() | BenchMade() | BenchFilled() | MemoryOpened() | BenchEnded() | WorkChecked():
                 self.benches.event(event)

@@ -68,6 +68,7 @@ class Prover:
 
     desk: Desk
     free: Callable[[], bool] = lambda: True
+    wanted: Callable[[bytes], bool] = lambda _: True  # whether the owner lets a peer challenge this one by surprise
     bench: _Bench | None = None
     asking: bytes = b""  # the peer we want a challenge of
     wish: BenchAsk | None = None  # what we say to it, once the process is warm
@@ -103,7 +104,7 @@ class Prover:
         now, means = self.desk.now_ns, self.desk.means
         newest = max(self.invited_ns.values(), default=0)
         rested = peer not in self.invited_ns and now >= newest + params.BENCH_ANY_INVITED_REST_NS
-        if means.roles and rested and self.free() and self.bench is None and not self.asking:
+        if means.roles and rested and self.wanted(peer) and self.free() and self.bench is None and not self.asking:
             self.invited_ns[peer] = now
             self.ask(peer, memory_bytes=means.memory_bytes)
 

@@ -82,8 +82,15 @@ class Receiving:
             deal.profiles = [message.profile]
             self.pay(deal, message.receipt)
             return
-        self.waiting[deal.id] = Awaited(record.checkpoint, message, record)
         job = self.jobs.jobs[deal.job]
+        if job.known and record.out_root != job.known:
+            job.culprits.append(peer)
+            self.lost(deal, "the work ends at another root than this peer's own run of it")
+            return
+        if job.known:  # its checkpoint says nothing new
+            self.pay(deal, message.receipt)
+            return
+        self.waiting[deal.id] = Awaited(record.checkpoint, message, record)
         self.desk.add(
             Fetch(
                 record.checkpoint,

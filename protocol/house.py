@@ -1,23 +1,39 @@
-"""Availability pay: what a network's house pays who passes a challenge that came by surprise, and how that is recorded.
+"""What a network's house pays newcomers for, and how that is recorded: passed challenges that came by surprise, and
+re-runs, which are ordinary deals but for what they lock and check (peer/reruns.py).
 
-By the records the ledger has: an agreement between house and peer whose channel holds the pay, and the settlement that
-pays it out, both signed by both. Nothing is locked and nothing re-executed: the bench card is the proof, and the
-agreement names it.
+Availability is paid by the records the ledger has: an agreement between house and peer whose channel holds the pay, and
+the settlement that pays it out, both signed by both. Nothing is locked and nothing re-executed: the bench card is the
+proof, and the agreement names it.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 from protocol.bench_card import OpenCard, chain_operations
 from protocol.codec import blake
+from protocol.credit_records import NO_CREDIT
 from protocol.errors import VerificationFailed
-from protocol.keys import peer_key
 from protocol.network import House, Network
 from protocol.records import Agreement, Settlement
 
-__all__ = ["AVAILABILITY_NS", "availability_micro", "check_pay", "is_availability", "pay_agreement", "pay_settlement"]
+__all__ = [
+    "AVAILABILITY_NS",
+    "KNOWN_END",
+    "availability_micro",
+    "check_pay",
+    "is_availability",
+    "is_rerun",
+    "part_of_house",
+    "pay_agreement",
+    "pay_settlement",
+    "takes_rerun",
+]
 
 AVAILABILITY_NS = 3600 * 10**9
 """The period that one passed challenge is paid for: `availability_micro_per_hour` is its rate."""
+
+KNOWN_END = "nobody was asked to check it: the house ran it itself before, and this ends at the same root"
 
 _ZERO = bytes(32)
 
@@ -75,8 +91,28 @@ def pay_settlement(agreement: Agreement, agreement_id: bytes) -> Settlement:
 
 def is_availability(agreement: Agreement, network: Network) -> bool:
     """Whether an agreement is the house's pay for a passed challenge, and no work."""
-    house = network.house
-    return house is not None and agreement.submitter == peer_key(house.peer) and agreement.task == _task(agreement.bid)
+    return bool(network.house) and agreement.submitter == network.house_key and agreement.task == _task(agreement.bid)
+
+
+def takes_rerun(submitter: bytes, *, check_permille: int, lock_micro: int, network: Network) -> bool:
+    """Whether work on a graph may go unchecked and unstaked because the house orders it: it knows the right end. A
+    script of the house, of which nothing can be checked, looks the same in an agreement."""
+    return network.reruns is not None and submitter == network.house_key and not check_permille and not lock_micro
+
+
+def is_rerun(agreement: Agreement, network: Network) -> bool:
+    """Whether an agreement is on a re-run for the house, as far as can be told from it alone (`takes_rerun`)."""
+    unchecked = takes_rerun(
+        agreement.submitter, check_permille=agreement.check_permille, lock_micro=agreement.lock_micro, network=network
+    )
+    return unchecked and agreement.credit == NO_CREDIT and not is_availability(agreement, network)
+
+
+def part_of_house(agreement: Agreement, network: Network) -> Literal["", "available", "rerun"]:
+    """For what of its programme for newcomers the house pays by this agreement; empty if for nothing of it."""
+    if is_availability(agreement, network):
+        return "available"
+    return "rerun" if is_rerun(agreement, network) else ""
 
 
 def check_pay(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tomllib
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -19,11 +19,13 @@ from protocol.errors import IchibaError, RemoteProtocolError, VerificationFailed
 from protocol.incentives import margins, stake_per_price
 from protocol.keys import peer_key, peer_name
 
-__all__ = ["BadNetworkFile", "Deposit", "Network", "Rules", "dump", "load", "load_trusted"]
+__all__ = ["BadNetworkFile", "Deposit", "House", "Network", "Reruns", "Rules", "dump", "load", "load_trusted"]
 
 Millis = Annotated[int, msgspec.Meta(ge=1, le=30 * 24 * 3600 * 1000)]
 Permille = Annotated[int, msgspec.Meta(ge=0, le=1000)]
 Micro = Annotated[int, msgspec.Meta(ge=0, le=params.AMOUNT_MICRO_MAX)]
+
+_Table = TypeVar("_Table", bound=msgspec.Struct)
 
 
 class BadNetworkFile(IchibaError):
@@ -85,11 +87,23 @@ class House(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     availability_micro_per_hour: Micro
 
 
+class Reruns(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True):
+    """What the house pays newcomers for running its own finished work on (peer/reruns.py). In micro-credits.
+
+    daily_micro: the most it pays in a day (UTC), to all. peer_daily_micro: to one peer. unit_price: the most it pays
+    for a giga-operation; who asks less is paid what it asks.
+    """
+
+    daily_micro: Micro
+    peer_daily_micro: Micro
+    unit_price: Annotated[int, msgspec.Meta(ge=1, le=params.AMOUNT_MICRO_MAX)]
+
+
 class Network(msgspec.Struct, frozen=True, dict=True):
     """A loaded network file. `id` is 32 bytes; `bootstrap` holds multiaddrs and is not part of the id.
 
-    house: who pays for availability, if anybody does. notaries: peers that arbitrate and give randomness, none or
-    3f + 1 of them; with none a quorum of checkers judges.
+    house: who pays newcomers, if anybody does: for availability, and where reruns are named for those too. notaries:
+    peers that arbitrate and give randomness, none or 3f + 1 of them; with none a quorum of checkers judges.
     """
 
     name: str
@@ -98,12 +112,20 @@ class Network(msgspec.Struct, frozen=True, dict=True):
     bootstrap: tuple[str, ...] = ()
     notaries: tuple[str, ...] = ()
     house: House | None = None
+    reruns: Reruns | None = None
 
     @property
     def id(self) -> bytes:
-        """BLAKE2b-256 of name, rules, deposits, notaries and, where there is one, the house."""
+        """BLAKE2b-256 of name, rules, deposits, notaries and, where they are named, the house and its re-runs."""
         named = (self.name, self.rules, self.deposits, self.notaries)
-        return blake("ichiba/network", encode(named if self.house is None else (*named, self.house)))
+        assert self.reruns is None or self.house is not None, "it is the house that pays for them"
+        paying = tuple(part for part in (self.house, self.reruns) if part is not None)
+        return blake("ichiba/network", encode((*named, *paying)))
+
+    @cached_property
+    def house_key(self) -> bytes:
+        """The house's key; empty where there is none."""
+        return peer_key(self.house.peer) if self.house is not None else b""
 
     @cached_property
     def notary_keys(self) -> frozenset[bytes]:
@@ -128,7 +150,7 @@ def load(text: str) -> Network:
         raw: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise BadNetworkFile(f"the network file is not TOML: {error}") from None
-    unknown = set(raw) - {"name", "rules", "deposits", "bootstrap", "notaries", "house"}
+    unknown = set(raw) - {"name", "rules", "deposits", "bootstrap", "notaries", "house", "reruns"}
     if unknown:
         raise BadNetworkFile(f"unknown keys {sorted(unknown)}", next_step="see docs/protocol.md")
     try:
@@ -147,7 +169,8 @@ def load(text: str) -> Network:
         name = msgspec.convert(raw.get("name"), Annotated[str, msgspec.Meta(min_length=1, max_length=40)])
         bootstrap = msgspec.convert(raw.get("bootstrap", []), tuple[str, ...])
         notaries = msgspec.convert(raw.get("notaries", []), tuple[str, ...])
-        house = _house(raw["house"]) if "house" in raw else None
+        house = _table(raw["house"], House, "house") if "house" in raw else None
+        reruns = _table(raw["reruns"], Reruns, "reruns") if "reruns" in raw else None
     except (msgspec.ValidationError, AttributeError, TypeError) as error:
         raise BadNetworkFile(f"the network file does not fit: {error}") from None
     seen = [peer_key(d.peer) for d in deposits]
@@ -163,14 +186,12 @@ def load(text: str) -> Network:
         )
     if house is not None and peer_key(house.peer) not in seen:
         raise BadNetworkFile("the house has no deposit to pay from", next_step="give it one, or name no house")
-    if house is not None and notaries:
-        raise BadNetworkFile(
-            "a house in a network with notaries",
-            why="they certify every opening, and do not know the house's pay yet",
-            next_step="name no house, or no notaries",
-        )
+    if reruns is not None and house is None:
+        raise BadNetworkFile("[reruns] without a [house]", why="it is the house that pays for them")
     check_incentives(rules)
-    return Network(name=name, rules=rules, deposits=deposits, bootstrap=bootstrap, notaries=notaries, house=house)
+    return Network(
+        name=name, rules=rules, deposits=deposits, bootstrap=bootstrap, notaries=notaries, house=house, reruns=reruns
+    )
 
 
 def load_trusted(text: str, network_id: bytes, *, what: str) -> Network:
@@ -189,12 +210,12 @@ def load_trusted(text: str, network_id: bytes, *, what: str) -> Network:
     return network
 
 
-def _house(given: Any) -> House:
-    """The [house] table. Raises BadNetworkFile, and what msgspec raises."""
-    names = [f.name for f in msgspec.structs.fields(House)]
+def _table(given: Any, kind: type[_Table], name: str) -> _Table:
+    """A table whose fields must all be given. Raises BadNetworkFile, and what msgspec raises."""
+    names = [f.name for f in msgspec.structs.fields(kind)]
     if not isinstance(given, dict) or set(given) != set(names):
-        raise BadNetworkFile(f"[house] takes {', '.join(names)}, all of them", next_step="see docs/protocol.md")
-    return msgspec.convert([given[name] for name in names], House)
+        raise BadNetworkFile(f"[{name}] takes {', '.join(names)}, all of them", next_step="see docs/protocol.md")
+    return msgspec.convert([given[field] for field in names], kind)
 
 
 def check_incentives(rules: Rules) -> None:
@@ -248,6 +269,8 @@ def dump(network: Network) -> str:
     if network.house is not None:
         lines += ["", "[house]", f'peer = "{network.house.peer}"', f"daily_micro = {network.house.daily_micro}"]
         lines += [f"availability_micro_per_hour = {network.house.availability_micro_per_hour}"]
+    if network.reruns is not None:
+        lines += ["", "[reruns]", *(f"{n} = {getattr(network.reruns, n)}" for n in Reruns.__struct_fields__)]
     for deposit in network.deposits:
         assert peer_name(peer_key(deposit.peer)) == deposit.peer
         lines += ["", "[[deposits]]", f'peer = "{deposit.peer}"', f"free_micro = {deposit.free_micro}"]

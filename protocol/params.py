@@ -75,6 +75,13 @@ CREDIT_DEBTS_TOLD_MAX: Final = 256  # of one peer, to one it has an account with
 CREDIT_HOLD_NS: Final = 600 * 10**9  # a clearing that one party does not sign holds the others' debts so long
 HOUSE_RESEND_NS: Final = 10 * 10**9  # an unsigned availability pay is sent again (peer/house.py)
 HOUSE_PERIODS_KEPT: Final = 48  # hours that its rows are kept: of today and yesterday, in any time zone
+RERUN_EVERY_NS: Final = 10 * 10**9  # between two orders of a house: each takes a run of its own (peer/reruns.py)
+RERUNS_OPEN_MAX: Final = 4  # orders of a house at a time: as many channels wait
+RERUN_SECONDS: Final = 300  # the longest re-run, at the speed that its peer proved: the house spends about as long
+RERUN_PATIENCE_NS: Final = 120 * 10**9  # an order that nobody has taken is withdrawn after this
+RERUN_DEADLINE_NS: Final = 3600 * 10**9  # a re-run must be done by then; twelve times what it may take
+RERUN_REST_NS: Final = 600 * 10**9  # before another order to a peer that did not do the last one
+RERUN_DAYS_KEPT: Final = 3  # of rows of re-runs: a budget is that of a day
 NETTING_COVERS_MAX: Final = 512  # deals and clearings of one netting: 40 KiB in a message
 
 # --- the node ----------------------------------------------------------------------------------------------

@@ -297,11 +297,9 @@ class _Card:
         ('[house]\npeer = "PEER"\ndaily_micro = -1\navailability_micro_per_hour = 1', "does not fit"),
         ('[house]\npeer = "PEER"\ndaily_micro = 1\navailability_micro_per_hour = 1\nmore = 1', "all of them"),
         ('[house]\npeer = "PEER"\ndaily_micro = 1\navailability_micro_per_hour = 1', "no deposit"),
-        (
-            'notaries = ["PEER"]\n[house]\npeer = "PEER"\ndaily_micro = 1\navailability_micro_per_hour = 1\n'
-            '[[deposits]]\npeer = "PEER"\nfree_micro = 1',
-            "with notaries",
-        ),
+        ("[reruns]\ndaily_micro = 1\npeer_daily_micro = 1\nunit_price = 1", "without a .house."),
+        ("[reruns]\ndaily_micro = 1\npeer_daily_micro = 1\nunit_price = 0", "does not fit"),
+        ("[reruns]\ndaily_micro = 1\nunit_price = 1", "all of them"),
     ],
 )
 def test_a_bad_house_is_refused_with_the_reason(text: str, complaint: str) -> None:
