@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from peer.cli_house import house
 from peer.cli_output import CREDITS, SIZE, Terminal, common, credits_of, write_whole
 from peer.cli_pause import finishing_line, pause, paused_line
 from peer.cli_up import Roles, up
@@ -128,6 +129,7 @@ def start(
 
 
 earn.add_command(pause)
+earn.add_command(house)
 
 
 @earn.command()
