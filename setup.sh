@@ -63,5 +63,7 @@ ls market/_placement*.so >/dev/null 2>&1 ||
     say "the compiled moves of placement were not built: same plans, searched 170 times slower. Likewise"
 ls market/_rounds*.so >/dev/null 2>&1 ||
     say "the compiled large rounds were not built: same matches, about a fifth of the speed. Likewise"
+ls protocol/_signatures*.so >/dev/null 2>&1 ||
+    say "the compiled loop over signatures was not built: same answers, fewer a second where many come. Likewise"
 printf '%s\n' "$wanted" >$stamp
 say "done: .venv/bin/ichiba"

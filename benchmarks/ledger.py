@@ -23,7 +23,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -35,7 +35,8 @@ import trio
 
 from market import ledger as money
 from market.ledger import Entry
-from peer.deals import Deal, cosign, receipt_key
+from peer.cosigning import Cosigning, cosign, cosign_ahead
+from peer.deals import Deal, receipt_key
 from peer.desk import Means
 from peer.events import Effect, Input, MessageIn, Post, Save, Send
 from peer.messages import ReceiptBack, ReceiptOffer, pack, unpack
@@ -153,6 +154,22 @@ def pay(network: Network, event: Input, _now_ns: int, _wall_ns: int) -> list[Eff
     return [*effects, *map(Post, batch.entries), Send(event.peer, pack(ReceiptBack(both, voucher)))]
 
 
+def foresee(network: Network, inputs: Sequence[Input]) -> Callable[[], None]:
+    """What a submitter's node would have signed ahead of these receipts (peer.submitter.Submitter.foresee)."""
+    wanted = []
+    for event in inputs:
+        assert isinstance(event, MessageIn)
+        offer = unpack(event.data)
+        assert isinstance(offer, ReceiptOffer)
+        record, record_id, _ = open_record(offer.receipt, network=network.id)
+        assert isinstance(record, Receipt)
+        count = record.sequence + 1
+        wanted.append(
+            Cosigning(offer.receipt, record, record_id, count * record.amount_micro, count * record.operations)
+        )
+    return partial(cosign_ahead, SUBMITTER, wanted)
+
+
 def signed_per_second(network: Network, store: Store, groups: list[list[bytes]]) -> tuple[float, float]:
     """Receipts a second from their arrival until they are on the disk and answered, and CPU microseconds of each."""
     inputs = [MessageIn(SOLVER.public, pack(ReceiptOffer(one))) for group in groups for one in group]
@@ -180,6 +197,7 @@ def signed_per_second(network: Network, store: Store, groups: list[list[bytes]])
             verifier=verifier,
             clock=open_clock(store),
             perform=answers.append,
+            foresee=partial(foresee, network),
         )
         start, cpu = time.perf_counter(), time.process_time()
         trio.run(drive, turns)

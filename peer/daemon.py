@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from peer.blobs import PROTOCOL as BLOB_PROTOCOL
 from peer.blobs import BlobStore
 from peer.clock import Clock
 from peer.control import serve_control
+from peer.cosigning import foresee
 from peer.desk import MARKET, SETTLEMENT, Means
 from peer.device import Device, find_device
 from peer.drops import OURS, merged
@@ -111,7 +113,7 @@ class Daemon:
     def __post_init__(self) -> None:
         self.turns = Turns(
             handle=self.node.handle, store=self.store, verifier=self.verifier, clock=self.clock,
-            perform=self._perform, tell=self._tell,
+            perform=self._perform, tell=self._tell, foresee=partial(foresee, self.node.submitter),
         )  # fmt: skip
 
     # --- for the control socket ----------------------------------------------------------------------------

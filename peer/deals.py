@@ -17,7 +17,6 @@ from peer.events import SegmentMade
 from protocol import params
 from protocol.codec import blake
 from protocol.errors import VerificationFailed
-from protocol.keys import SigningKey
 from protocol.lifecycle import Event, State, step
 from protocol.merkle import merkle_root
 from protocol.profile import EXACT
@@ -28,12 +27,9 @@ from protocol.records import (
     Envelope,
     Proof,
     Receipt,
-    Voucher,
-    add_signature,
     amount_for,
     decode_body,
     open_record,
-    seal,
 )
 from protocol.script import AnyTask, ScriptSpec
 from protocol.sealing import masked
@@ -48,7 +44,6 @@ __all__ = [
     "agreement_of",
     "check_receipt",
     "checkpoint_program",
-    "cosign",
     "losses_root",
     "make_claim",
     "make_proof",
@@ -320,26 +315,6 @@ def make_proof(desk: Desk, deal: Deal, receipts: list[bytes]) -> tuple[bytes, by
 def make_claim(desk: Desk, deal: Deal, fees: tuple[tuple[bytes, int], ...] = ()) -> bytes:
     """This peer's Claim on a deal, to close its channel alone: what the last voucher promises, in its envelope."""
     return desk.seal(Claim(network=desk.network.id, agreement=deal.id, author=desk.me, voucher=deal.voucher, fees=fees))
-
-
-def cosign(
-    envelope: bytes, receipt: Receipt, receipt_id: bytes, key: SigningKey, *, cumulative_micro: int, operations: int
-) -> tuple[bytes, bytes]:
-    """The submitter's word for one receipt: its envelope with both signatures, and the voucher that pays for it.
-
-    operations: cumulative, as the micro-credits are. Pure: it may be called in any thread.
-    """
-    voucher = Voucher(
-        network=receipt.network,
-        agreement=receipt.agreement,
-        epoch=0,
-        sequence=receipt.sequence,
-        cumulative_micro=cumulative_micro,
-        cumulative_operations=operations,
-        receipt=receipt_id,
-        submitter=key.public,
-    )
-    return add_signature(envelope, key, network=receipt.network), seal(voucher, key)
 
 
 def losses_root(losses: Iterable[float]) -> bytes:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from peer.deals import Deal, agreement_of, check_receipt, checkpoint_program, cosign, receipt_key, save, task_of
+from peer.cosigning import cosign
+from peer.deals import Deal, agreement_of, check_receipt, checkpoint_program, receipt_key, save, task_of
 from peer.desk import Desk
 from peer.drawing import Drawing
 from peer.events import Fetch, Fetched

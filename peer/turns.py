@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -64,7 +64,8 @@ class _Turn:
 
 class Turns:
     """See the module docstring. handle: the node's. perform: an effect that leaves the machine. tell: an event, once it
-    is journalled, as people and JSON see it."""
+    is journalled, as people and JSON see it. foresee: work that inputs will need from the node and that is better done
+    before, in a thread and for all of them at once; None where there is none."""
 
     def __init__(
         self,
@@ -75,9 +76,10 @@ class Turns:
         clock: Clock,
         perform: Callable[[Effect], None],
         tell: Callable[[dict[str, Any]], None] = lambda _: None,
+        foresee: Callable[[Sequence[Input]], Callable[[], None] | None] = lambda _: None,
     ) -> None:
         self._handle, self._store, self._verifier, self._clock = handle, store, verifier, clock
-        self._perform, self._tell = perform, tell
+        self._perform, self._tell, self._foresee = perform, tell, foresee
         self._last_seq = 0
         self.time = Reading(clock.now_ns, clock.now_ns)  # of the last turn in the node
 
@@ -115,6 +117,8 @@ class Turns:
     ) -> None:
         async with verified, handled:
             async for batch in verified:
+                if len(batch) >= params.SIGNATURES_AHEAD_MIN and (work := self._foresee(batch)) is not None:
+                    await trio.to_thread.run_sync(work)
                 now = self.time = self._clock.read(wall_ns=time.time_ns(), steady_ns=steady_ns())
                 effects: list[Effect] = [Emit("problem", b"", {"what": now.words()})] if now.jumped_ns else []
                 for one in batch:

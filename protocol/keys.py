@@ -6,6 +6,7 @@ peer id, so the key that signs records is the key that opens connections. Refuse
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import nacl.bindings
@@ -16,8 +17,9 @@ import nacl.signing
 from protocol import params
 from protocol.codec import blake
 from protocol.errors import MalformedRecord, VerificationFailed
+from protocol.signatures import check_many, make_many
 
-__all__ = ["SigningKey", "peer_key", "peer_name", "short", "verified", "verify"]
+__all__ = ["SigningKey", "check_of", "peer_key", "peer_name", "short", "verified", "verify", "verify_ahead"]
 
 KEY_BYTES: Final = 32
 SIGNATURE_BYTES: Final = 64
@@ -51,6 +53,14 @@ class SigningKey:
         signature: bytes = nacl.bindings.crypto_sign(message, self._secret)[:SIGNATURE_BYTES]
         verified.note(self.public + signature + message)
         return signature
+
+    def sign_all(self, domain: str, network: bytes, bodies: Sequence[bytes]) -> list[bytes]:
+        """`sign` of each body, in one call during which other threads run."""
+        messages = [_message(domain, network, body) for body in bodies]
+        signatures = make_many(self._secret, messages)
+        for signature, message in zip(signatures, messages, strict=True):
+            verified.note(self.public + signature + message)
+        return signatures
 
     def open_box(self, box: bytes) -> bytes:
         """What a sealed box (protocol.sealing.box_for) to this key holds. Raises VerificationFailed."""
@@ -89,6 +99,22 @@ def verify(public: bytes, domain: str, network: bytes, body: bytes, signature: b
     verified.add(public + signature + message)
 
 
+def check_of(public: bytes, domain: str, network: bytes, body: bytes, signature: bytes) -> bytes | None:
+    """The check that `verify` makes of these, for `verify_ahead`; None where it refuses their lengths."""
+    if len(public) != KEY_BYTES or len(signature) != SIGNATURE_BYTES:
+        return None
+    return public + signature + _message(domain, network, body)
+
+
+def verify_ahead(checks: Sequence[bytes]) -> None:
+    """Compute checks (of `check_of`) in one call during which other threads run, so that `verify` need not. Those that
+    are wrong are left for it to find."""
+    new = [check for check in dict.fromkeys(checks) if not verified.remembers(check)]
+    for check, right in zip(new, check_many(new), strict=True):
+        if right:
+            verified.add(check)
+
+
 class Verified:
     """The signatures last found right, so that none is computed twice: a record is opened at each of its steps, and
     peer/verifying.py computes ahead of the node, in threads.
@@ -104,9 +130,13 @@ class Verified:
 
     def knows(self, check: bytes) -> bool:
         """Whether this very check (key, signature, message: 128 bytes) was found right lately."""
-        found = check in self._new or check in self._old
+        found = self.remembers(check)
         self.remembered += found
         return found
+
+    def remembers(self, check: bytes) -> bool:
+        """The same, for who will not use the answer."""
+        return check in self._new or check in self._old
 
     def add(self, check: bytes) -> None:
         """Note a check that was computed and found right. Threads may call it at once."""

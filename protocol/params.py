@@ -54,6 +54,7 @@ SIGNATURES_REMEMBERED_MAX: Final = 32_768  # right ones not computed again, 10 M
 OPENED_REMEMBERED_MAX: Final = 4_096  # envelopes that were opened, not decoded again; 4 MiB of receipts
 OPENED_BYTES_MAX: Final = 2_048  # a larger envelope is opened each time: 16 MiB at most are remembered
 SIGNATURES_AHEAD_MIN: Final = 8  # fewer are computed sooner where they are used than handed to threads
+COSIGNED_AHEAD_MAX: Final = 1_024  # words for receipts made before the node asks for them, 1 MiB: four turns of them
 
 # --- money -------------------------------------------------------------------------------------------------
 MICRO_PER_CREDIT: Final = 1_000_000

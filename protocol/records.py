@@ -393,7 +393,7 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     ]
 
 
-_SIGNING_DOMAIN = "ichiba/record"
+SIGNING_DOMAIN = "ichiba/record"
 _opened: Lately[tuple[bytes, bytes], tuple[Record, bytes, frozenset[bytes]]] = Lately(params.OPENED_REMEMBERED_MAX)
 
 
@@ -431,14 +431,14 @@ def parties(record: Record) -> frozenset[bytes]:
 def seal(record: Record, key: SigningKey) -> bytes:
     """The bytes of an Envelope around `record` with one signature."""
     body = encode(record)
-    signature = key.sign(_SIGNING_DOMAIN, record.network, body)
+    signature = key.sign(SIGNING_DOMAIN, record.network, body)
     return encode(Envelope(body, ((key.public, signature),)))
 
 
 def add_signature(envelope: bytes, key: SigningKey, *, network: bytes) -> bytes:
     """The envelope with `key`'s signature added (once), signers in order of their keys."""
     old = decode(Envelope, envelope, bytes_max=params.GOSSIP_RECORD_BYTES_MAX)
-    signature = key.sign(_SIGNING_DOMAIN, network, old.body)
+    signature = key.sign(SIGNING_DOMAIN, network, old.body)
     every = dict(old.signatures) | {key.public: signature}
     return encode(Envelope(old.body, tuple(sorted(every.items()))))
 
@@ -476,7 +476,7 @@ def open_record(data: bytes, *, network: bytes) -> tuple[Record, bytes, frozense
     if strangers and not isinstance(record, Agreement | StakeMove):
         raise VerificationFailed(f"{type(record).__name__.lower()} signed by a peer that is no party to it")
     for peer, signature in envelope.signatures:
-        verify(peer, _SIGNING_DOMAIN, network, envelope.body, signature)
+        verify(peer, SIGNING_DOMAIN, network, envelope.body, signature)
     opened = record, record_id(envelope.body), frozenset(signers)
     if len(data) <= params.OPENED_BYTES_MAX:
         _opened.note((network, data), opened)

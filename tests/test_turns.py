@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,23 @@ async def test_the_next_life_begins_above_the_last_commit_though_the_clock_was_s
     assert "the clock jumped by -86," in told[0]["what"]
     assert told[1]["seq"] > first
     assert told[1]["time_ns"] == dated
+
+
+async def test_what_is_foreseen_of_many_inputs_is_done_in_a_thread_before_they_count(store: Store) -> None:
+    order: list[str] = []
+    here = threading.get_ident()
+
+    def foresee(inputs: Sequence[Input]) -> Callable[[], None]:
+        assert threading.get_ident() == here
+        return lambda: order.append(f"{len(inputs)} made, aside: {threading.get_ident() != here}")
+
+    def handle(event: Input, now_ns: int, wall_ns: int) -> list[Effect]:
+        order.append("handled")
+        return echo(event, now_ns, wall_ns)
+
+    count = params.SIGNATURES_AHEAD_MIN
+    with closing(Verifier(NETWORK, threads=1)) as verifier:
+        await run(made(store, verifier, handle=handle, foresee=foresee), [message(n) for n in range(count)])
+        few = made(store, verifier, handle=handle, foresee=lambda _: pytest.fail("too few to be worth it"))
+        await run(few, [message(n) for n in range(count - 1)])
+    assert order == [f"{count} made, aside: True", *["handled"] * (2 * count - 1)]
