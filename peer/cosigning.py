@@ -57,13 +57,13 @@ def foresee(submitter: Submitter, inputs: Sequence[Input]) -> Callable[[], None]
     for event in inputs:
         if not isinstance(event, Fetched) or event.error:
             continue
-        deal, awaited = submitter.deals.get(event.token), submitter.waiting.get(event.token)
-        if deal is None or awaited is None or awaited[0] != event.blob:
+        deal, awaited = submitter.deals.get(event.token), submitter.receiving.waiting.get(event.token)
+        if deal is None or awaited is None or awaited.blob != event.blob:
             continue
-        record, receipt_id, _ = open_record(awaited[1].receipt, network=network)
+        record, receipt_id, _ = open_record(awaited.message.receipt, network=network)
         assert isinstance(record, Receipt), "the node took it for one"
         micro, operations = deal.cumulative_micro + record.amount_micro, deal.cumulative_operations + record.operations
-        wanted.append(Cosigning(awaited[1].receipt, record, receipt_id, micro, operations))
+        wanted.append(Cosigning(awaited.message.receipt, record, receipt_id, micro, operations))
     return partial(cosign_ahead, submitter.desk.key, wanted) if len(wanted) >= params.SIGNATURES_AHEAD_MIN else None
 
 

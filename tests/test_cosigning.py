@@ -11,6 +11,7 @@ from peer import cosigning
 from peer.cosigning import Cosigning, cosign, cosign_ahead, foresee
 from peer.events import Fetched, Tick
 from peer.messages import ReceiptOffer
+from peer.receiving import Awaited
 from protocol import keys, params
 from protocol.codec import blake
 from protocol.keys import SigningKey
@@ -69,17 +70,19 @@ def test_another_sum_is_another_word() -> None:
     assert promise.cumulative_micro == 8
 
 
-def submitter_of(awaited: dict[bytes, tuple[bytes, ReceiptOffer]]) -> Any:
+def submitter_of(awaited: dict[bytes, Awaited]) -> Any:
     return SimpleNamespace(
         desk=SimpleNamespace(key=SUBMITTER, network=SimpleNamespace(id=NETWORK)),
         deals={deal: SimpleNamespace(cumulative_micro=100, cumulative_operations=1000) for deal in awaited},
-        waiting=awaited,
+        receiving=SimpleNamespace(waiting=awaited),
     )
 
 
 def test_fetched_checkpoints_foretell_the_words_for_their_receipts(monkeypatch: pytest.MonkeyPatch) -> None:
     offered = [receipt(n) for n in range(params.SIGNATURES_AHEAD_MIN)]
-    submitter = submitter_of({one.agreement: (one.checkpoint, ReceiptOffer(data)) for data, one, _ in offered})
+    submitter = submitter_of(
+        {one.agreement: Awaited(one.checkpoint, ReceiptOffer(data), one) for data, one, _ in offered}
+    )
     here = [Fetched(one.checkpoint, one.agreement) for _, one, _ in offered]
     assert foresee(submitter, here[1:]) is None, "too few"
     for odd in (Fetched(here[0].blob, here[0].token, error="lost"), Fetched(bytes(32), here[0].token), Tick()):
