@@ -103,11 +103,10 @@ class Certificates:
         (self.on_pay_certified if deal.side == "house" else self.on_certified)(deal)
 
     def certify_move(self, row: Moving) -> None:
-        """This peer signed a move of its stake: ask the notaries."""
+        """This peer signed a move of its stake: journal that, and ask the notaries from the next tick on."""
         row.doubt = True
         self._watch_move(row)
         self._keep(self.asked[row.id])
-        self._tick(self.asked[row.id])
 
     def _watch_move(self, row: Moving) -> None:
         move, _, _ = open_record(row.envelope, network=self.desk.network.id)

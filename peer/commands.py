@@ -423,6 +423,8 @@ class Commands:
                 continue
             closing = [e for i, e in sorted(self.settler.log.items()) if self._closes(e, deal_id)]
             closing += self.settler.credit.evidence(deal_id)
+            verdicts = [c.verdict for c in deal.checks if c.verdict]
+            profiles = deal.profiles if agreement_of(deal, self.desk.network.id).tolerance != EXACT else []
             deals.append(
                 {
                     "agreement": deal.agreement,
@@ -430,12 +432,13 @@ class Commands:
                     "voucher": deal.voucher,
                     "proof": deal.proof,
                     "reveals": [r for r in (deal.own_reveal, deal.other_reveal) if r],
-                    "verdicts": [c.verdict for c in deal.checks if c.verdict],
+                    "verdicts": verdicts,
                     "closing": closing,
                     "beacons": deal.draw_beacons,
                     "forced": deal.forced,
                     "forced_beacons": deal.beacons if deal.forced else [],
-                    "profiles": deal.profiles if agreement_of(deal, self.desk.network.id).tolerance != EXACT else [],
+                    "profiles": profiles,
+                    "stakes": self.moves.evidence([*verdicts, *profiles, *closing]),
                 }
             )
         return {**self._job(job), "task": job.task, "deals": deals}

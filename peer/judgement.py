@@ -93,7 +93,7 @@ class Judgement:
         segments = agreement.last_segment - agreement.first_segment
         cost_micro = amount_for(agreement.operations // segments, agreement.unit_price)
         costs = ((agreement.solver, cost_micro), *judged.fees)
-        self.desk.post(
+        self.stakes.penalise(
             penalties.lost_challenge(
                 judged.dispute,
                 challenger=challenger,
@@ -131,7 +131,7 @@ class Judgement:
             # somebody else must not cost more than what that burns of their lock.
             micro = min(self._at_stake(verdict.checker), channel.agreement.lock_micro // 2)
             holdings = self.stakes.holdings(verdict.checker)
-            self.desk.post(penalties.fault(verdict_id, checker=verdict.checker, micro=micro, holdings=holdings))
+            self.stakes.penalise(penalties.fault(verdict_id, checker=verdict.checker, micro=micro, holdings=holdings))
 
     def ordered_twice(self, proof: Equivocation) -> None:
         """Fold the proof that an owner signed two orders under one number. The amount is fixed, so that it is the same
@@ -144,7 +144,7 @@ class Judgement:
         if not self.desk.ledger.applied(penalties.equivocation_key(culprit, sequence)):
             micro, holdings = self.desk.network.rules.checker_stake_min_micro, self.stakes.holdings(culprit)
             try:
-                self.desk.post(penalties.equivocation(culprit, sequence, micro=micro, holdings=holdings))
+                self.stakes.penalise(penalties.equivocation(culprit, sequence, micro=micro, holdings=holdings))
             except InsufficientFunds as error:
                 raise NotYet(str(error)) from None
         self.twice[culprit, sequence] += 1  # a proof by another pair changes nothing, and every log keeps it

@@ -7,7 +7,7 @@ certified, across restarts; without any it counts as soon as it is signed. Sans-
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +21,8 @@ from protocol.certificate import Bucket
 from protocol.codec import Digest, decode
 from protocol.credits import credits_of
 from protocol.errors import InsufficientFunds, LimitExceeded, LocalProtocolError
-from protocol.records import Envelope, StakeMove, decode_body, open_record
+from protocol.keys import peer_key
+from protocol.records import Envelope, Profile, Slash, StakeMove, Verdict, decode_body, open_record
 from protocol.stake_records import unbonding_ns
 
 __all__ = ["Moves", "Moving"]
@@ -32,6 +33,17 @@ class _BadMove(LocalProtocolError):
 
     code = "usage"
     exit_code = 2
+
+
+def _who_judged(envelope: bytes, network: bytes) -> set[bytes]:
+    record, _, _ = open_record(envelope, network=network)
+    match record:
+        case Verdict(checker=peer) | Profile(verifier=peer):
+            return {peer}
+        case Slash(verdicts=verdicts):
+            return {peer for one in verdicts for peer in _who_judged(one, network)}
+        case _:
+            return set()
 
 
 class Moving(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -116,9 +128,10 @@ class Moves:
         return micro
 
     def _sign(self, kind: Literal["add", "withdraw"], micro: int) -> dict[str, Any]:
+        lost = self.settler.stakes.lost[self.desk.me] if kind == "withdraw" else 0
         move = StakeMove(
             network=self.desk.network.id, owner=self.desk.me, sequence=self.number(), kind=kind, amount_micro=micro,
-            created_ns=self.desk.wall_ns,
+            created_ns=self.desk.wall_ns, lost_micro=lost,
         )  # fmt: skip
         envelope = self.desk.seal(move)
         row = Moving(open_record(envelope, network=move.network)[1], envelope, self.desk.now_ns)
@@ -188,6 +201,23 @@ class Moves:
             "unbonding": unbonding,
             "moves": [self.describe(row) for row in self.rows.values()],
         }
+
+    # --- evidence --------------------------------------------------------------------------------------------
+    def evidence(self, envelopes: Iterable[bytes]) -> list[bytes]:
+        """The moves that show the stakes behind these verdicts, profiles and slashes, where the network file gives none
+        to speak of: the largest first, as many as a file may hold."""
+        network = self.desk.network
+        given = {peer_key(d.peer): d.stake_micro for d in network.deposits}
+        words = {peer for envelope in envelopes for peer in _who_judged(envelope, network.id)}
+        lacking = {peer for peer in words if given.get(peer, 0) < network.rules.checker_stake_min_micro}
+        if not lacking:
+            return []
+        found = []
+        for envelope in self.settler.log.values():
+            move, move_id, _ = open_record(envelope, network=network.id)
+            if isinstance(move, StakeMove) and move.kind == "add" and move.owner in lacking:
+                found.append((-move.amount_micro, move_id, envelope))
+        return [envelope for _, _, envelope in sorted(found)[: params.BUNDLE_DEAL_RECORDS_MAX]]
 
     # --- the table -------------------------------------------------------------------------------------------
     def save(self, row: Moving) -> None:

@@ -126,6 +126,9 @@ class Notary:
             # Or it would hold the money of an owner with a fast clock back for as long as nobody may fold it.
             if order.created_ns > self.desk.wall_ns + params.CLOCK_SKEW_NS_MAX:
                 return "early", "it is dated too far ahead of the clock of this notary"
+            lost = self.settler.stakes.lost[order.owner]
+            if order.kind == "withdraw" and order.lost_micro != lost:
+                return "stake", f"its owner lost {lost} of its stake by what is known here, it says {order.lost_micro}"
             if order.kind == "withdraw" and self.settler.stakes.crowded(order.owner):
                 return "busy", f"{params.UNBONDINGS_OF_OWNER_MAX} withdrawals of its owner are under way"
         elif order.first_segment >= order.last_segment or not order.operations or not order.channel_micro:

@@ -175,6 +175,7 @@ class Settler:
         after a channel's end must not count before it.
         """
         self.netting.restore(rows)
+        self.stakes.restore(rows)
         self.judgement.judging = False
         # By their number: the clock beside it may have been set back between two lives.
         for record_id, value in sorted(rows("settlement"), key=lambda row: row[1][8:12]):
@@ -431,10 +432,9 @@ class Settler:
                 del self._live[agreement_id]
             else:
                 self.lapse(agreement_id)
-        moved = self.stakes.tick() or self._closed
         self._tell()
-        if moved:
-            self._retry_pending()  # what waits for funds may find them
+        if self.stakes.tick():
+            self._retry_pending()  # moves that wait may find their funds
         self.netting.tick()
 
     def lapse(self, agreement_id: bytes) -> None:

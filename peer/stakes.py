@@ -2,17 +2,19 @@
 
 Promises: an add counts at once; what is withdrawn counts no more at once, answers for its owner until its window ends
 by the local clock, as a claim's does, and is free then, less what it was made to pay meanwhile. The same moves and the
-same penalties leave the same stakes in whatever order they came, as long as the stake reaches for all of them:
-a withdrawal takes what it finds, up to its amount, and a penalty takes the stake first and then what unbonds.
+same penalties leave the same stakes in whatever order they came: a penalty takes the stake first and then what unbonds;
+a withdrawal waits for a stake that is not there yet, but not for one that a penalty reached first: it takes the rest.
 Refuses to know who signed: the caller checks records first. Why it is so: docs/decisions/0020-stake-moves.md.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from market import entries as money
-from market.entries import Account, unbonding_of
+from market.entries import Account, Entry, unbonding_of
 from market.penalties import Holdings
 from peer.channel import Channel
 from peer.desk import Desk
@@ -47,9 +49,10 @@ class Stakes:
     channels: dict[bytes, Channel]
     sequences: dict[tuple[bytes, int], bytes]
     unbonding: dict[bytes, Unbonding] = field(default_factory=dict)  # by the record that withdraws
+    lost: Counter[bytes] = field(default_factory=Counter)  # micro-credits that penalties took of each owner's stake
     judged_ns: int = 0  # when notaries last ruled here
     _of: dict[bytes, set[bytes]] = field(default_factory=dict)  # owner -> its withdrawals
-    _next_ns: int = 0  # nothing ends before
+    _next_ns: int = 0  # of the next look
 
     def __post_init__(self) -> None:
         self.judged_ns = self.desk.now_ns  # or a restart would let go of what the last ruling is about to take
@@ -88,14 +91,18 @@ class Stakes:
 
     # --- the fold --------------------------------------------------------------------------------------------
     def ready(self, move: StakeMove) -> bool:
-        """Whether a move that waits might be folded now: cheap, for it is asked after every record."""
+        """Whether the funds of a move are there: cheap, for it is asked of those that wait after every record."""
         if move.kind == "withdraw":
-            return not self.crowded(move.owner) and self.free_micro(move.owner) > 0
+            there = self.free_micro(move.owner)
+            owners_view = there + self.lost[move.owner] - move.lost_micro
+            return not self.crowded(move.owner) and there > 0 and owners_view >= move.amount_micro
         return self.desk.ledger.balance_micro(Account(move.owner, "free")) >= move.amount_micro
 
     def fold(self, move: StakeMove, move_id: bytes, seen_ns: int) -> None:
         """Apply a move that this peer heard of at seen_ns. Raises NotYet while the funds are not there,
         VerificationFailed for a second order under one number."""
+        if move.kind == "add" and move.lost_micro:
+            raise VerificationFailed("a move into the stake that speaks of penalties")
         known = self.sequences.get((move.owner, move.sequence))
         if known is not None and known != move_id:
             raise VerificationFailed("two orders with one sequence number", why="their owner spends its balance twice")
@@ -116,26 +123,38 @@ class Stakes:
         # What it found when it came is not what it would find now: the journal holds it.
         if not ledger.applied(money.unbond_key(move_id)):
             if not self.ready(move):
-                raise NotYet("none of the stake is free to withdraw, or too many withdrawals are under way")
+                raise NotYet("the stake is not there to withdraw, or too many withdrawals are under way")
             micro = min(move.amount_micro, self.free_micro(move.owner))
             self.desk.post(money.unbond(move_id, owner=move.owner, micro=micro))
         until_ns = seen_ns + unbonding_ns(self.desk.network)
         self.unbonding[move_id] = Unbonding(move.owner, move.sequence, until_ns)
         self._of.setdefault(move.owner, set()).add(move_id)
-        self._next_ns = min(self._next_ns, until_ns)
+
+    def penalise(self, entry: Entry) -> bool:
+        """Post an entry that takes from a stake. False if it was there already. Raises InsufficientFunds."""
+        if not self.desk.post(entry):
+            return False
+        for account, delta_micro in entry.postings:
+            if account.bucket == "stake" and delta_micro < 0:
+                self.lost[account.owner] -= delta_micro
+                self.desk.save("stake-lost", account.owner, self.lost[account.owner].to_bytes(8, "big"))
+        return True
+
+    def restore(self, rows: Callable[[str], Iterable[tuple[bytes, bytes]]]) -> None:
+        """What penalties took: the ledger says it of stakes and locks together."""
+        self.lost = Counter({owner: int.from_bytes(micro, "big") for owner, micro in rows("stake-lost")})
 
     # --- time ------------------------------------------------------------------------------------------------
     def tick(self) -> bool:
-        """Free what was withdrawn so long ago that nothing can reach it any more. True if there was any."""
+        """Free what was withdrawn so long ago that nothing can reach it any more. True about once a second: time for a
+        look at moves that wait, for the ends of windows are no records."""
         if self.desk.now_ns < self._next_ns:
             return False
-        before = len(self.unbonding)
+        self._next_ns = self.desk.now_ns + _SECOND
         for move_id, one in list(self.unbonding.items()):
             if self.desk.now_ns >= one.until_ns and not self._held(one):
                 self.desk.attempt(self._free, move_id, one)
-        later_ns = self.desk.now_ns + _SECOND
-        self._next_ns = min((max(later_ns, one.until_ns) for one in self.unbonding.values()), default=params.FOREVER_NS)
-        return len(self.unbonding) < before
+        return True
 
     def _held(self, one: Unbonding) -> bool:
         """Whether a dispute that is open, or was just ruled on, may still take from it: for one window more at most, or

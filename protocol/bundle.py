@@ -202,6 +202,7 @@ class BundleReport:
         if still_open:
             lines.append(f"{still_open} channel(s) without a closing record: who was paid is not shown")
         lines.append("that the checkers were the first of those drawn: who else was connected leaves no trace")
+        lines.append("that they had their stakes still: what was taken out, the settlement log alone says")
         return lines
 
 

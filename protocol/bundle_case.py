@@ -40,7 +40,8 @@ class Deal(msgspec.Struct, forbid_unknown_fields=True):
     """The envelopes of one deal, in hex; empty where the deal did not get so far.
 
     beacons, forced_beacons: notaries' shares of the randomness of the draw, and of what ordered the error `forced`.
-    profiles: of a tolerant task, those its thresholds follow from.
+    profiles: of a tolerant task, those its thresholds follow from. stakes: the moves by which checkers and profilers
+    staked what the network file does not give them.
     """
 
     agreement: _Hex
@@ -54,6 +55,7 @@ class Deal(msgspec.Struct, forbid_unknown_fields=True):
     forced: _Hex = ""
     forced_beacons: _Shares = []
     profiles: Annotated[list[_Hex], msgspec.Meta(max_length=params.PROFILES_KEPT_MAX)] = []
+    stakes: _Few = []
 
 
 @dataclass
@@ -117,6 +119,10 @@ class Case:
     forced_id: bytes = b""
     tolerance: Tolerance | None = None
     profilers: tuple[bytes, ...] = ()
+    stakes: dict[bytes, int] = field(default_factory=dict)  # micro-credits, of the network file and of moves
+
+    def __post_init__(self) -> None:
+        self.stakes = {peer_key(deposit.peer): deposit.stake_micro for deposit in self.network.deposits}
 
     @property
     def spoiled(self) -> frozenset[int]:
@@ -170,10 +176,8 @@ def check_verdict(case: Case, verdict: Verdict) -> None:
         raise case.refuse("verdict", "a verdict names one segment twice")
     if verdict.checker in case.parties:
         raise case.refuse("verdict-checker", "a party of the deal judged it")
-    # Stake comes from the network file alone, so a checker without a deposit there never had any.
-    stakes = {peer_key(d.peer): d.stake_micro for d in case.network.deposits}
-    if stakes.get(verdict.checker, 0) < case.network.rules.checker_stake_min_micro:
-        raise case.refuse("verdict-stake", f"checker {short(verdict.checker)} has no stake in this network")
+    if case.stakes.get(verdict.checker, 0) < case.network.rules.checker_stake_min_micro:
+        raise case.refuse("verdict-stake", f"checker {short(verdict.checker)} is not shown to have a stake")
     if verdict.finding != "right":
         place = verdict.wrong_segment - case.agreement.first_segment
         if verdict.wrong_segment not in verdict.segments or not 0 <= place < len(case.receipts):

@@ -10,6 +10,7 @@ from protocol.bundle_case import Case, Deal, DealReport, Refused, check_verdict,
 from protocol.bundle_closing import check_closing, open_closing
 from protocol.bundle_correction import apply_correction, check_ordered, run_by
 from protocol.bundle_disputes import finding_words, open_disputes, unanswered
+from protocol.bundle_stakes import open_stakes
 from protocol.bundle_tolerance import check_distances, cleared_by, open_deal_tolerance, tolerance_words
 from protocol.certificate import check_certified
 from protocol.credit_records import NO_CREDIT
@@ -41,6 +42,7 @@ def check_deal(deal: Deal, *, number: int, task: AnyTask, task_id: bytes, networ
         what = "work on credit" if on_credit else "a script"
         raise case.refuse("agreement-checks", f"{what} was to be re-executed, or judged: nothing of it can be")
     _check_terms(case, task_id)
+    open_stakes(case, deal.stakes)
     open_deal_tolerance(case, deal.profiles)
     _check_receipts(case, deal.receipts)
     _check_voucher(case, deal.voucher)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from protocol.bundle_case import Case, unhex
 from protocol.errors import RemoteProtocolError
-from protocol.keys import peer_key, short
+from protocol.keys import short
 from protocol.profile import EXACT, PPB, Distance, ToleranceRefused, finding, refuse_tolerance
 from protocol.records import Verdict
 from protocol.tolerance import open_profiles, open_tolerance
@@ -32,10 +32,9 @@ def open_deal_tolerance(case: Case, profiles: Sequence[str]) -> None:
         raise case.refuse("tolerance", error.what, why=error.why) from None
     if case.tolerance is None:
         return
-    stakes = {peer_key(d.peer): d.stake_micro for d in case.network.deposits}
     for verifier in case.profilers:
-        if stakes.get(verifier, 0) < case.network.rules.checker_stake_min_micro:
-            raise case.refuse("tolerance", f"profiled by {short(verifier)}, who has no stake in this network")
+        if case.stakes.get(verifier, 0) < case.network.rules.checker_stake_min_micro:
+            raise case.refuse("tolerance", f"profiled by {short(verifier)}, who is not shown to have a stake")
     try:
         refuse_tolerance(case.tolerance, case.task.segments)
     except ToleranceRefused as error:

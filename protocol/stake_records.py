@@ -22,10 +22,12 @@ MoveMicro = Annotated[int, msgspec.Meta(ge=params.STAKE_MOVE_MICRO_MIN, le=param
 class StakeMove(
     msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True, tag="ichiba/stake-move/1"
 ):
-    """`add`: amount_micro of the owner's free credits become stake. `withdraw`: so much of its free stake, or what is
-    left of it, unbonds. Signed by the owner.
+    """`add`: amount_micro of the owner's free credits become stake. `withdraw`: so much of its free stake unbonds, less
+    what penalties took meanwhile that its owner did not know of. Signed by the owner.
 
     `sequence` is of the same series as that of the owner's openings of channels: of one number there is one order.
+    lost_micro: of a withdrawal, what penalties had taken out of the stake in the owner's ledger when it signed, so that
+    every peer can tell a stake that is not there yet from one that a penalty reached first; of an add 0.
     """
 
     network: Digest
@@ -34,6 +36,7 @@ class StakeMove(
     kind: Literal["add", "withdraw"]
     amount_micro: MoveMicro
     created_ns: Uint
+    lost_micro: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
 
 
 def unbonding_ns(network: Network) -> int:

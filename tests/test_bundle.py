@@ -20,7 +20,7 @@ from protocol import merkle, safetensors
 from protocol.bundle import BundleReport, verify_bundle, verify_checkpoint, verify_weights
 from protocol.bundle_deal import Refused
 from protocol.errors import VerificationFailed
-from protocol.records import Claim, Slash, Verdict
+from protocol.records import Claim, Slash, StakeMove, Verdict
 from protocol.task import TaskSpec
 from tests.bundle_forge import Forge, made
 
@@ -252,6 +252,19 @@ def test_only_staked_strangers_may_judge(forge: Forge) -> None:
     stranger = forge.stranger().public
     deal["verdicts"][0] = forge.sign(msgspec.structs.replace(verdict, checker=stranger), stranger)
     assert refused(forge) == "verdict-stake"
+    move = StakeMove(
+        network=verdict.network, owner=stranger, sequence=1, kind="add", amount_micro=1_000_000, created_ns=1
+    )
+    staked = forge.sign(move, stranger)
+    for wrong in (
+        [forge.sign(msgspec.structs.replace(move, amount_micro=999_999), stranger)],
+        [forge.sign(move, check_solver(forge))], [staked, staked],
+        [forge.sign(msgspec.structs.replace(move, kind="withdraw"), stranger)],
+    ):  # fmt: skip
+        deal["stakes"] = wrong
+        assert refused(forge) in ("verdict-stake", "stake", "move of stake-record")
+    deal["stakes"] = [staked]
+    assert refused(forge) == "settlement-fees", "it may judge, and is not the one that was paid"
     solver = check_solver(forge)
     deal["verdicts"] = [forge.sign(msgspec.structs.replace(verdict, checker=solver), solver), *whole[1:]]
     assert refused(forge) == "verdict-checker"

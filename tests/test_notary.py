@@ -22,12 +22,12 @@ from peer.notary import Notary
 from peer.settler import Settler
 from peer.witness import Witness
 from protocol import params
-from protocol.certificate import attach, provable
+from protocol.certificate import Order, attach, ordered_by, provable, takes
 from protocol.codec import decode
 from protocol.errors import VerificationFailed
 from protocol.keys import SigningKey, peer_name
 from protocol.network import Deposit, Network, Rules
-from protocol.records import Agreement, Equivocation, add_signature, open_record, seal
+from protocol.records import Agreement, Equivocation, StakeMove, add_signature, open_record, seal
 
 SECOND, NOW_NS = 10**9, 10**18
 SUBMITTERS = [SigningKey.from_seed(f"submitter-{n}".encode().ljust(32, b".")) for n in range(2)]
@@ -61,10 +61,25 @@ def agreed(
     return add_signature(seal(terms, SUBMITTERS[submitter]), SOLVERS[solver], network=NETWORK.id)
 
 
+def moving(kind: str, micro: int, *, owner: SigningKey = SOLVERS[0], sequence: int = 1, now_ns: int = NOW_NS) -> bytes:
+    """A move of stake with its owner's signature."""
+    move = StakeMove(
+        network=NETWORK.id, owner=owner.public, sequence=sequence, kind=kind, amount_micro=micro,  # type: ignore[arg-type]
+        created_ns=now_ns,
+    )  # fmt: skip
+    return seal(move, owner)
+
+
 def named(envelope: bytes) -> tuple[Agreement, bytes]:
     terms, agreement_id, _ = open_record(envelope, network=NETWORK.id)
     assert isinstance(terms, Agreement)
     return terms, agreement_id
+
+
+def order_of(envelope: bytes) -> tuple[Order, bytes]:
+    order, order_id, _ = open_record(envelope, network=NETWORK.id)
+    assert isinstance(order, Agreement | StakeMove)
+    return order, order_id
 
 
 class Office:
@@ -89,7 +104,7 @@ class Office:
         self.desk.now_ns = self.now_ns
         self.settler = Settler(self.desk)
         self.notary = Notary(self.desk, self.settler, Witness(self.desk))
-        self.settler.on_open = self.notary.opened
+        self.settler.on_open = self.settler.on_moved = self.notary.opened
         self.settler.restore(lambda table: list(self.rows.get(table, {}).items()))
         self.notary.restore(lambda table, prefix=b"": list(self.rows.get(table, {}).items()))
         self.desk.effects.clear()
@@ -112,7 +127,7 @@ class Office:
     def ask(self, envelope: bytes, *, end: bool = False, by: bytes = b"") -> CertificateMessage:
         """What it answers to one of the parties."""
         self.desk.now_ns = self.now_ns
-        answer = self.notary.on_ask(by or named(envelope)[0].submitter, CertifyAsk(envelope, end))
+        answer = self.notary.on_ask(by or ordered_by(order_of(envelope)[0])[0], CertifyAsk(envelope, end))
         self.commit()
         return answer
 
@@ -311,10 +326,20 @@ class Court(RuleBasedStateMachine):
         if envelope not in self.ordered:
             self.ordered.append(envelope)
 
+    @rule(
+        add=st.booleans(), micro=st.sampled_from((1_000, 1_900)), owner=st.sampled_from((SUBMITTERS[0], *SOLVERS[:2])),
+        twice=st.booleans(),
+    )  # fmt: skip
+    def moved_by(self, add: bool, micro: int, owner: SigningKey, *, twice: bool) -> None:
+        number, now_ns = 1 if twice else next(self.sequence) + 1, self.offices[0].now_ns
+        envelope = moving("add" if add else "withdraw", micro, owner=owner, sequence=number, now_ns=now_ns)
+        if envelope not in self.ordered:
+            self.ordered.append(envelope)
+
     def chosen(self, which: int) -> Iterator[tuple[bytes, bytes]]:
         if self.ordered:
             envelope = self.ordered[-1 - which % min(3, len(self.ordered))]  # of the latest: or nothing meets
-            yield envelope, named(envelope)[1]
+            yield envelope, order_of(envelope)[1]
 
     @rule(which=st.integers(0, 2), asked=st.sampled_from(SUBSETS), end=st.booleans(), show=st.booleans())
     def asked_for(self, which: int, asked: tuple[int, ...], *, end: bool, show: bool) -> None:
@@ -347,7 +372,7 @@ class Court(RuleBasedStateMachine):
             voids = tuple(self.voids.get(name, {}).values())
             for office in self.offices:
                 with suppress(VerificationFailed):  # too few promises are a move of the game too
-                    office.release(name, voids, named(envelope)[0].submitter)
+                    office.release(name, voids, ordered_by(order_of(envelope)[0])[0])
 
     @rule(at=st.integers(0, 3))
     def restarted(self, at: int) -> None:
@@ -362,14 +387,14 @@ class Court(RuleBasedStateMachine):
     def whatever_is_certified_can_be_paid(self) -> None:
         """A peer that has heard of nothing else folds all of it, in any order."""
         certified = [name for name, signed in self.signed.items() if len(signed) >= NETWORK.notary_quorum]
-        terms = {named(envelope)[1]: (named(envelope)[0], envelope) for envelope in self.ordered}
+        terms = {order_of(envelope)[1]: (order_of(envelope)[0], envelope) for envelope in self.ordered}
         outside = Office(SUBMITTERS[0])
         for name in certified:
             outside.take(attach(terms[name][1], self.signed[name]))
-        assert not outside.settler.pending, "two openings spend one balance"
-        assert len(outside.settler.channels) == len(certified)
-        places = [(terms[name][0].submitter, terms[name][0].sequence) for name in certified]
-        assert len(set(places)) == len(places), "two openings of one number"
+        assert not outside.settler.pending, "two orders spend one balance"
+        assert len(outside.settler.log) == len(certified)
+        places = [ordered_by(terms[name][0]) for name in certified]
+        assert len(set(places)) == len(places), "two orders of one number"
         outside.desk.ledger.check()
 
     @invariant()
@@ -386,13 +411,64 @@ class Court(RuleBasedStateMachine):
             assert ledger.total_micro() == TOTAL_MICRO
             held = [office.notary.terms[name] for name, row in office.notary.rows.items() if not row.void]
             for key in KEYS:
-                free = sum(terms.channel_micro for terms in held if terms.submitter == key)
-                stake = sum(terms.lock_micro for terms in held if terms.solver == key)
+                taken = [one for terms in held for one in takes(terms)]
+                free = sum(micro for peer, bucket, micro in taken if (peer, bucket) == (key, "free"))
+                stake = sum(micro for peer, bucket, micro in taken if (peer, bucket) == (key, "stake"))
                 assert (office.notary.free[key], office.notary.stake[key]) == (free, stake)
 
 
 TestCourt = Court.TestCase
 TestCourt.settings = settings(max_examples=300, stateful_step_count=30, deadline=None, derandomize=True)
+
+
+def test_a_move_and_an_opening_are_not_certified_out_of_one_balance(offices: list[Office]) -> None:
+    opening = with_answers(agreed(), offices[:3])  # 600 of 1000 free, 900 of 2000 staked
+    office = offices[0]
+    assert code_of(office.ask(moving("withdraw", 1_101, sequence=1))) == "stake"
+    out = with_answers(moving("withdraw", 1_100, sequence=2), offices[:3])
+    assert code_of(office.ask(agreed(1, 1, sequence=2))) == "stake"
+    assert code_of(office.ask(moving("add", 1_000, owner=SUBMITTERS[0], sequence=3))) == "funds"
+    office.start()
+    assert code_of(office.ask(agreed(1, 1, sequence=2))) == "stake", "it set it aside before it signed"
+    for envelope in (out, opening):
+        office.take(envelope)
+    assert not office.notary.rows and not office.notary.stake and not office.notary.free
+    assert office.settler.free_stake(SOLVERS[0].public) == 0
+    assert code_of(office.ask(agreed(1, 1, sequence=2))) == "stake"
+
+
+def test_a_move_and_an_opening_of_one_number_prove_a_fraud(offices: list[Office]) -> None:
+    office = offices[0]
+    assert isinstance(office.ask(agreed(10, 0)), Certified)
+    assert code_of(office.ask(moving("add", 1_000, owner=SUBMITTERS[0]))) == "sequence"
+    (proof,) = {open_record(envelope, network=NETWORK.id)[0] for envelope in office.published}
+    assert isinstance(proof, Equivocation) and proof.culprit == SUBMITTERS[0].public
+
+
+def test_moves_that_no_honest_owner_asks_for_are_refused(offices: list[Office]) -> None:
+    office = offices[0]
+    future = NOW_NS + params.CLOCK_SKEW_NS_MAX + 1
+    assert code_of(office.ask(moving("add", 1_000, owner=SUBMITTERS[0], now_ns=future))) == "early"
+    assert code_of(office.ask(moving("add", 1_000, owner=SUBMITTERS[0], now_ns=NOW_NS - LATE_NS))) == "late"
+    with pytest.raises(VerificationFailed, match="for its parties"):
+        office.ask(moving("withdraw", 1_000), by=SOLVERS[1].public)
+    lying = msgspec.structs.replace(order_of(moving("withdraw", 1_000))[0], lost_micro=1)
+    assert code_of(office.ask(seal(lying, SOLVERS[0]))) == "stake", "no penalty took anything of it"
+    party = Office(SOLVERS[0])
+    with pytest.raises(VerificationFailed):
+        party.ask(moving("withdraw", 1_000))
+    assert not office.rows and not party.rows
+
+
+def test_a_move_that_was_given_up_is_void_and_frees_what_fewer_set_aside(offices: list[Office]) -> None:
+    out = moving("withdraw", 1_500)
+    with_answers(out, offices[:1])
+    for office in offices:
+        office.now_ns += LATE_NS
+    voids = voids_of(out, offices[1:])
+    offices[0].release(order_of(out)[1], voids, SOLVERS[0].public)
+    assert not offices[0].notary.stake
+    assert isinstance(offices[0].ask(moving("withdraw", 2_000, sequence=2, now_ns=offices[0].now_ns)), Certified)
 
 
 def test_of_four_notaries_two_prove_that_one_is_honest() -> None:

@@ -225,11 +225,11 @@ class Deal:
         )
 
 
-def moved(network: Network, owner: str, kind: str, micro: int, *, sequence: int = 1, created_ns: int = 1) -> bytes:
+def moved(network: Network, owner: str, kind: str, micro: int, *, sequence: int = 1, lost: int = 0) -> bytes:
     """A move of stake with every signature that it takes."""
     record = StakeMove(
         network=network.id, owner=KEYS[owner].public, sequence=sequence, kind=kind, amount_micro=micro,  # type: ignore[arg-type]
-        created_ns=created_ns,
+        created_ns=1, lost_micro=lost,
     )  # fmt: skip
     envelope = seal(record, KEYS[owner])
     for key in NOTARIES if network.notaries else ():
@@ -304,21 +304,21 @@ class Swarm(RuleBasedStateMachine):
         micro=st.sampled_from((10**6, STAKE_MICRO // 4, 2 * STAKE_MICRO)),
     )  # fmt: skip
     def move_stake(self, owner: str, micro: int, out: bool) -> None:
-        """Into the stake and out of it, heard in any order with all else. A solver keeps what its locks take, and a
-        checker what it answers for, or adds nothing: a stake that is too short for all is an exception."""
-        kept = self.kept_of(owner)
-        if self.moves == 12 or (not out and not kept):
-            return
-        if out and kept:
-            self.gossip()  # what else is under way takes from it first
-            micro = min(micro, self.peers[0].settler.free_stake(KEYS[owner].public) - kept)
-        if micro < 10**6:
+        """Into the stake and out of it, by what the owner's own peer, the first, knows then; heard in any order with
+        all else. A solver keeps what its locks take; who takes out all adds nothing, for a stake that is too short for
+        what penalties take is an exception."""
+        kept, stakes, key = self.kept_of(owner), self.peers[0].settler.stakes, KEYS[owner].public
+        if out:
+            micro = min(micro, stakes.free_micro(key) - kept)
+        if self.moves == 12 or micro < 10**6 or (not out and not kept):
             return
         self.moves += 1
-        self.records.append(moved(self.network, owner, "withdraw" if out else "add", micro, sequence=100 + self.moves))
+        kind, lost = ("withdraw", stakes.lost[key]) if out else ("add", 0)
+        self.records.append(moved(self.network, owner, kind, micro, sequence=100 + self.moves, lost=lost))
+        self.peers[0].give(self.records[-1])
 
     def kept_of(self, owner: str) -> int:
-        """What a withdrawal leaves of a stake, so that all peers fold the same; 0: all of it may go."""
+        """What a withdrawal leaves of a stake."""
         return 20 * LOCK_MICRO
 
     @rule(seconds=st.sampled_from((1, 11, 61, 400, 25_000)))

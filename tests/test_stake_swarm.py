@@ -12,13 +12,16 @@ from market.entries import Account
 from peer.desk import Means
 from peer.simulator import SECOND, Faults, Simulation
 from protocol import params
+from protocol.bundle import make_bundle, verify_bundle
 from protocol.codec import blake, encode
+from protocol.errors import VerificationFailed
 from protocol.keys import SigningKey, peer_name
-from protocol.network import Deposit, Network
+from protocol.network import Deposit, Network, dump
 from protocol.records import StakeMove, open_record
 from protocol.script import FileRef, ScriptSpec
 from protocol.stake_records import unbonding_ns
 from protocol.task import task_id
+from tests.bundle_forge import plain
 from tests.dispute_swarm import COURT_RULES, told
 from tests.swarm_scenario import job_state, submit
 
@@ -28,13 +31,17 @@ BLOB = blake("test/script", b"s")
 DEAR, USUAL = 100_000, 1_000  # what nina asks for a giga-operation: of the script, and then
 
 
-def town(notaries: int, seed: int = 5) -> Simulation:
-    """A submitter, a solver without a deposit, two checkers, and perhaps notaries."""
+def town(notaries: int, seed: int = 5, *, poor: tuple[str, ...] = ()) -> Simulation:
+    """A submitter, a solver without a deposit, two checkers, and perhaps notaries. poor: have credits and no stake."""
     rng = random.Random(seed)
     names = [*ROLES, *(f"notary{number}" for number in range(notaries))]
     keys = {name: SigningKey.from_seed(rng.randbytes(32)) for name in names}
     deposits = tuple(
-        Deposit(peer_name(keys[name].public), 100_000_000 if name == "alice" else 0, 50_000_000)
+        Deposit(
+            peer_name(keys[name].public),
+            100_000_000 if name in ("alice", *poor) else 0,
+            0 if name in poor else 50_000_000,
+        )
         for name in names
         if name != "nina"
     )
@@ -121,6 +128,29 @@ def test_a_newcomer_stakes_what_it_was_paid_wins_checked_work_and_takes_its_stak
         peer.node.settler.tick()
     wallet = asked(simulation, "wallet")
     assert (wallet["free_micro"], wallet["unbonding_micro"], wallet["unbonding"]) == (free + 500_000, 0, [])
+
+
+@pytest.mark.parametrize("notaries", [0, 4])
+def test_a_verifier_that_staked_is_drawn_and_its_stake_is_shown_offline(notaries: int) -> None:
+    simulation = town(notaries, poor=("victor",))
+    earn(simulation)
+    asked(simulation, "stake", amount_micro=1_000_000)
+    assert simulation.command("victor", "stake", {"amount_micro": 2_000_000}).error is None
+    simulation.run(seconds=5)
+    job = submit(simulation)
+    state = finish(simulation, job)
+    checkers = {check["checker"] for check in state["deals"][0]["checks"] if check["state"] == "right"}
+    assert peer_name(simulation.peers["victor"].key.public) in checkers
+    evidence = plain(simulation.command("alice", "bundle", {"job": job}).result)
+    (deal,) = evidence["deals"]
+    (move,) = [open_record(bytes.fromhex(text), network=simulation.network.id)[0] for text in deal["stakes"]]
+    assert isinstance(move, StakeMove) and move.amount_micro == 2_000_000
+    bundle = make_bundle(evidence, network=dump(simulation.network), state={})
+    report = verify_bundle(bundle, simulation.network.id)
+    assert report.complete and any("had their stakes still" in line for line in report.not_proved())
+    deal["stakes"] = []
+    with pytest.raises(VerificationFailed, match="not shown to have a stake"):
+        verify_bundle(make_bundle(evidence, network=dump(simulation.network), state={}), simulation.network.id)
 
 
 def test_a_move_that_no_quorum_certifies_is_given_up_and_brought_to_an_end() -> None:

@@ -122,7 +122,7 @@ def test_a_challenger_does_not_escape_its_loss_and_nobody_holds_withdrawals_for_
 
 def test_two_orders_of_one_number_burn_what_unbonds_too() -> None:
     opening = Deal(JUDGED_NETWORK, 0, "submitter", "solver").opening
-    moves = [moved(JUDGED_NETWORK, "submitter", kind, 1_000_000) for kind in ("add", "withdraw")]
+    moves = [moved(JUDGED_NETWORK, "submitter", kind, 100_000) for kind in ("add", "withdraw")]
     for first, second in permutations((opening, *moves), 2):
         proof = prove(first, second, network=JUDGED_NETWORK.id)
         assert ordered_twice(proof) == 1
@@ -159,6 +159,29 @@ def test_penalties_and_a_withdrawal_leave_the_same_in_every_order() -> None:
         assert len(found) == 1, (micro, found)
 
 
+def test_a_withdrawal_waits_for_a_stake_that_is_not_here_yet_and_not_for_one_that_a_penalty_took() -> None:
+    deal = Deal(JUDGED_NETWORK, 0, "submitter", "solver")
+    lost, add = deal.arbitration("right", "verifier", 5), moved(JUDGED_NETWORK, "verifier", "add", 10**6)
+    out = moved(JUDGED_NETWORK, "verifier", "withdraw", STAKE_MICRO + 10**6, sequence=2)
+    found = set()
+    for order in permutations((lost, add, out)):
+        peer = Peer(JUDGED_NETWORK)
+        peer.give(deal.opening)
+        for number, envelope in enumerate(order):
+            peer.give(envelope)
+            if number == 1:
+                restarted(peer)
+        peer.give(out)  # what waited in memory comes again
+        assert not peer.settler.pending
+        found.add(buckets(peer, "verifier"))
+    assert found == {(FREE_MICRO - 10**6, 0, STAKE_MICRO + 10**6 - WORD)}
+    known = moved(JUDGED_NETWORK, "verifier", "withdraw", STAKE_MICRO, sequence=2, lost=WORD)
+    peer = Peer(JUDGED_NETWORK)
+    for envelope in (deal.opening, lost, known):
+        peer.give(envelope)
+    assert buckets(peer, "verifier")[2] == 0, "its owner knew of the penalty, and wants more than it has"
+
+
 # --- what strangers send -------------------------------------------------------------------------------------
 def record(**changes: object) -> StakeMove:
     fields: dict[str, object] = {
@@ -173,7 +196,7 @@ def record(**changes: object) -> StakeMove:
     [
         {"amount_micro": 0}, {"amount_micro": params.STAKE_MOVE_MICRO_MIN - 1}, {"amount_micro": -1_000_000},
         {"amount_micro": params.AMOUNT_MICRO_MAX + 1}, {"kind": "burn"}, {"sequence": -1}, {"owner": bytes(31)},
-        {"created_ns": 2**64},
+        {"created_ns": 2**64}, {"lost_micro": -1}, {"lost_micro": 2**63},
     ],
 )  # fmt: skip
 def test_amounts_and_fields_out_of_bounds_are_malformed(changes: dict[str, object]) -> None:
@@ -197,6 +220,8 @@ def test_moves_that_are_forged_of_another_network_or_not_certified_change_nothin
             peer.settler.accept(envelope)
         assert not peer.settler.pending
         assert buckets(peer, "solver") == (FREE_MICRO, STAKE_MICRO, 0)
+    with pytest.raises(VerificationFailed, match="penalties"):
+        Peer(FREE_NETWORK).settler.accept(seal(record(lost_micro=1), KEYS["solver"]))
     two = seal(record(network=JUDGED_NETWORK.id), KEYS["solver"])
     for key in NOTARIES[:2]:
         two = add_signature(two, key, network=JUDGED_NETWORK.id)
