@@ -27,7 +27,7 @@ class Known(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     """What the submitter knew of one bidder in that round. Stake in micro-credits.
 
     right, wrong, streak: the solver's bare history. right_ppm, wrong_ppm, deals: its Reputation on the UTC day
-    `evidence_day`, which is 0 in a match kept by an older program, that ranked by the bare history.
+    `evidence_day`, which it was ranked by.
     """
 
     solver: PeerKey
@@ -40,10 +40,10 @@ class Known(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     reachable: bool
     excluded: bool
     taken: bool  # by another offer of the same submitter, in the same round
-    right_ppm: Uint = 0
-    wrong_ppm: Uint = 0
-    deals: Uint = 0
-    evidence_day: Uint = 0
+    right_ppm: Uint
+    wrong_ppm: Uint
+    deals: Uint
+    evidence_day: Uint
     bytes_per_second: Uint = params.LINK_BYTES_PER_SECOND  # of the link between the two
     credit_micro: Uint = 0  # what was left of its credit line, of an offer on credit
 
@@ -55,8 +55,6 @@ class Known(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     @property
     def reputation(self) -> Reputation:
         """What it was ranked by."""
-        if not self.evidence_day:
-            return Reputation.known(self.right, self.wrong)
         return Reputation(self.right_ppm, self.wrong_ppm, self.deals)
 
 

@@ -111,7 +111,8 @@ def markdown() -> str:
         "## What each finding moves",
         "",
         "Named amounts come first, as far as the source reaches (costs pro rata); the rest is shared. Everything is",
-        "rounded down and what is left burns. `who` is the checker that the finding is about.",
+        "rounded down and what is left burns. `who` is the checker that the finding is about. What was withdrawn",
+        "from a stake and is not free yet counts as stake here, after the rest of it.",
         "",
         *_table(
             ("finding", "when", "record", "channel", "solver's lock", "stake of `who`", "pool"),

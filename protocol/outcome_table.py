@@ -214,6 +214,8 @@ FINDINGS: Final[Mapping[str, Row]] = {
                                (Line("pool", "who", "first", "jackpot"),)),
     "fault": Row("a checker signed `right` on what notaries found wrong, or on an ordered error", "Fault",
                  (Line("stake", "pool", "share", FAULT.pool), Line("stake", "burned", "share", FAULT.burned))),
+    "ordered twice": Row("a peer, `who`, signed two orders over its money under one number, whatever deals they are of",
+                         "Equivocation", (Line("stake", "burned", "share", 1000),)),
     "slashed": Row("in a network without notaries: a quorum of checkers finds drawn segments wrong", "Slash",
                    (*_REFUND, Line("lock", "checkers", "cost", "check cost"),
                     Line("lock", "submitter", "share", 500), Line("lock", "burned", "share", 500))),

@@ -7,8 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from market.audit import Known, Match, check_match, read_match
-from market.reputation import Reputation
+from market.audit import Match, check_match, read_match
 from peer.simulator import Faults, Simulation
 from protocol.codec import encode
 from protocol.errors import RemoteProtocolError, VerificationFailed
@@ -125,11 +124,3 @@ def test_many_jobs_are_matched_together_and_each_match_can_be_made_again() -> No
     simulation.crash("alice", for_ns=10**9)
     simulation.run(seconds=5)
     assert len(simulation.command("alice", "jobs", {}).result["jobs"]) == 70
-
-
-def test_a_match_kept_by_an_older_program_is_ranked_by_the_bare_history_it_had(played: tuple[Simulation, str]) -> None:
-    (match,) = matches_of(played)
-    (new, *_), fields = match.known, len(Known.__struct_fields__)
-    old = msgspec.msgpack.decode(encode([*msgspec.msgpack.decode(encode(new))[: fields - 4]]), type=Known)
-    assert old.reputation == Reputation.known(old.right, old.wrong)
-    assert new.reputation == Reputation(new.right_ppm, new.wrong_ppm, new.deals)

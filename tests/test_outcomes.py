@@ -327,7 +327,15 @@ def test_everybody_and_every_finding_is_described_and_reached() -> None:
     assert set(MEANINGS) == {(party, b) for party in PARTIES for b in BEHAVIOURS}
     assert set(CHANCES) == {chance for _, chance in TRUTH} - set() | {"unseen"}
     reached = {step.finding for cell in POSSIBLE for step in steps(cell)}
-    assert reached == set(FINDINGS) - {"slashed"}
+    assert reached == set(FINDINGS) - {"slashed", "ordered twice"}  # in no cell: of other networks, and of no deal
+
+
+def test_two_orders_of_one_number_burn_what_the_table_says() -> None:
+    amounts = {"stake": 1_000_000}
+    (move,) = moves("ordered twice", amounts)
+    entry = penalties.equivocation(b"k" * 32, 7, micro=amounts["stake"])
+    assert dict(entry.postings) == {BURNED: move.micro, Account(b"k" * 32, "stake"): -move.micro}
+    assert (move.to, move.micro) == ("burned", 1_000_000)
 
 
 def test_a_quorum_without_notaries_moves_what_the_table_says() -> None:
