@@ -62,8 +62,9 @@ def ladder(
 ) -> list[Rung]:
     """At most QUOTE_ROWS_MAX limits, lowest first, spread over the prices asked; `limit` is among them if given.
 
-    rivals: the limits of other offers that stand: who pays as much is served before. prints: what was matched of
-    late, for how soon others are served. cost: unit price -> micro-credits of the work, and with its checks.
+    rivals: the limits of other offers that stand and that their submitters can pay: who pays as much is served before.
+    prints: what was matched of late, for how soon others are served. cost: unit price -> micro-credits of the work, and
+    with its checks.
     """
     prices = sorted({one.ask.unit_price for one in supply})
     room = params.QUOTE_ROWS_MAX - (limit is not None)

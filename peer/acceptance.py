@@ -68,6 +68,9 @@ class Acceptance:
             return Refusal("terms", "another proposal on this bid waits for its answer")
         if len(self.waiting) >= params.PROPOSALS_WAITING_MAX:
             return Refusal("busy", "as many proposals wait here as this peer keeps")
+        theirs = sum(1 for one in self.waiting.values() if one.agreement.submitter == agreement.submitter)
+        if theirs >= params.PROPOSALS_PER_SUBMITTER_MAX:
+            return Refusal("busy", f"{theirs} proposals of this submitter wait here: as many as of any one")
         return self.bidder.refuse_proposal(agreement, task, message.profiles)
 
     def withdraw(self, agreement_id: bytes, peer: bytes) -> None:

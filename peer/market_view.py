@@ -206,11 +206,12 @@ class MarketView:
         able = self._able(given)
         made = quote(able, operations=given.operations, unit_price_max=given.unit_price_max)
         busy = self.busy()
+        rivals = (o for o in book.offers.values() if o.mode in ("exact", "tolerant"))
         rungs = ladder(
             [self._supply(a, busy) for a in able.cheapest(params.QUOTE_ASKS_MAX)],
             operations=given.operations,
             limit=given.unit_price_max,
-            rivals=[o.unit_price_max for o in book.offers.values() if o.mode in ("exact", "tolerant")],
+            rivals=[o.unit_price_max for o in self.bidder.pricer.funded(rivals)],
             prints=[one for one in self.prints() if one.mode != "unchecked"],
             now_ns=now,
             round_ns=rules.round_ms * 10**6,

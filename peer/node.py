@@ -198,14 +198,14 @@ class Node:
             self.desk.book.take_offer(agreement.offer, now_ns=self.desk.wall_ns)
         if not is_availability(agreement, self.desk.network):  # pay for standing ready takes no slot
             self.desk.book.void_bids(agreement.solver, until_ns=agreement.created_ns)
-        self.submitter.opened(agreement_id)
-        self.solver.opened(agreement_id)
+        self.desk.attempt(self.submitter.opened, agreement_id)
+        self.desk.attempt(self.solver.opened, agreement_id)
 
     def _closed(self, agreement_id: bytes, how: str) -> None:
         if self.restored.listening:
             return
-        self.submitter.closed(agreement_id, how)
-        self.solver.closed(agreement_id, how)
+        self.desk.attempt(self.submitter.closed, agreement_id, how)
+        self.desk.attempt(self.solver.closed, agreement_id, how)
 
     def _handed_over(self, work: bytes) -> None:
         """The neighbours of a unit here have signed: its receipt, or its end if this peer keeps it, may go on."""

@@ -7,7 +7,7 @@ what work sold for of late, or at the floor.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -86,11 +86,14 @@ class Pricer:
     def _wanted(self) -> list[Offer]:
         """The offers of others that stand, highest limit first, as far as their submitters can pay for them all. What
         this peer cannot serve for another reason than memory is left out."""
-        means, found, due = self.desk.means, [], Counter[tuple[bytes, bool]]()
-        stake = self.settler.free_stake(self.desk.me)
-        for offer in sorted(self.desk.book.offers.values(), key=lambda o: (-o.unit_price_max, o.submitter, o.nonce)):
-            if offer.submitter == self.desk.me or offer.mode in ("script", "profile"):
-                continue  # a script's giga-operation is another thing, and a profile is for verifiers
+        means, stake, found = self.desk.means, self.settler.free_stake(self.desk.me), []
+        others = (
+            offer
+            for offer in self.desk.book.offers.values()
+            # A script's giga-operation is another thing, and a profile is for verifiers.
+            if offer.submitter != self.desk.me and offer.mode not in ("script", "profile")
+        )
+        for offer in self.funded(others):
             refusal = refuse_offer(
                 offer,
                 unit_price=0,
@@ -102,11 +105,18 @@ class Pricer:
                 device_memory_bytes=means.device_memory_bytes,
                 now_ns=self.desk.wall_ns,
             )
+            if refusal is None:
+                found.append(offer)
+        return found
+
+    def funded(self, offers: Iterable[Offer]) -> list[Offer]:
+        """Those of `offers` whose submitters can pay for them and for all of theirs with higher limits, by what this
+        peer knows; highest limit first."""
+        found, due = [], Counter[tuple[bytes, bool]]()
+        for offer in sorted(offers, key=lambda o: (-o.unit_price_max, o.submitter, o.nonce)):
             worth, on_credit = amount_for(offer.operations, offer.unit_price_max), not offer.budget_micro
             due[offer.submitter, on_credit] += offer.budget_micro or worth
-            if refusal is not None or worth > (offer.budget_micro or worth):
-                continue
-            if due[offer.submitter, on_credit] <= self._purse(offer):
+            if worth <= (offer.budget_micro or worth) and due[offer.submitter, on_credit] <= self._purse(offer):
                 found.append(offer)
         return found
 

@@ -149,19 +149,20 @@ class Settler:
 
     def _tell(self) -> None:
         """Call the node's ears, after the record that explains the news is in the log: what they publish in answer
-        must come after it, or a restart would fold the log in another order."""
+        must come after it, or a restart would fold the log in another order. The record stands, whatever they make
+        of it, and each hears all of it: the trouble of one is told."""
         opened, self._opened = self._opened, []
         moved, self._moved = self._moved, []
         closed, self._closed = self._closed, []
         judged, self.judgement.judged = self.judgement.judged, []
         for agreement_id in opened:
-            self.on_open(agreement_id)
+            self.desk.attempt(self.on_open, agreement_id)
         for move_id in moved:
-            self.on_moved(move_id)
+            self.desk.attempt(self.on_moved, move_id)
         for agreement_id, how in closed:
-            self.on_close(agreement_id, how)
+            self.desk.attempt(self.on_close, agreement_id, how)
         for agreement_id, finding in judged:
-            self.on_judged(agreement_id, finding)
+            self.desk.attempt(self.on_judged, agreement_id, finding)
 
     def _stage(self, record: Record) -> int:
         """Journalled with a record: 0 while its channel is open, 1 when it is closed, 2 when its lock is gone too."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 
 import msgspec
 
@@ -76,6 +77,8 @@ class Solver:
     resend: dict[bytes, int] = field(default_factory=dict)
     step_times: dict[bytes, int] = field(default_factory=dict)
     unlock: Callable[[Deal, m.Opened], None] = lambda _a, _b: None  # take the contents of a sealed job
+    _unended: dict[bytes, Deal] = field(default_factory=dict)  # of the first `_known` deals
+    _known: int = 0
 
     def __post_init__(self) -> None:
         self.receipts = ReceiptRows("receipts", lambda deal: self.deals[deal].receipts)
@@ -84,12 +87,21 @@ class Solver:
 
     def slots_free(self) -> int:
         """Slots without an active deal."""
-        return self.desk.means.slots - sum(1 for d in self.deals.values() if d.state in ACTIVE)
+        return self.desk.means.slots - sum(1 for d in self._standing() if d.state in ACTIVE)
 
     def promised_micro(self) -> int:
         """What proposals that were signed here may still lock of the stake, beside those that notaries certify."""
-        signed = (d for d in self.deals.values() if d.state == State.PROPOSED and not d.doubt)
+        signed = (d for d in self._standing() if d.state == State.PROPOSED and not d.doubt)
         return sum(agreement_of(deal, self.desk.network.id).lock_micro for deal in signed)
+
+    def _standing(self) -> list[Deal]:
+        """The deals that have not ended, which each look at an offer counts: those that have stay in `deals`."""
+        if self._known != len(self.deals):  # new ones stand behind the others
+            self._unended.update(islice(self.deals.items(), self._known, None))
+            self._known = len(self.deals)
+        for ended in [key for key, deal in self._unended.items() if deal.state in TERMINAL]:
+            del self._unended[ended]
+        return list(self._unended.values())
 
     # --- agreeing ------------------------------------------------------------------------------------------
     def on_propose(self, peer: bytes, message: m.Propose) -> None:
@@ -426,9 +438,8 @@ class Solver:
     def tick(self) -> None:
         """Repeat what is unanswered, free what was never opened, claim what is never settled."""
         self.acceptance.tick()
-        for deal in list(self.deals.values()):
-            if deal.state not in TERMINAL:  # not `lifecycle`: thousands of finished deals are passed over
-                self.desk.attempt(self._tick_deal, deal)
+        for deal in self._standing():
+            self.desk.attempt(self._tick_deal, deal)
 
     def _tick_deal(self, deal: Deal) -> None:
         now, rules = self.desk.now_ns, self.desk.network.rules

@@ -122,6 +122,7 @@ PRICE_TELL_NS: Final = 5 * 10**9  # between two asks that differ in price by an 
 PRICE_TELL_SHARE: Final = 8
 PRICE_PATIENCE_ROUNDS: Final = 8  # a slot idle for longer does not believe that anybody goes without
 PRICE_NEEDS_MAX: Final = 64  # different needs of memory that one move of a price weighs: up to 6 ms each in a full book
+PROPOSALS_PER_SUBMITTER_MAX: Final = 16  # that wait for one solver: a round gives it one job of each submitter
 PROPOSALS_WAITING_MAX: Final = 256  # for one solver's answer, up to 32 KiB each; one a bid, for about a round
 PASSED_OVER_MAX: Final = 5  # times in a row that one solver may bid and take other work before its bids rest
 NEWCOMER_DEALS: Final = 10  # below this many verified deals a solver is a newcomer (BOINC's rule, NOTES)
