@@ -104,17 +104,22 @@ class Outgoing:
     _spent: int = 0
     _done: int = 0
     _released: int = 0
+    _had: frozenset[PayloadKey] = frozenset()  # by the receiver, when it greeted; and all before _floor
+    _floor: int = 0
 
     def add(self, key: PayloadKey, size: int) -> None:
-        """One more payload."""
+        """One more payload. A unit that replays its segment makes again what the other side has."""
         self.sizes[key] = size
+        if self.linked and (key.step < self._floor or key in self._had):
+            self._taken.add(key)
+            return
         self.waiting_bytes += size
         self._todo.append(key)
 
     def welcome(self, greeting: Greeting) -> list[PayloadKey]:
         """A stream is open: go on from what the other side has. Returns what need not be kept for it any more. Raises
         MalformedRecord."""
-        have = set(greeting.have)
+        self._had, self._floor = frozenset(greeting.have), greeting.floor
         self.waiting_bytes = 0
         self._todo.clear()
         self._sent.clear()
@@ -122,7 +127,7 @@ class Outgoing:
         self._at = self._spent = self._done = 0
         self._credit, self.linked = greeting.credit, True
         for key, size in list(self.sizes.items()):
-            if key.step < greeting.floor or key in have:
+            if key.step < self._floor or key in self._had:
                 self._taken.add(key)
             else:
                 self._todo.append(key)
