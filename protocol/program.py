@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Annotated, Literal, TypeAlias
 
@@ -41,6 +41,7 @@ __all__ = [
     "operations_per_step",
     "peak_bytes",
     "program_id",
+    "resolved",
     "state_layout",
 ]
 
@@ -256,7 +257,7 @@ class Program(
         for number, node in enumerate(self.nodes):
             if any(ref >= len(known) for ref in node.refs()):
                 raise MalformedRecord(f"node {number} reads a value that is not computed before it")
-            inferred = result_type(node.op, _resolve(node.args, known))
+            inferred = result_type(node.op, resolved(node.args, known))
             if inferred != node.type:
                 raise MalformedRecord(f"node {number} ({node.op}) declares {node.type}, its result is {inferred}")
             known.append(inferred)
@@ -290,7 +291,7 @@ def _check_init(item: Input, init: Init) -> None:
         raise MalformedRecord(f"init of {item.name}: a number that {init.kind} does not use")
 
 
-def _resolve(args: tuple[Arg, ...], known: list[TensorType]) -> list[Value]:
+def resolved(args: tuple[Arg, ...], known: Sequence[TensorType]) -> list[Value]:
     """The arguments with values replaced by their types and floats by their numbers."""
     resolved: list[Value] = []
     for arg in args:
@@ -322,7 +323,7 @@ def state_layout(program: Program) -> dict[str, tuple[str, tuple[int, ...]]]:
 def operations_per_step(program: Program) -> int:
     """The operations one step is charged for (protocol.operations.cost_of, summed over the nodes)."""
     types = list(program.types)
-    return sum(cost_of(node.op, _resolve(node.args, types), node.type) for node in program.nodes)
+    return sum(cost_of(node.op, resolved(node.args, types), node.type) for node in program.nodes)
 
 
 def longest_product(program: Program) -> int:

@@ -29,9 +29,9 @@ from protocol.program import (
     Ref,
     Type,
     Update,
-    _resolve,
     operations_per_step,
     program_id,
+    resolved,
 )
 from protocol.reference_movement import Array
 from protocol.task import ArrayRef, BatchRule, Initial, Schedule, TaskSpec
@@ -69,7 +69,7 @@ class _Builder:
         self.names = {item.name: number for number, item in enumerate(inputs)}
 
     def __call__(self, name: str, op: str, *args: Any) -> Ref:
-        kind = result_type(op, _resolve(args, self.types))
+        kind = result_type(op, resolved(args, self.types))
         self.nodes.append(Node(op, args, kind.dtype, kind.shape, f"model.py:{10 + len(self.nodes)}"))  # type: ignore[arg-type]
         self.types.append(kind)
         self.names[name] = len(self.types) - 1
