@@ -43,6 +43,7 @@ from protocol.bench_card import Figures
 from protocol.codec import blake
 from protocol.credit_records import ON_CREDIT
 from protocol.errors import IchibaError, NotFound
+from protocol.house import KNOWN_END
 from protocol.keys import peer_key, peer_name
 from protocol.lifecycle import TERMINAL, State
 from protocol.profile import EXACT
@@ -256,7 +257,7 @@ class Commands:
             "kind": task.kind if isinstance(task, TaskSpec) else task.mode,
             "checkpoint_bytes": job.checkpoint_bytes,
             **self.sealing.describe(job),
-            "assurance": ASSURANCE if isinstance(task, ScriptSpec) else ON_CREDIT if job.credit else "",
+            "assurance": self._assurance(job),
             "credit": job.credit,
             "replicas": self._replicas(job),
             "run": self.runs.watch.describe(job, self.runs.runs.get(job.id)),
@@ -290,6 +291,12 @@ class Commands:
 
     def _culprits(self, job: Job) -> list[bytes]:
         return sorted({p for one in self.jobs.children(job) for p in one.culprits}) if job.units else job.culprits
+
+    def _assurance(self, job: Job) -> str:
+        """What is known of work that no verifier is asked about; empty of any other."""
+        if isinstance(task_of(job.task), ScriptSpec):
+            return ASSURANCE
+        return ON_CREDIT if job.credit else KNOWN_END if job.known else ""
 
     def _own_deals(self, job: Job) -> list[Deal]:
         return [self.submitter.deals[deal] for deal in job.deals if deal in self.submitter.deals]

@@ -240,7 +240,7 @@ class House:
         self._advance(deal)
 
     def _refused(self, deal: Deal, code: str, why: str) -> None:
-        """No quorum signed in time: the peer goes without it, and what some set aside comes back (certificates)."""
+        """No quorum signed in time: the peer goes without it, unless as many had signed that it opens late."""
         move(self.desk, deal, Event.REFUSED)
         for key, pay in self.pays.items():
             if pay.deal == deal.id:
