@@ -81,6 +81,7 @@ class Settler:
     _opened: list[bytes] = field(default_factory=list)
     _moved: list[bytes] = field(default_factory=list)
     _closed: list[tuple[bytes, str]] = field(default_factory=list)
+    _waiting: dict[bytes, bytes] = field(default_factory=dict)  # of what is pending, the moves of stake -> owner
     _retrying: bool = False
 
     def __post_init__(self) -> None:
@@ -134,15 +135,19 @@ class Settler:
         return True
 
     def _may_wait(self, move: StakeMove, move_id: bytes) -> bool:
-        """Whether there is room for one more move without funds: an owner has some, and made-up owners share some."""
-        if move_id in self.pending:
+        """Whether one more move without funds may wait: an owner has some places, and made-up owners share some."""
+        self._waiting = {one: owner for one, owner in self._waiting.items() if one in self.pending}
+        if move_id in self._waiting:
             return True
-        waiting = [record for e in self.pending.values() if isinstance(record := self._opened_again(e), StakeMove)]
-        mine = sum(other.owner == move.owner for other in waiting)
-        if self.desk.ledger.knows(move.owner):
-            return mine < params.PENDING_MOVES_OF_OWNER_MAX and len(waiting) < params.PENDING_MOVES_MAX
-        strangers = sum(not self.desk.ledger.knows(other.owner) for other in waiting)
-        return not mine and strangers < params.PENDING_MOVES_OF_STRANGERS_MAX
+        owners, knows = [*self._waiting.values()], self.desk.ledger.knows
+        if knows(move.owner):
+            room = owners.count(move.owner) < params.PENDING_MOVES_OF_OWNER_MAX
+        else:
+            strangers = sum(not knows(owner) for owner in owners)
+            room = move.owner not in owners and strangers < params.PENDING_MOVES_OF_STRANGERS_MAX
+        if room := room and len(owners) < params.PENDING_MOVES_MAX:
+            self._waiting[move_id] = move.owner
+        return room
 
     def _opened_again(self, envelope: bytes) -> Record:
         return open_record(envelope, network=self.desk.network.id)[0]
@@ -239,13 +244,10 @@ class Settler:
     def _retry(self, record_id: bytes, envelope: bytes) -> bool:
         """Try a record that waited once more. True if it was applied."""
         record = self._opened_again(envelope)
-        match record:
-            case Agreement():
-                ready = True
-            case StakeMove():
-                ready = self.stakes.ready(record)
-            case _:
-                ready = self._agreement_id(record) in self.channels
+        if isinstance(record, StakeMove):
+            ready = self.stakes.ready(record)
+        else:
+            ready = isinstance(record, Agreement) or self._agreement_id(record) in self.channels
         if not ready or record_id not in self.pending:
             return False
         try:
@@ -435,7 +437,7 @@ class Settler:
                 self.lapse(agreement_id)
         self._tell()
         if self.stakes.tick():
-            self._retry_pending()  # moves that wait may find their funds
+            self.desk.attempt(self._retry_pending)  # what waits may find its funds
         self.netting.tick()
 
     def lapse(self, agreement_id: bytes) -> None:

@@ -52,7 +52,8 @@ class Stakes:
     lost: Counter[bytes] = field(default_factory=Counter)  # micro-credits that penalties took of each owner's stake
     judged_ns: int = 0  # when notaries last ruled here
     _of: dict[bytes, set[bytes]] = field(default_factory=dict)  # owner -> its withdrawals
-    _next_ns: int = 0  # of the next look
+    _next_ns: int = 0  # of the next look at windows
+    _retry_ns: int = 0  # and at what waits
 
     def __post_init__(self) -> None:
         self.judged_ns = self.desk.now_ns  # or a restart would let go of what the last ruling is about to take
@@ -146,15 +147,18 @@ class Stakes:
 
     # --- time ------------------------------------------------------------------------------------------------
     def tick(self) -> bool:
-        """Free what was withdrawn so long ago that nothing can reach it any more. True about once a second: time for a
-        look at moves that wait, for the ends of windows are no records."""
+        """Free what was withdrawn so long ago that nothing can reach it any more. True if there was any, and every ten
+        seconds: time for a look at what waits for funds, for the ends of windows are no records."""
         if self.desk.now_ns < self._next_ns:
             return False
-        self._next_ns = self.desk.now_ns + _SECOND
+        self._next_ns, before = self.desk.now_ns + _SECOND, len(self.unbonding)
         for move_id, one in list(self.unbonding.items()):
             if self.desk.now_ns >= one.until_ns and not self._held(one):
                 self.desk.attempt(self._free, move_id, one)
-        return True
+        due = self.desk.now_ns >= self._retry_ns
+        if due:
+            self._retry_ns = self.desk.now_ns + params.PENDING_RETRY_NS
+        return due or len(self.unbonding) < before
 
     def _held(self, one: Unbonding) -> bool:
         """Whether a dispute that is open, or was just ruled on, may still take from it: for one window more at most, or

@@ -106,6 +106,7 @@ ROUND_THREAD_MIN: Final = 8_192  # bids of a round from which it is played in a 
 MATCHES_KEPT_MAX: Final = 1_000  # with all their bids, some 10 kB each in a market of twenty solvers
 JOBS_OPEN_MAX: Final = 256  # of one submitter's daemon
 PENDING_SETTLEMENT_MAX: Final = 1024  # records that wait for one they depend on
+PENDING_RETRY_NS: Final = 10 * 10**9  # between two looks at all that wait: 50 ms if all places are taken
 PENDING_MOVES_MAX: Final = 256  # stake moves among them that wait for funds: the rest is left for other records
 PENDING_MOVES_OF_OWNER_MAX: Final = 4  # of one owner: an add that waits for a pay, and some changes of mind
 PENDING_MOVES_OF_STRANGERS_MAX: Final = 64  # of owners that never had money, one each: keys cost nothing
