@@ -26,6 +26,7 @@ __all__ = [
     "TILE_VALUES",
     "TileForm",
     "noise_key",
+    "noise_seed",
     "payload_bytes",
     "sparse_chunk_bytes",
     "stream_number",
@@ -120,11 +121,17 @@ def stream_number(flow: Flow, unit: int, micro_batch: int, index: int) -> int:
     return ((FLOWS.index(flow) * 2**8 + unit) * 2**8 + micro_batch) * 2**24 + index
 
 
+def noise_seed(run: bytes) -> int:
+    """The seed of all rounding noise of a run, below 2**64: both ends of a link draw it, and replicas' tasks differ in
+    theirs. run: its digest (Stage.run)."""
+    return int.from_bytes(run[:8], "little")
+
+
 def noise_key(seed: int, stream: int) -> int:
     """The Philox key, below 2**64, of stream `stream` of rounding noise; apart from every draw of the Program itself.
 
     The noise of a payload is stream 0 of (noise_key, step): 16 bits a value, the lower half of a word first.
-    Raises LocalProtocolError for a seed or a stream outside 64 bits.
+    seed: noise_seed of the run. Raises LocalProtocolError for a seed or a stream outside 64 bits.
     """
     if not (0 <= seed < 2**64 and 0 <= stream < 2**64):
         raise LocalProtocolError(f"noise of seed {seed}, stream {stream}: neither may leave 64 bits")

@@ -84,16 +84,20 @@ def test_compiled_and_plain_tiles_are_the_same_bytes(form: TileForm, threads: No
                 plain = pack_tiles(values, form, key=key, step=step, helper=False)
                 assert pack_tiles(values, form, key=key, step=step) == plain, (name, count)
                 assert len(plain) == tile_bytes(form, count)
-            found, expected = unpack_tiles(plain, form, count), unpack_tiles(plain, form, count, helper=False)
+            found, expected = (
+                unpack_tiles(plain, form, count, key=key, step=step),
+                unpack_tiles(plain, form, count, key=key, step=step, helper=False),
+            )
             assert np.array_equal(found.view(np.int32), expected.view(np.int32)), (name, count)
 
 
 @pytest.mark.parametrize("helper", [False, True], ids=["plain", "compiled"])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_a_tile_decodes_to_within_one_step(form: TileForm, helper: bool) -> None:
+def test_a_tile_decodes_to_within_half_a_step(form: TileForm, helper: bool) -> None:
     for count in (1, 33, 1000, 70_003):
         for name, values in kinds_of_values(count).items():
-            found = unpack_tiles(pack_tiles(values, form, key=9, step=4, helper=helper), form, count, helper=helper)
+            payload = pack_tiles(values, form, key=9, step=4, helper=helper)
+            found = unpack_tiles(payload, form, count, key=9, step=4, helper=helper)
             assert bool(np.isfinite(found).all())
             padded = np.zeros(-(-count // 32) * 32, dtype=np.float32)
             padded[:count] = np.abs(values)
@@ -102,25 +106,29 @@ def test_a_tile_decodes_to_within_one_step(form: TileForm, helper: bool) -> None
             scales = np.maximum(peaks * 1.1251 / (form.levels - 1), 2.0**-129)
             scales = np.where(peaks > 0, np.maximum(scales, scales.max() * 2.0**-31), 0.0)
             error = np.abs(found.astype(np.float64) - values)
-            assert bool((error <= 2.0001 * scales).all()), name
+            assert bool((error <= 1.0001 * scales).all()), name
             assert bool((found[peaks == 0] == 0).all())
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_rounding_is_unbiased(form: TileForm) -> None:
-    """The mean error over 4,000 draws of the noise lies within 5.5 standard deviations and the stated bias."""
+    """The error is uniform over a step, whatever the value: over 4,000 draws of the noise its mean lies within 5.5
+    standard deviations and the stated bias, its deviation is 1 / sqrt(12) of a step."""
     values, draws = exact.normal(11, 0, 0, (64,)).numpy(), 4000
     values[3], values[40] = 0.0, 1e-5
+    key = noise_key(3, 1)
     found = np.stack(
-        [unpack_tiles(pack_tiles(values, form, key=noise_key(3, 1), step=i), form, 64) for i in range(draws)]
+        [unpack_tiles(pack_tiles(values, form, key=key, step=i), form, 64, key=key, step=i) for i in range(draws)]
     )
     step = 2 * np.abs(values).reshape(2, 32).max(axis=1).repeat(32) * 1.125 / (form.levels - 1)
     error = found.astype(np.float64).mean(axis=0) - values
-    assert bool((np.abs(error) <= 5.5 * step / 2 / math.sqrt(draws) + step * 2.0**-16).all())
-    assert bool((found.std(axis=0) <= step / 2 * 1.01).all())
+    bound = 5.5 * step / math.sqrt(12 * draws) + step * 2.0**-16
+    assert bool((np.abs(error) <= bound).all())
+    assert bool((found.std(axis=0) <= step / math.sqrt(12) * 1.05).all())
+    assert bool((found.std(axis=0) >= step / 1.125 / math.sqrt(12) * 0.95).all())
     # Rounded to nearest, the same values would miss by more than that: the test can fail.
     nearest = np.rint(values / step + (form.levels - 1) / 2) - (form.levels - 1) / 2
-    assert float(np.abs(nearest * step - values).max()) > 5.5 * float(step.max()) / 2 / math.sqrt(draws)
+    assert float(np.abs(nearest * step - values).max()) > float(bound.max())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
@@ -132,7 +140,10 @@ def test_the_same_arguments_give_the_same_bytes_and_others_give_others(bits: int
         encode(codec, x, seed=s, step=t, stream=n) for s, t, n in ((4, 5, 7), (3, 6, 7), (3, 5, 8), (3, 5, 2**40))
     }
     assert len(others | {sent}) == 5
-    assert torch.equal(decode(codec, sent, "float32", x.shape), decode(codec, memoryview(sent), "float32", x.shape))
+    place = {"seed": 3, "step": 5, "stream": stream_number("forward", 1, 2, 3)}
+    found = decode(codec, memoryview(sent), "float32", x.shape, **place)
+    assert torch.equal(decode(codec, sent, "float32", x.shape, **place), found)
+    assert not torch.equal(decode(codec, sent, "float32", x.shape, **(place | {"step": 6})), found)
 
 
 def test_known_bytes() -> None:
@@ -144,6 +155,15 @@ def test_known_bytes() -> None:
     sent.append(pack_tiles(x.numpy(), OUTER_FOUR_BITS, key=noise_key(1, 3), step=2))
     assert [len(one) for one in sent] == [87, 125, 162, 237, 312, 150]
     assert blake("test", *sent).hex() == "f3338423b1616c9fd2b0f4a4fd8f81cea13a2792bd43cacfdf298228738e9900"
+    place, told = (
+        {"seed": 1, "step": 2, "stream": 3},
+        "3adb0980f26959812f19949f35d8d31e64cfd60002ecfaab69a5abdb2e2cccd3",
+    )
+    found = [
+        decode(Codec("tile", bits), one, "float32", (300,), **place)
+        for bits, one in zip((2, 3, 4, 6, 8), sent[:5], strict=True)
+    ]
+    assert blake("test", *(one.numpy().astype("<f4").tobytes() for one in found)).hex() == told
 
 
 def test_the_wire_is_as_many_times_smaller_as_stated() -> None:
@@ -166,10 +186,9 @@ def test_other_dtypes_and_whole_tensors_travel_as_they_are(dtype: str, shape: tu
     for codec in (Codec("float32"), TILE4) if dtype != "float32" else (Codec("float32"),):
         sent = encode(codec, x, seed=0, step=0, stream=0)
         assert len(sent) == payload_bytes(codec, dtype, shape, flow="forward")
-        found = decode(codec, sent, dtype, shape)
+        found = decode(codec, sent, dtype, shape, seed=0, step=0, stream=0)
         assert found.dtype == x.dtype
         assert torch.equal(found, x)
-    assert decode(TILE4, encode(TILE4, torch.zeros(0, 3), seed=0, step=0, stream=0), "float32", (0, 3)).shape == (0, 3)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 2.0**127, -3.4e38])
@@ -206,9 +225,9 @@ def test_hostile_tile_payloads_are_refused(form: TileForm, helper: bool) -> None
 
     def refused(payload: bytes) -> None:
         with pytest.raises(MalformedRecord):
-            unpack_tiles(payload, form, count, helper=helper)
+            unpack_tiles(payload, form, count, key=1, step=1, helper=helper)
 
-    unpack_tiles(good, form, count, helper=helper)
+    unpack_tiles(good, form, count, key=1, step=1, helper=helper)
     for payload in (b"", good[:-1], good + b"\0", good * 2):
         refused(payload)
     refused(
@@ -225,7 +244,7 @@ def test_hostile_tile_payloads_are_refused(form: TileForm, helper: bool) -> None
     values[32:64] = 1.0
     good = pack_tiles(values, form, key=1, step=1, helper=helper)
     highest = unpack_tiles(
-        base_max(form.levels).to_bytes(2, "little") + b"\xff" * 3 + good[5:], form, count, helper=helper
+        base_max(form.levels).to_bytes(2, "little") + b"\xff" * 3 + good[5:], form, count, key=1, step=1, helper=helper
     )
     assert bool(np.isfinite(highest).all())
 
@@ -237,7 +256,7 @@ def test_any_bytes_are_refused_or_decode_alike(payload: bytes, form: TileForm, c
     payload = payload if len(payload) % 2 else payload[: tile_bytes(form, count)].ljust(tile_bytes(form, count), b"\0")
     for helper in (False, True):
         try:
-            found.append(unpack_tiles(payload, form, count, helper=helper).tobytes())
+            found.append(unpack_tiles(payload, form, count, key=7, step=8, helper=helper).tobytes())
         except MalformedRecord:
             found.append(None)
     assert found[0] == found[1]
@@ -245,7 +264,7 @@ def test_any_bytes_are_refused_or_decode_alike(payload: bytes, form: TileForm, c
 
 def test_a_bool_that_is_neither_is_refused() -> None:
     with pytest.raises(MalformedRecord):
-        decode(Codec("float32"), b"\0\1\2", "bool", (3,))
+        decode(Codec("float32"), b"\0\1\2", "bool", (3,), seed=0, step=0, stream=0)
 
 
 @given(st.lists(st.integers(0, 9), max_size=4).map(tuple), st.sampled_from([2, 3, 4, 6, 8]))
@@ -253,5 +272,5 @@ def test_the_size_is_of_the_shape_alone(shape: tuple[int, ...], bits: int) -> No
     for x in (torch.zeros(shape), torch.ones(shape), exact.normal(1, 0, 0, shape)):
         sent = encode(Codec("tile", bits), x, seed=0, step=0, stream=0)
         assert len(sent) == payload_bytes(Codec("tile", bits), "float32", shape, flow="backward")
-        found: Tensor = decode(Codec("tile", bits), sent, "float32", shape)
+        found: Tensor = decode(Codec("tile", bits), sent, "float32", shape, seed=0, step=0, stream=0)
         assert found.shape == x.shape

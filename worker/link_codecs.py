@@ -16,7 +16,7 @@ from protocol.batches import examples_of, rows_of
 from protocol.errors import MalformedRecord, RemoteProtocolError
 from protocol.operations import TensorType
 from protocol.payload import PayloadKey
-from protocol.payload_size import stream_number
+from protocol.payload_size import noise_seed, stream_number
 from protocol.program import Program
 from protocol.stage import KEPT_PREFIX, OUTER_PREFIX, RESIDUAL_PREFIX, SEEN_PREFIX, Codec
 from protocol.task import TaskSpec
@@ -94,22 +94,24 @@ class LinkCodecs:
         if key.flow != "sync" or codec.kind == "float32":
             return payload, tensor
         # The replicas stay equal only if each adds up the same: its own part as the others decode it.
-        return payload, compression.decode(codec, payload, str(tensor.dtype).removeprefix("torch."), tensor.shape)
+        return payload, compression.decode(
+            codec, payload, str(tensor.dtype).removeprefix("torch."), tensor.shape, **place
+        )
 
     def decode(self, key: PayloadKey, payload: memoryview, kind: TensorType) -> Tensor:
         """The tensor of `payload`, in memory of its own. Raises BadPayload."""
         codec, end = self._codec(key, "recv"), f"recv.{key.flow}.{key.index}"
+        place = self._place(key)
         try:
             if codec.kind == "change":
                 kept, seen = self._memory[end]
                 rows = self._remembered(end, key.micro_batch)
-                place = self._place(key)
                 return compression.decode_change(codec, payload, kept=kept, seen=seen, rows=rows, **place).reshape(
                     kind.shape
                 )
             if codec.kind == "float32" and kind.dtype == "float32":
                 return _viewed(payload, kind)
-            return compression.decode(codec, payload, kind.dtype, kind.shape)
+            return compression.decode(codec, payload, kind.dtype, kind.shape, **place)
         except RemoteProtocolError as error:
             raise BadPayload(f"{key} of unit {key.unit}: {error.what}", why=error.why) from error
 
@@ -121,7 +123,7 @@ class LinkCodecs:
 
     def _place(self, key: PayloadKey) -> dict[str, int]:
         stream = stream_number(key.flow, key.unit, key.micro_batch, key.index)
-        return {"seed": self._task.seed, "step": self._step, "stream": stream}
+        return {"seed": noise_seed(self._stage.run), "step": self._step, "stream": stream}
 
     def _remembered(self, end: str, micro_batch: int) -> list[int]:
         """The rows of a micro-batch, whose memory is about to change."""
@@ -160,7 +162,7 @@ class OuterChange:
     def __init__(self, task: TaskSpec, start: Mapping[str, Tensor], end: Mapping[str, Tensor], step: int) -> None:
         stage = task.stage
         assert stage is not None, "only a unit has an outer step"
-        self._task, self._stage, self._start, self._end, self._step = task, stage, start, end, step
+        self._stage, self._start, self._end, self._step = stage, start, end, step
         names = sorted(name.removeprefix(OUTER_PREFIX) for name in start if name.startswith(OUTER_PREFIX))
         self.keys = {PayloadKey(step, "outer", 0, index, stage.unit): name for index, name in enumerate(names)}
         self._sent: dict[str, Tensor] = {}
@@ -170,14 +172,17 @@ class OuterChange:
         """What this unit sends of one of its `keys`. Raises Diverged for a change that is not finite."""
         name = self.keys[key]
         delta, residual = self._end[name] - self._start[name], self._end[RESIDUAL_PREFIX + name]
-        stream = stream_number("outer", key.unit, 0, key.index)
         try:
             payload, self._sent[name], self._left[name] = compression.encode_outer(
-                self._stage.shared, delta, residual, seed=self._task.seed, step=self._step, stream=stream
+                self._stage.shared, delta, residual, **self._place(key, key.unit)
             )
         except NotFinite as error:
             raise Diverged(self._step, f"the change of {name}") from error
         return payload
+
+    def _place(self, key: PayloadKey, unit: int) -> dict[str, int]:
+        stream = stream_number("outer", unit, 0, key.index)
+        return {"seed": noise_seed(self._stage.run), "step": self._step, "stream": stream}
 
     def taken(self, key: PayloadKey, others: Mapping[int, memoryview]) -> dict[str, Tensor]:
         """The new state of a parameter, from the other replicas' payloads by unit. Raises BadPayload, Diverged."""
@@ -188,8 +193,9 @@ class OuterChange:
             if unit == stage.unit:
                 deltas.append(self._sent[name])
                 continue
+            shape, place = self._start[name].shape, self._place(key, unit)
             try:
-                deltas.append(compression.decode_outer(stage.shared, others[unit], self._start[name].shape))
+                deltas.append(compression.decode_outer(stage.shared, others[unit], shape, **place))
             except MalformedRecord as error:
                 raise BadPayload(f"the change of {name} by unit {unit}: {error.what}", why=error.why) from error
         rate, factor = stage.outer_rate_nano / 1e9, stage.outer_momentum_nano / 1e9

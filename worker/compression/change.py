@@ -105,7 +105,7 @@ def encode_change(
     with np.errstate(over="ignore"):  # to infinity, which pack_tiles refuses
         change = (values[micro.known] - micro.before).reshape(-1)
     packed = pack_tiles(change, form, key=key, step=step)
-    new = micro.after(full, unpack_tiles(packed, form, change.size))
+    new = micro.after(full, unpack_tiles(packed, form, change.size, key=key, step=step))
     micro.remember(new)
     return micro.checksum(new, key, step) + full.astype("<f4", copy=False).tobytes() + packed
 
@@ -134,7 +134,8 @@ def decode_change(
     full = np.frombuffer(payload[CHECKSUM_BYTES:end], dtype="<f4").astype(np.float32)
     if not bool((np.abs(full) < LARGEST).all()):
         raise MalformedRecord("a row holds NaN, infinity or a magnitude of 2**127 or more")
-    change = unpack_tiles(payload[end:], tile_form(codec.bits, "forward"), micro.before.size)
+    form = tile_form(codec.bits, "forward")
+    change = unpack_tiles(payload[end:], form, micro.before.size, key=key, step=step)
     with np.errstate(over="ignore"):
         new = micro.after(full, change)
     if not bool(np.isfinite(new).all()):

@@ -64,26 +64,30 @@ def _whole(codec: Codec, dtype: str) -> bool:
 def encode(codec: Codec, tensor: Tensor, *, seed: int, step: int, stream: int) -> bytes:
     """A tensor as `codec` (float32 or tile) sends it: payload_bytes(codec, dtype, shape) bytes.
 
-    tensor: any shape; of another dtype than float32 it travels as it is, by either codec. seed: of the task. stream:
-    protocol.payload.stream_number, so that no two tensors are rounded by the same noise. The bytes are a function of
-    the arguments, on every machine and number of threads. Raises NotFinite for a tile of NaN, infinity or a magnitude
-    of 2**127 or more, LocalProtocolError for numbers out of range or a codec with a memory.
+    tensor: any shape; of another dtype than float32 it travels as it is, by either codec. seed, stream: noise_seed and
+    stream_number of protocol/payload_size.py, so that both ends know them and no two tensors are rounded by the same
+    noise. The bytes are a function of the arguments, on every machine and number of threads. Raises NotFinite for a
+    tile of NaN, infinity or a magnitude of 2**127 or more, LocalProtocolError for numbers out of range or a codec with
+    a memory.
     """
     if _whole(codec, str(tensor.dtype).removeprefix("torch.")):
         return to_bytes(tensor)
     return pack_tiles(flat(tensor), tile_form(codec.bits, "forward"), key=noise_key(seed, stream), step=step)
 
 
-def decode(codec: Codec, payload: bytes | memoryview, dtype: str, shape: Sequence[int]) -> Tensor:
+def decode(
+    codec: Codec, payload: bytes | memoryview, dtype: str, shape: Sequence[int], *, seed: int, step: int, stream: int
+) -> Tensor:
     """The tensor that a payload of `encode` stands for, on the CPU: `dtype` (its name, as in a Program), `shape`.
 
-    A tile's value lies within one step, 2 s, of what was encoded, s being the tile's scale: its largest magnitude over
-    2**bits - 1, or up to an eighth more. Raises MalformedRecord for bytes that `encode` cannot make, of another length
-    above all, before it allocates anything.
+    seed, step, stream: as when it was made. A tile's value lies within s of what was encoded, s being the tile's scale:
+    its largest magnitude over 2**bits - 1, or up to an eighth more. Raises MalformedRecord for bytes that `encode`
+    cannot make, of another length above all, before it allocates anything.
     """
     due = payload_bytes(codec, dtype, shape, flow="forward")
     checked_length(payload, due, f"{dtype} {tuple(shape)} by {codec.kind}")
     if _whole(codec, dtype):
         return from_bytes(payload, dtype, shape)
     form = tile_form(codec.bits, "forward")
-    return torch.from_numpy(unpack_tiles(payload, form, math.prod(shape))).reshape(tuple(shape))
+    values = unpack_tiles(payload, form, math.prod(shape), key=noise_key(seed, stream), step=step)
+    return torch.from_numpy(values).reshape(tuple(shape))

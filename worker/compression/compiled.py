@@ -18,7 +18,7 @@ from worker.exact.compiled import shared_out
 __all__ = ["PAIR", "decode_tiles", "encode_tiles", "has_tiles", "tile_scales"]
 
 PAIR = 64  # values: two tiles, the least that every form packs into whole bytes
-_VERSION = 1  # ICHIBA_TILES_VERSION of tiles.h: a library of other sources than these is not used
+_VERSION = 2  # ICHIBA_TILES_VERSION of tiles.h: a library of other sources than these is not used
 _INT, _LONG, _POINTER, _WORD = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_uint64
 _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "ichiba_tiles_version": (_INT, ()),
@@ -27,7 +27,9 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "ichiba_tile_encode": (
         None, (_POINTER, _LONG, _LONG, _INT, _INT, _POINTER, _WORD, _WORD, _POINTER, _POINTER),
     ),
-    "ichiba_tile_decode": (_INT, (_POINTER, _POINTER, _LONG, _INT, _INT, _POINTER)),
+    "ichiba_tile_decode": (
+        _INT, (_POINTER, _POINTER, _LONG, _LONG, _INT, _INT, _WORD, _WORD, _POINTER),
+    ),
 }  # fmt: skip
 
 
@@ -102,6 +104,8 @@ def decode_tiles(
     levels: int,
     pair_bytes: int,
     base: int,
+    key: int,
+    step: int,
 ) -> bool:
     """tiles.values_of, compiled: fills `values`. Whether the codes are of this form."""
     call, places = _loaded().ichiba_tile_decode, _places(scale_bytes, codes, values)
@@ -109,7 +113,11 @@ def decode_tiles(
 
     def some(first: int, last: int) -> None:
         tile, code = first // 32, first // PAIR * pair_bytes
-        bad.append(call(places[0] + tile, places[1] + code, last - first, levels, base, places[2] + 4 * first))
+        bad.append(
+            call(
+                places[0] + tile, places[1] + code, first, last - first, levels, base, key, step, places[2] + 4 * first
+            )
+        )  # fmt: skip
 
     shared_out(values.size, 4 * values.size, some, multiple=PAIR)
     return not any(bad)

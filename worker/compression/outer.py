@@ -46,12 +46,17 @@ def encode_outer(
         payload = pack_sparse(flat(total))
     else:
         raise LocalProtocolError(f"the codec {codec.kind} carries no outer deltas")
-    sent = decode_outer(codec, payload, tuple(delta.shape))
+    sent = decode_outer(codec, payload, tuple(delta.shape), seed=seed, step=step, stream=stream)
     return payload, sent, total - sent
 
 
-def decode_outer(codec: Codec, payload: bytes | memoryview, shape: Sequence[int]) -> Tensor:
-    """The float32 `shape` that a payload of encode_outer stands for. Raises MalformedRecord as decode does."""
+def decode_outer(
+    codec: Codec, payload: bytes | memoryview, shape: Sequence[int], *, seed: int, step: int, stream: int
+) -> Tensor:
+    """The float32 `shape` that a payload of encode_outer stands for; seed, step, stream as when it was made.
+
+    Raises MalformedRecord as decode does.
+    """
     due = payload_bytes(codec, "float32", shape, flow="outer")
     checked_length(payload, due, f"a delta of {tuple(shape)} by {codec.kind}")
     if codec.kind == "float32":
@@ -61,7 +66,7 @@ def decode_outer(codec: Codec, payload: bytes | memoryview, shape: Sequence[int]
         return whole
     count = math.prod(shape)
     if codec.kind == "tile":
-        values = unpack_tiles(payload, tile_form(codec.bits, "outer"), count)
+        values = unpack_tiles(payload, tile_form(codec.bits, "outer"), count, key=noise_key(seed, stream), step=step)
     else:
         values = unpack_sparse(payload, count)
     return torch.from_numpy(values).reshape(tuple(shape))

@@ -1,16 +1,17 @@
 """Tiles: 32 values share one byte of scale, each is rounded to one of a few levels by noise that anyone can draw again.
 
 A tile payload is a base (uint16, little-endian), a scale byte for each tile, and the codes (protocol/payload_size.py).
-With K = levels - 1, code c of a tile of scale s stands for (2 c - K) s: levels evenly spread over [-K s, K s], none of
-them 0, since at 2 bits a level kept for 0 would double the variance of what is rounded.
+With K = levels - 1, the levels of a tile of scale s are (2 c - K) s for the codes c: even over [-K s, K s], none of
+them 0, since at 2 bits a level kept for 0 would double the variance of what is rounded. The noise that is added before
+the cut to a level is taken off again by the receiver, who draws the same (subtractive dither, Roberts 1962): the error
+is then uniform over one step, whatever the value, with a third of the variance that 2 s at random has at worst.
 
 - Scale: the largest magnitude over K, rounded up to 4 significant bits: the float32 whose bits are `base + byte`, then
   20 zeros. One byte spans 32 octaves below the largest scale of the tensor; a tile below those has the smallest of
   them. Byte 0 is a tile of zeros, whose codes are 0. There is no scale that is negative, infinite or NaN.
-- Rounding: z = x / s + K, half of it to the nearest 2**-16, plus 16 random bits of that weight, cut to an integer. So
-  the expectation of a value is itself rounded to 2**-16 of a step: unbiased to 2**-17 of a step and the float32
-  rounding of two operations.
-- (2 c - K) s has at most 12 significant bits, so what is decoded is exact, the same on every machine.
+- Encoding: y = (x / s + K) / 2 to the nearest 2**-16; c is the integer part of y + n / 2**16, n being 16 random bits.
+- Decoding: (2 (c - n / 2**16 + (1 - 2**-16) / 2) - K) s. Over the 2**16 values of n this is 2 y - K, exactly, on
+  average: unbiased to 2**-17 of a step, 2 s, and the rounding to float32 of three operations.
 
 Only IEEE operations on single values: nothing is summed. Scale formats compared in docs/decisions/0024-compression.md.
 """
@@ -51,8 +52,7 @@ def pack_tiles(values: NDArray[np.float32], form: TileForm, *, key: int, step: i
     key: of protocol.payload.noise_key. helper: whether the compiled form may do it; the bytes are the same. Raises
     NotFinite, and LocalProtocolError for a step outside 64 bits or more values than one draw has noise for.
     """
-    if not 0 <= step < 2**64 or values.size > 2 * params.RANDOM_WORDS_MAX:
-        raise LocalProtocolError(f"no noise for {values.size} values of step {step}")
+    _check_noise(values.size, step)
     if not values.size:
         return b""
     values = np.ascontiguousarray(values, dtype="<f4")
@@ -77,12 +77,14 @@ def pack_tiles(values: NDArray[np.float32], form: TileForm, *, key: int, step: i
 
 
 def unpack_tiles(
-    payload: bytes | memoryview, form: TileForm, count: int, *, helper: bool = True
+    payload: bytes | memoryview, form: TileForm, count: int, *, key: int, step: int, helper: bool = True
 ) -> NDArray[np.float32]:
-    """The float32 (count,) of a tile payload. Raises MalformedRecord for bytes that pack_tiles cannot make.
+    """The float32 (count,) of a tile payload; key and step as when it was made.
 
-    Their length is compared before anything is allocated.
+    Raises MalformedRecord for bytes that pack_tiles cannot make: their length is compared before anything is allocated.
+    Raises LocalProtocolError as pack_tiles does.
     """
+    _check_noise(count, step)
     due = tile_bytes(form, count)
     if len(payload) != due:
         raise MalformedRecord(f"a tile payload of {len(payload)} bytes, {count} values take {due}")
@@ -96,12 +98,18 @@ def unpack_tiles(
     if helper and compiled.has_tiles():
         values = np.empty(count, dtype=np.float32)
         if not compiled.decode_tiles(
-            scale_bytes, codes, values, levels=form.levels, pair_bytes=form.code_bytes(compiled.PAIR), base=base
-        ):
+            scale_bytes, codes, values, levels=form.levels, pair_bytes=form.code_bytes(compiled.PAIR), base=base,
+            key=key, step=step,
+        ):  # fmt: skip
             raise _foreign()
         return values
     found = unpacked(codes, form, count)
-    return values_of(found, scale_bytes, form.levels, base=base)
+    return values_of(found, scale_bytes, form.levels, base=base, key=key, step=step)
+
+
+def _check_noise(count: int, step: int) -> None:
+    if not 0 <= step < 2**64 or count > 2 * params.RANDOM_WORDS_MAX:
+        raise LocalProtocolError(f"no noise for {count} values of step {step}")
 
 
 def base_max(levels: int) -> int:
@@ -136,12 +144,17 @@ def _scales(scale_bytes: NDArray[np.uint8], base: int) -> NDArray[np.float32]:
     return np.where(scale_bytes > 0, bits.view(np.float32), np.float32(0.0))
 
 
+def _noise(key: int, step: int, count: int) -> NDArray[np.uint16]:
+    """16 random bits for each of `count` values, at least."""
+    return np.ascontiguousarray(philox.words(key, step, 0, -(-count // 2)), dtype="<u4").view("<u2")
+
+
 def codes_of(
     values: NDArray[np.float32], scale_bytes: NDArray[np.uint8], levels: int, *, base: int, key: int, step: int
 ) -> NDArray[np.uint8]:
     """The code of each value, uint8 (count,)."""
     scales, most = _scales(scale_bytes, base), np.float32(levels - 1)
-    noise = np.ascontiguousarray(philox.words(key, step, 0, -(-values.size // 2)), dtype="<u4").view("<u2")
+    noise = _noise(key, step, values.size)
     codes = np.empty(values.size, dtype=np.uint8)
     for first in range(0, values.size, _LANE):
         lane = slice(first, min(first + _LANE, values.size))
@@ -154,17 +167,18 @@ def codes_of(
 
 
 def values_of(
-    codes: NDArray[np.uint8], scale_bytes: NDArray[np.uint8], levels: int, *, base: int
+    codes: NDArray[np.uint8], scale_bytes: NDArray[np.uint8], levels: int, *, base: int, key: int, step: int
 ) -> NDArray[np.float32]:
     """The float32 (count,) that codes and scales stand for. Raises MalformedRecord for a code in a tile of zeros."""
     values = np.empty(codes.size, dtype=np.float32)
-    scales = _scales(scale_bytes, base)
+    scales, noise = _scales(scale_bytes, base), _noise(key, step, codes.size)
     for first in range(0, values.size, _LANE):
         lane = slice(first, min(first + _LANE, values.size))
         each = np.repeat(scales[first // TILE_VALUES : -(-lane.stop // TILE_VALUES)], TILE_VALUES)[: lane.stop - first]
         if bool((codes[lane][each == 0] > 0).any()):
             raise _foreign()
-        spread = (2 * codes[lane].astype(np.int32) - (levels - 1)).astype(np.float32)
+        z = (2 * codes[lane].astype(np.int32) + 1 - levels) * 65536 + 65535 - 2 * noise[lane].astype(np.int32)
+        spread = z.astype(np.float32) * np.float32(2.0**-_NOISE_BITS)  # exact: z is below 2**24
         values[lane] = np.where(each == 0, np.float32(0.0), spread * each)
     return values
 

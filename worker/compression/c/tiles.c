@@ -187,8 +187,8 @@ VECTOR void ichiba_tile_encode(const float *in, int64_t first, int64_t count, in
     }
 }
 
-VECTOR int ichiba_tile_decode(const uint8_t *bytes, const uint8_t *codes, int64_t count, int levels, int base,
-                              float *out) {
+VECTOR int ichiba_tile_decode(const uint8_t *bytes, const uint8_t *codes, int64_t first, int64_t count, int levels,
+                              int base, uint64_t key, uint64_t step, float *out) {
     const int64_t whole = code_bytes(PAIR, levels);
     int bad = 0;
     for (int64_t at = 0; at < count; at += PAIR) {
@@ -201,6 +201,8 @@ VECTOR int ichiba_tile_decode(const uint8_t *bytes, const uint8_t *codes, int64_
         }
         bad |= unpack(from, levels, found);
         float values[PAIR];
+        uint32_t noise[PAIR];
+        draw(key, step, (first + at) / PAIR, noise);
         for (int t = 0; t < 2; t++) {
             if (t * TILE >= left) break;
             const uint8_t byte = bytes[at / TILE + t];
@@ -209,7 +211,9 @@ VECTOR int ichiba_tile_decode(const uint8_t *bytes, const uint8_t *codes, int64_
             for (int i = 0; i < TILE; i++) {
                 const int32_t code = found[t * TILE + i];
                 any |= code;
-                values[t * TILE + i] = byte ? (float)(2 * code - (levels - 1)) * scale : 0.0f;
+                /* Below 2^24, so that its float is exact and one operation rounds. */
+                const int32_t z = (2 * code + 1 - levels) * 65536 + 65535 - 2 * (int32_t)noise[t * TILE + i];
+                values[t * TILE + i] = byte ? (float)z * 0x1p-16f * scale : 0.0f;
             }
             bad |= !byte && any;
         }

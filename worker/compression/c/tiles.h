@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 /* Changes with every change of this interface or of a result: a library of another version is not used. */
-#define ICHIBA_TILES_VERSION 1
+#define ICHIBA_TILES_VERSION 2
 int ichiba_tiles_version(void);
 
 /* Whether this processor runs the rest. */
@@ -21,6 +21,8 @@ int ichiba_tile_scales(const float *in, int64_t count, int levels, uint16_t *sca
 void ichiba_tile_encode(const float *in, int64_t first, int64_t count, int levels, int base, const uint16_t *scales,
                         uint64_t key, uint64_t step, uint8_t *bytes, uint8_t *codes);
 
-/* `count` values from scale bytes and codes. Returns 0, or 1 where the codes are none of this form. */
-int ichiba_tile_decode(const uint8_t *bytes, const uint8_t *codes, int64_t count, int levels, int base, float *out);
+/* `count` values from scale bytes and codes, from value `first` on likewise. Returns 0, or 1 where the codes are none of
+ * this form. */
+int ichiba_tile_decode(const uint8_t *bytes, const uint8_t *codes, int64_t first, int64_t count, int levels, int base,
+                       uint64_t key, uint64_t step, float *out);
 #endif
