@@ -29,7 +29,7 @@ from worker.cage import Cage
 from worker.frames import CheckpointBytes
 from worker.stage_frames import FEED, CrossingTalk, Need, Sent
 
-__all__ = ["UnitExchange", "open_exchange"]
+__all__ = ["UnitExchange", "keys_on_tape", "open_exchange"]
 
 
 async def open_exchange(stage: Stage | None, order: WorkOrder, port: StagePort | None) -> UnitExchange | None:
@@ -62,6 +62,22 @@ async def open_exchange(stage: Stage | None, order: WorkOrder, port: StagePort |
 
 def _talk_of(stage: Stage, program: Path) -> CrossingTalk:
     return CrossingTalk.of(stage, Program.from_bytes(program.read_bytes()))
+
+
+def keys_on_tape(order: WorkOrder, segment: int) -> list[PayloadKey]:
+    """What a worker of `order` was fed in `segment` by an earlier daemon; its port need not have it again.
+
+    Reads all of the tape: call it in a thread. Raises OSError.
+    """
+    assert order.tape_folder is not None, "a unit that runs beside others has one"
+    try:
+        tape = memoryview((order.tape_folder / f"{order.work_id}-{segment}.tape").read_bytes())
+    except FileNotFoundError:
+        return []
+    reader, found = TapeReader(tape[: whole_entries(tape)]), []
+    while reader.left:
+        found.append(reader.next()[0].key)
+    return found
 
 
 @dataclass

@@ -20,7 +20,8 @@ class WorkFailed(IchibaError):
 
     Codes: deadline, out-of-memory, killed, filter, no-reply, short-checkpoint, oversize-checkpoint, bad-frame,
     oversize-frame, wrong-reply, extra-bytes, log-flood, disk, missing-input, sandbox-failed; of a unit, no-neighbour,
-    bad-payload; and, told by the worker itself, bad-task, bad-program, bad-data, bad-payload, cannot-start, internal.
+    bad-payload (a neighbour's fault); and, told by the worker itself, bad-task, bad-program, bad-data, bad-payload,
+    bad-tape (of a check: the tape cannot be what the segment received), cannot-start, internal.
     """
 
     def __init__(self, code: str, what: str, why: str = "", log_tail: str = "", *, next_step: str = "") -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from protocol import params
 from protocol.errors import LocalProtocolError, MalformedRecord
 from protocol.stage import (
     KEPT_PREFIX,
@@ -26,7 +27,7 @@ from protocol.stage import (
 from protocol.tape import TapeReader, entry_head
 from protocol.task import Schedule
 from tests.unit_scene import Ran, Unit, checked, made_unit, run_threads, stage_of, unit_program, unit_run
-from worker.crossings import TapeWire, check_unit
+from worker.crossings import BadTape, TapeWire, check_unit
 from worker.executor import Executor
 from worker.link_codecs import BadPayload
 from worker.training import Ordered
@@ -141,14 +142,15 @@ def test_a_tape_that_is_not_what_the_segment_asks_for_is_refused(tmp_path: Path)
         "swapped": [whole[1], whole[0], *whole[2:]],
         "of another unit": [(msgspec.structs.replace(whole[0][0], unit=1), whole[0][1]), *whole[1:]],
         "of another step": [(msgspec.structs.replace(whole[0][0], step=0), whole[0][1]), *whole[1:]],
+        "of no unit": [(msgspec.structs.replace(whole[0][0], unit=params.PARALLEL_UNITS_MAX), b""), *whole[1:]],
         "short": [(whole[0][0], whole[0][1][:-4]), *whole[1:]],
         "long": [(whole[0][0], whole[0][1] + bytes(4)), *whole[1:]],
     }
     for items in wrong.values():
-        with pytest.raises(MalformedRecord):
+        with pytest.raises((BadTape, BadPayload)):
             checked(second, 1, tape_of(items))
     for torn in (b"\x00", bytes(second.wire.tapes[1])[:-1], b"\xff" * 200):
-        with pytest.raises(MalformedRecord):
+        with pytest.raises(BadTape):
             checked(second, 1, torn)
 
 

@@ -220,7 +220,7 @@ def work(job: frames.Work, descriptors: list[int], mouth: _Mouth, ear: _Ear) -> 
 
     from protocol.program import Program
     from worker import checkpoint, training
-    from worker.crossings import TapeWire
+    from worker.crossings import BadTape, TapeWire
     from worker.link_codecs import BadPayload
 
     limit("CPU", job.cpu_seconds)
@@ -270,7 +270,10 @@ def work(job: frames.Work, descriptors: list[int], mouth: _Mouth, ear: _Ear) -> 
         )
         mouth.write(memoryview(stopped.state))
     except IchibaError as error:
-        raise _Refused("bad-payload" if isinstance(error, BadPayload) and not tapes else "bad-data", error) from error
+        code: frames.WorkerCode = "bad-data"
+        if isinstance(error, BadPayload | BadTape):
+            code = "bad-tape" if tapes else "bad-payload"
+        raise _Refused(code, error) from error
 
 
 def say_segments(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protocol.errors import MalformedRecord
+from protocol.errors import LimitExceeded, MalformedRecord
 from protocol.operations import TensorType
 from protocol.payload import LinkHash, PayloadKey, payload_digest, received_key, sent_key
 from protocol.program import Program
@@ -37,9 +37,15 @@ from protocol.task import TaskSpec
 from worker.link_codecs import LinkCodecs, OuterChange, check_memory
 from worker.stage_frames import CrossingTalk
 
-__all__ = ["Crossings", "TapeWire", "Wire", "check_unit"]
+__all__ = ["BadTape", "Crossings", "TapeWire", "Wire", "check_unit"]
 
 _OURS: Final = (KEPT_PREFIX, SEEN_PREFIX, OUTER_PREFIX, RESIDUAL_PREFIX, SENT, RECEIVED, TAPE)
+
+
+class BadTape(MalformedRecord):
+    """A tape is not what its segment asks for: no worker can have been fed so."""
+
+    code = "bad-tape"
 
 
 class Wire(Protocol):
@@ -65,7 +71,7 @@ class Wire(Protocol):
 class TapeWire:
     """A wire of tapes, one for each segment from `first` on: what a check reads. What is sent goes nowhere.
 
-    Raises MalformedRecord for a tape that is not exactly what its segment asks for, in that order.
+    Raises BadTape for a tape that is not exactly what its segment asks for, in that order.
     """
 
     def __init__(self, first: int, tapes: list[memoryview]) -> None:
@@ -74,15 +80,16 @@ class TapeWire:
 
     def begin(self, segment: int) -> None:
         """Read the tape of `segment` from its start."""
-        if not 0 <= segment - self._first < len(self._tapes):
-            raise MalformedRecord(f"no tape of segment {segment} to check it from")
         self._reader = TapeReader(self._tapes[segment - self._first])
 
     def receive(self, key: PayloadKey) -> tuple[memoryview, memoryview]:
         """The next entry, which has to be that of `key`."""
-        entry, head, payload = self._reader.next()
+        try:
+            entry, head, payload = self._reader.next()
+        except (MalformedRecord, LimitExceeded) as error:
+            raise BadTape(error.what, why=error.why) from error
         if entry.key != key:
-            raise MalformedRecord(f"the tape has {entry.key} where {key} is needed")
+            raise BadTape(f"the tape has {entry.key} where {key} is needed")
         return head, payload
 
     def send(self, key: PayloadKey, payload: memoryview) -> None:
@@ -91,7 +98,7 @@ class TapeWire:
     def end(self) -> None:
         """The tape must have been read to its end."""
         if self._reader.left:
-            raise MalformedRecord(f"{self._reader.left} bytes of the tape are of nothing that the segment needs")
+            raise BadTape(f"{self._reader.left} bytes of the tape are of nothing that the segment needs")
 
 
 def check_unit(task: TaskSpec, program: Program) -> None:

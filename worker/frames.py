@@ -54,7 +54,9 @@ Text = Annotated[str, msgspec.Meta(max_length=params.SANDBOX_TEXT_CHARS_MAX)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Ppb = Annotated[int, msgspec.Meta(ge=0, le=UNBOUNDED)]
 Want = Literal["train", "initial-root", "initial-state", "answer"]
-WorkerCode = Literal["bad-task", "bad-program", "bad-data", "bad-payload", "out-of-memory", "cannot-start", "internal"]
+WorkerCode = Literal[
+    "bad-task", "bad-program", "bad-data", "bad-payload", "bad-tape", "out-of-memory", "cannot-start", "internal"
+]
 
 
 class _Frame(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
