@@ -385,40 +385,24 @@ class JobDesk:
             lock_micro=bid.lock_micro,
             streak=self.settler.history(bid.solver).streak,
         )
-        return Agreement(
-            network=self.desk.network.id,
-            offer=job.offer_id,
-            bid=bid_id,
-            task=task_id(task),
-            submitter=self.desk.me,
-            solver=bid.solver,
-            sequence=self.number(),
-            first_segment=job.segment,
-            last_segment=task.segments,
-            base_root=masked(salt_of(task), job.base_root),
+        channel = channel_micro(
+            rules,
             operations=offer.operations,
+            segments=task.segments - job.segment,
             unit_price=bid.unit_price,
-            channel_micro=0
-            if job.credit
-            else channel_micro(
-                rules,
-                operations=offer.operations,
-                segments=task.segments - job.segment,
-                unit_price=bid.unit_price,
-                operations_per_segment=operations_per_check(task) if permille else 0,
-                permille=permille,
-            ),
-            lock_micro=bid.lock_micro,
-            check_permille=permille,
-            submitter_commitment=seed_commitment,
-            solver_commitment=bid.seed_commitment,
-            forced_commitment=bid.forced_commitment,
-            accept_before_ns=now + rules.proposal_ms * 10**6,
-            segment_deadline_ns=rules.segment_silence_ms * 10**6,
-            created_ns=now,
-            tolerance=job.tolerance,
-            credit=line.id if line is not None else NO_CREDIT,
+            operations_per_segment=operations_per_check(task) if permille else 0,
+            permille=permille,
         )
+        return Agreement(
+            network=self.desk.network.id, offer=job.offer_id, bid=bid_id, task=task_id(task), submitter=self.desk.me,
+            solver=bid.solver, sequence=self.number(), first_segment=job.segment, last_segment=task.segments,
+            base_root=masked(salt_of(task), job.base_root), operations=offer.operations, unit_price=bid.unit_price,
+            channel_micro=0 if job.credit else channel, lock_micro=bid.lock_micro, check_permille=permille,
+            submitter_commitment=seed_commitment, solver_commitment=bid.seed_commitment,
+            forced_commitment=bid.forced_commitment, accept_before_ns=now + rules.proposal_ms * 10**6,
+            segment_deadline_ns=rules.segment_silence_ms * 10**6, created_ns=now, tolerance=job.tolerance,
+            credit=line.id if line is not None else NO_CREDIT,
+        )  # fmt: skip
 
     def passed_over(self, job: Job, solver: bytes, code: str, why: str) -> None:
         """The solver gave its slot to other work: nobody's fault. The offer stands, and the next round tries the next

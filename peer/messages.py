@@ -430,8 +430,7 @@ class BaseGiven(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 
 
 class HousePay(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="house-pay"):
-    """The house pays for a passed challenge: an agreement and its settlement, signed by it (protocol/house.py). Where
-    notaries certify openings the paid peer sends them back, signed by both."""
+    """The house pays for a passed challenge: an agreement and its settlement, signed by it; with notaries by both."""
 
     agreement: Sealed
     settlement: Sealed

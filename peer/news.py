@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 from peer import messages as m
 from peer.deals import agreement_of, task_of
 from peer.desk import Desk
-from peer.submitter import Submitter
+from peer.events import ScriptSaid, StepMade
 from protocol.profile_task import ProfileSpec
 from protocol.task import FIGURES, TaskSpec
 
-__all__ = ["News"]
+if TYPE_CHECKING:
+    from peer.submitter import Submitter
+
+__all__ = ["News", "news_of"]
+
+_LOSS_SHOWN_MAX: Final = 1e9  # a screen needs no more, and an integer field holds no more
+
+
+def news_of(deal: bytes, event: StepMade | ScriptSaid) -> m.Progress | m.ScriptNews:
+    """What a solver tells its submitter of a step, or of what a script printed."""
+    if isinstance(event, ScriptSaid):
+        return m.ScriptNews(deal, event.text, event.used_ns)
+    shown = max(-_LOSS_SHOWN_MAX, min(_LOSS_SHOWN_MAX, event.loss))
+    return m.Progress(deal, event.step, round(shown * 1_000_000))
 
 
 @dataclass

@@ -256,9 +256,9 @@ class Node:
             case Inspected():
                 self.desk.attempt(self.disputes.inspected, event)
             case ScriptSaid():
-                self.solver.on_said(event)
+                self.solver.on_news(event)
             case StepMade():
-                self.solver.on_step(event)
+                self.solver.on_news(event)
                 self.runs.kept.on_step(event)
             case UnitWaits():
                 self.unit_deals.on_waits(event)

@@ -40,6 +40,7 @@ from peer.events import (
     WorkEnded,
 )
 from peer.forcing import Forcing
+from peer.news import news_of
 from peer.profiles import gauges_of, handed_in, profile_end
 from peer.receipt_rows import ReceiptRows, Rows
 from peer.settler import Settler
@@ -53,7 +54,6 @@ from protocol.script import ScriptSpec, blobs_of
 
 __all__ = ["Solver"]
 
-LOSS_SHOWN_MAX = 1e9  # a screen needs no more, and an integer field holds no more
 ACTIVE = frozenset((State.PROPOSED, State.AGREED, State.RUNNING))
 
 
@@ -200,33 +200,19 @@ class Solver:
         self.step_times[deal.id] = self.desk.now_ns
         self.desk.add(
             StartWork(
-                work=deal.id,
-                task=task,
-                base=deal.last_blob if deal.made else deal.base_blob,
-                first_segment=first,
-                last_segment=agreement.last_segment,
-                checkpoint_bytes=params.BLOB_BYTES_MAX,
-                memory_bytes=self.desk.means.memory_bytes,
-                cheat=self.desk.means.cheat,
-                ordered=self.forcing.order_of(deal),
-                gauges=gauges_of(deal, agreement),
-                run=self.units.order(deal.id),
+                work=deal.id, task=task, base=deal.last_blob if deal.made else deal.base_blob, first_segment=first,
+                last_segment=agreement.last_segment, checkpoint_bytes=params.BLOB_BYTES_MAX,
+                memory_bytes=self.desk.means.memory_bytes, cheat=self.desk.means.cheat,
+                ordered=self.forcing.order_of(deal), gauges=gauges_of(deal, agreement), run=self.units.order(deal.id),
             )
-        )
+        )  # fmt: skip
 
-    def on_step(self, event: StepMade) -> None:
-        """News for the submitter's screen."""
+    def on_news(self, event: StepMade | ScriptSaid) -> None:
+        """A step done, or what a script printed and that it still runs: for the submitter's screen."""
         deal = self.deals.get(event.work)
         if deal is not None and deal.lifecycle == State.RUNNING:
             self.told_ns[deal.id] = self.desk.now_ns
-            shown = max(-LOSS_SHOWN_MAX, min(LOSS_SHOWN_MAX, event.loss))
-            self.desk.send(self._submitter(deal), m.Progress(deal.id, event.step, round(shown * 1_000_000)))
-
-    def on_said(self, event: ScriptSaid) -> None:
-        """What a script printed, and that it still runs, for the submitter's screen."""
-        deal = self.deals.get(event.work)
-        if deal is not None and deal.lifecycle == State.RUNNING:
-            self.desk.send(self._submitter(deal), m.ScriptNews(deal.id, event.text, event.used_ns))
+            self.desk.send(self._submitter(deal), news_of(deal.id, event))
 
     def on_profile(self, event: ProfileMade) -> None:
         """A profile is done: sign it, and hand it in as the one segment of its deal."""
