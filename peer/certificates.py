@@ -121,8 +121,12 @@ class Certificates:
 
     def in_doubt_micro(self, bucket: Bucket) -> int:
         """What orders in doubt may still take of this peer's free credits or stake. Not to be promised again: two
-        orders of an honest peer must not starve each other. Free credits: by moves alone, for jobs reserve the rest."""
-        counted = (one for one in self._open() if isinstance(one.deal, Moving) or bucket == "stake")
+        orders of an honest peer must not starve each other. Free credits: jobs reserve what theirs take."""
+        counted = (
+            one
+            for one in self._open()
+            if bucket == "stake" or isinstance(one.deal, Moving) or one.deal.side == "house"
+        )
         return sum(self._takes(one, bucket) for one in counted)
 
     def _takes(self, asked: _Asked, bucket: Bucket) -> int:

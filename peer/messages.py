@@ -15,65 +15,17 @@ from peer.run_messages import Handovers, RunMessage
 from protocol import params
 from protocol.bench_card import Figures, Opening
 from protocol.codec import Digest, PeerKey, Uint, decode, encode
+from protocol.lately import Lately
 
 __all__ = [
-    "Accept",
-    "BaseAsk",
-    "BaseGiven",
-    "BeaconAsk",
-    "BeaconGiven",
-    "BeaconMessage",
-    "BenchAsk",
-    "BenchDecline",
-    "BenchDone",
-    "BenchInvite",
-    "BenchOffer",
-    "BenchProbe",
-    "BenchProbed",
-    "BenchStart",
-    "BenchTimed",
-    "BenchWitness",
-    "Cancel",
-    "CaseAsk",
-    "CaseGiven",
-    "CertificateMessage",
-    "CheckAccept",
-    "CheckDecline",
-    "CheckRequest",
-    "CorrectionAsk",
-    "CorrectionGiven",
-    "CreditMessage",
-    "Decline",
-    "DisputeAsk",
-    "DisputeDecline",
-    "DisputeMessage",
-    "DisputeOpen",
-    "ForcedTaken",
-    "ForcedTell",
-    "GameAt",
-    "HousePay",
-    "JuryAsk",
-    "Message",
-    "MoveOffer",
-    "Opened",
-    "OpeningOffer",
-    "Paused",
-    "Progress",
-    "ProofOffer",
-    "Propose",
-    "ReceiptBack",
-    "ReceiptOffer",
-    "Records",
-    "RevealOffer",
-    "RunMessage",
-    "ScriptNews",
-    "SettleBack",
-    "SettleOffer",
-    "SyncDigest",
-    "SyncIds",
-    "pack",
-    "unpack",
-]
+    "Accept", "BaseAsk", "BaseGiven", "BeaconAsk", "BeaconGiven", "BeaconMessage", "BenchAsk", "BenchDecline",
+    "BenchDone", "BenchInvite", "BenchOffer", "BenchProbe", "BenchProbed", "BenchStart", "BenchTimed", "BenchWitness",
+    "Cancel", "CaseAsk", "CaseGiven", "CertificateMessage", "CheckAccept", "CheckDecline", "CheckRequest",
+    "CorrectionAsk", "CorrectionGiven", "CreditMessage", "Decline", "DisputeAsk", "DisputeDecline", "DisputeMessage",
+    "DisputeOpen", "ForcedTaken", "ForcedTell", "GameAt", "HousePay", "JuryAsk", "Message", "MoveOffer", "Opened",
+    "OpeningOffer", "Paused", "Progress", "ProofOffer", "Propose", "ReceiptBack", "ReceiptOffer", "Records",
+    "RevealOffer", "RunMessage", "ScriptNews", "SettleBack", "SettleOffer", "SyncDigest", "SyncIds", "pack", "unpack",
+]  # fmt: skip
 
 Profiles = Annotated[tuple[Sealed, ...], msgspec.Meta(max_length=params.PROFILES_KEPT_MAX)]
 Box = Annotated[bytes, msgspec.Meta(max_length=params.GOSSIP_RECORD_BYTES_MAX + 1024)]
@@ -496,5 +448,14 @@ def pack(message: Message) -> bytes:
 
 
 def unpack(data: bytes) -> Message:
-    """A message from hostile bytes. Raises MalformedRecord or LimitExceeded."""
-    return decode(Message, data, bytes_max=params.MESSAGE_BYTES_MAX)  # type: ignore[arg-type]
+    """A message from hostile bytes. Raises MalformedRecord or LimitExceeded. A small one is read once: its signatures
+    are looked for ahead of the node."""
+    message = _unpacked.get(data)
+    if message is None:
+        message = decode(Message, data, bytes_max=params.MESSAGE_BYTES_MAX)  # type: ignore[arg-type]
+        if len(data) <= params.OPENED_BYTES_MAX:
+            _unpacked.note(data, message)
+    return message
+
+
+_unpacked: Lately[bytes, Message] = Lately(params.OPENED_REMEMBERED_MAX)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from market.ledger import Entry, Ledger
 from peer.store_batch import Batch, Event, Staged, checked_name
@@ -66,6 +66,7 @@ from protocol.errors import IchibaError, LocalProtocolError, RemoteProtocolError
 __all__ = ["Batch", "Event", "Store"]
 
 T = TypeVar("T")
+PUT_ROWS: Final = 100  # of key-value rows written by one statement: SQLite takes far more values than their 400
 
 
 def no_probe(point: str) -> None:
@@ -279,12 +280,15 @@ class Store:
                 deleted.append((table, key))
         for table, delta in deltas.items():
             added(tables, table, rows=rows[table], delta=delta)
-        self._write_all(
-            "put",
-            "INSERT INTO kv (tbl, key, value, sum) VALUES (?, ?, ?, ?)"
-            " ON CONFLICT (tbl, key) DO UPDATE SET value = excluded.value, sum = excluded.sum",
-            stored,
-        )
+        # Rows go in by many: each statement gives the interpreter's lock away, and waits for it among other threads.
+        for first in range(0, len(stored), PUT_ROWS):
+            page = stored[first : first + PUT_ROWS]
+            self._write(
+                "put",
+                f"INSERT INTO kv (tbl, key, value, sum) VALUES {','.join(('(?,?,?,?)',) * len(page))}"
+                " ON CONFLICT (tbl, key) DO UPDATE SET value = excluded.value, sum = excluded.sum",
+                [part for row in page for part in row],
+            )
         self._write_all("delete", "DELETE FROM kv WHERE tbl = ? AND key = ?", deleted)
         return tail.with_rows(added=sum(rows.values()), delta=sum(deltas.values()))
 

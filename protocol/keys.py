@@ -19,7 +19,9 @@ from protocol.codec import blake
 from protocol.errors import MalformedRecord, VerificationFailed
 from protocol.signatures import check_many, make_many
 
-__all__ = ["SigningKey", "check_of", "peer_key", "peer_name", "short", "verified", "verify", "verify_ahead"]
+__all__ = [
+    "SigningKey", "are_right", "check_of", "peer_key", "peer_name", "short", "verified", "verify", "verify_ahead",
+]  # fmt: skip
 
 KEY_BYTES: Final = 32
 SIGNATURE_BYTES: Final = 64
@@ -99,10 +101,9 @@ def verify(public: bytes, domain: str, network: bytes, body: bytes, signature: b
     verified.add(public + signature + message)
 
 
-def check_of(public: bytes, domain: str, network: bytes, body: bytes, signature: bytes) -> bytes | None:
-    """The check that `verify` makes of these, for `verify_ahead`; None where it refuses their lengths."""
-    if len(public) != KEY_BYTES or len(signature) != SIGNATURE_BYTES:
-        return None
+def check_of(public: bytes, domain: str, network: bytes, body: bytes, signature: bytes) -> bytes:
+    """The check that `verify` makes of a key (32 bytes) and a signature (64 bytes), for `verify_ahead`."""
+    assert len(public) + len(signature) == KEY_BYTES + SIGNATURE_BYTES
     return public + signature + _message(domain, network, body)
 
 
@@ -113,6 +114,11 @@ def verify_ahead(checks: Sequence[bytes]) -> None:
     for check, right in zip(new, check_many(new), strict=True):
         if right:
             verified.add(check)
+
+
+def are_right(checks: Sequence[bytes]) -> bool:
+    """Whether all of them were found right lately."""
+    return all(verified.remembers(check) for check in checks)
 
 
 class Verified:

@@ -51,7 +51,7 @@ CLOCK_SLEW_PERMILLE: Final = 5  # by which deadlines run faster or slower until 
 RECORD_LIFETIME_NS_MAX: Final = 24 * 3600 * 10**9  # nothing gossiped lives longer than a day
 
 SIGNATURES_REMEMBERED_MAX: Final = 32_768  # right ones not computed again, 10 MiB: a burst and the settlement log
-OPENED_REMEMBERED_MAX: Final = 4_096  # envelopes that were opened, not decoded again; 4 MiB of receipts
+OPENED_REMEMBERED_MAX: Final = 4_096  # envelopes and messages that were opened, not decoded again; 4 MiB of receipts
 OPENED_BYTES_MAX: Final = 2_048  # a larger envelope is opened each time: 16 MiB at most are remembered
 SIGNATURES_AHEAD_MIN: Final = 8  # fewer are computed sooner where they are used than handed to threads
 COSIGNED_AHEAD_MAX: Final = 1_024  # words for receipts made before the node asks for them, 1 MiB: four turns of them

@@ -77,8 +77,7 @@ def test_only_what_is_right_is_remembered(way: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(keys, "verified", fresh)
     wrong = signature[:-1] + bytes([signature[-1] ^ 1])
     pairs = [check_of(key.public, "domain", network, b"body", one) for one in (signature, wrong, signature)]
-    assert check_of(key.public, "domain", network, b"body", b"short") is None
-    verify_ahead([check for check in pairs if check is not None])
+    verify_ahead(pairs)
     assert fresh.computed == 1
     verify(key.public, "domain", network, b"body", signature)
     assert (fresh.computed, fresh.remembered) == (1, 1)
