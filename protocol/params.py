@@ -474,6 +474,7 @@ PLACEMENT_FILE_BYTES_MAX: Final = 256 * 1024 * 1024  # two float64 matrices of 2
 PARALLEL_UNITS_MAX: Final = 256  # stages x replicas: each is a deal of its own with the one submitter
 MICRO_BATCHES_MAX: Final = 256  # of one step: the unrolled program holds each one's nodes
 CROSSINGS_MAX: Final = 16_384  # tensors that leave, or enter, a unit in one step: 256 micro-batches of 64
+KEPT_BYTES_MAX: Final = 2 * 1024**3  # of examples' activations that a unit keeps: they are in each of its checkpoints
 CROSSING_BYTES_MAX: Final = 256 * 1024**2  # one tensor between units: the daemon holds it whole while it is on its way
 PAYLOAD_HEAD_BYTES_MAX: Final = 64  # what a codec may add to a tensor's own bytes; a change adds 10
 UNIT_WAIT_SECONDS_MAX: Final = 1800.0  # for one tensor of a neighbour: time to replace a lost one from a thin market

@@ -20,7 +20,8 @@ from tests.parallel_scene import part_of, rows_of, run_units, step_whole, units_
 from worker import char_gpt, exact
 from worker.capture import Training, capture_built
 from worker.cut_places import Places, choose_cuts
-from worker.cutting import StagePart, ahead_of, cut
+from worker.cut_plan import ahead_of
+from worker.cutting import StagePart, cut
 from worker.step_parts import NotParallel, StepParts
 from worker.unrolling import unrolled
 

@@ -7,10 +7,8 @@ worker/unrolling.py makes of the same step, bit for bit, if nothing is lost on t
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import msgspec
@@ -29,15 +27,12 @@ from protocol.stage import (
     Crossing,
     Flow,
 )
-from worker.cut_places import SLACK, Places, choose_cuts
+from worker.cut_places import SLACK
+from worker.cut_plan import Cut, Sync, ahead_of, planned
 from worker.program_writer import Handle, ProgramWriter, moved
-from worker.step_parts import NotParallel, StepParts
-from worker.unrolling import added, check_counts, mean, micro_batch_of, numbered
+from worker.unrolling import added, mean, micro_batch_of, numbered
 
-__all__ = ["Cut", "StagePart", "ahead_of", "cut", "received_name"]
-
-Sync = Literal["none", "step", "local"]
-
+__all__ = ["StagePart", "cut", "received_name", "units_of"]
 
 @dataclass(frozen=True)
 class StagePart:
@@ -53,17 +48,6 @@ class StagePart:
 def received_name(crossing: Crossing) -> str:
     """The name of the input that a received crossing is."""
     return f"{IN_PREFIX}{crossing.flow}.{crossing.replica}.{crossing.micro_batch}.{crossing.index}"
-
-
-def ahead_of(stage: int, *, stages: int, micro_batches: int, in_flight: int | None) -> int:
-    """The micro-batches that a stage starts before its first backward pass: 1 of the last stage, `in_flight` of the
-    first, evenly between. One more than the stage after it at least, as 1F1B has it, or two where none is given, so
-    that a round trip hides behind a micro-batch; never more than there are."""
-    behind = stages - 1 - stage
-    wanted = 1 + 2 * behind
-    if in_flight is not None:
-        wanted = max(1 + behind, 1 + round((in_flight - 1) * behind / max(1, stages - 1)))
-    return min(wanted, micro_batches)
 
 
 def cut(
@@ -87,117 +71,17 @@ def cut(
     codec `change`. speeds, slack: see `choose_cuts`. at: the places to cut at, if they are known. Raises NotParallel
     for what does not split.
     """
-    parts = StepParts(program)
-    check_counts(parts, micro_batches)
-    kept = frozenset(keep)
-    places = Places(parts, micro_batches, private=bool(kept))
-    cuts = tuple(at) if at is not None else choose_cuts(places, stages, speeds=speeds, slack=slack, kept=kept)
-    whole = Cut(places, cuts, in_flight, replicas, sync, kept_rows)
-    whole.check(kept)
-    made = []
-    for stage in range(stages):
-        made += [_Unit(whole, stage, replica).part() for replica in range(replicas)]
-    return made
+    settled = planned(
+        program, stages=stages, micro_batches=micro_batches, in_flight=in_flight, replicas=replicas, sync=sync,
+        keep=keep, speeds=speeds, slack=slack, at=at,
+    )  # fmt: skip
+    return units_of(replace(settled, kept_rows=kept_rows))
 
 
-@dataclass(frozen=True)
-class Cut:
-    """A step, and the places where it is cut."""
-
-    places: Places
-    cuts: tuple[int, ...]
-    in_flight: int | None
-    replicas: int
-    sync: Sync
-    kept_rows: int
-
-    @property
-    def parts(self) -> StepParts:
-        """The step."""
-        return self.places.parts
-
-    @property
-    def stages(self) -> int:
-        """How many."""
-        return len(self.cuts) + 1
-
-    def stage_at(self, place: int) -> int:
-        """The stage a place belongs to."""
-        return bisect_right(self.cuts, place)
-
-    @cached_property
-    def stage_of(self) -> dict[int, int]:
-        """The stage of each forward and backward node."""
-        return {number: self.stage_at(place) for number, place in self.places.place.items()}
-
-    @cached_property
-    def home(self) -> dict[int, int]:
-        """The stage of each changing parameter."""
-        return {number: self.stage_at(place) for number, place in self.places.home.items()}
-
-    @cached_property
-    def owner(self) -> dict[int, int]:
-        """The stage that updates with each gradient. Raises NotParallel if several do."""
-        found: dict[int, int] = {}
-        for number, gradients in self.places.gradients_of.items():
-            for gradient in gradients:
-                if found.setdefault(gradient, self.home[number]) != self.home[number]:
-                    raise NotParallel(
-                        "the update of one parameter reads gradients of another, which is of another stage",
-                        why="as where gradients are clipped by one norm over all of them",
-                        next_step="use clip_value in place of clip_norm, or stages = 1",
-                    )
-        return found
-
-    @cached_property
-    def ahead(self) -> tuple[tuple[tuple[int, bool], ...], ...]:
-        """What crosses forward over the border behind each stage: value, and whether once for each micro-batch."""
-        found: list[list[tuple[int, bool]]] = [[] for _ in range(self.stages)]
-        for number in self.places.order:
-            for stage in range(self.stage_of[number], self.stage_at(self.places.last_use[number])):
-                found[stage].append((number, True))
-        for number, home in self.home.items():
-            for stage in range(home, self.stage_at(self.places.reach[number])):
-                found[stage].append((number, False))
-        return tuple(tuple(sorted(crossing, key=lambda pair: (not pair[1], pair[0]))) for crossing in found)
-
-    @cached_property
-    def back(self) -> tuple[tuple[tuple[int, bool], ...], ...]:
-        """What crosses backward over the border before each stage."""
-        found: list[list[tuple[int, bool]]] = [[] for _ in range(self.stages)]
-        for number, low in self.places.lowest.items():
-            for stage in range(self.stage_at(low) + 1, self.stage_of[number] + 1):
-                found[stage].append((number, True))
-        for gradient, owner in self.owner.items():
-            for stage in range(owner + 1, self.made_at(gradient) + 1):
-                found[stage].append((gradient, False))
-        return tuple(tuple(sorted(crossing, key=lambda pair: (not pair[1], pair[0]))) for crossing in found)
-
-    def made_at(self, gradient: int) -> int:
-        """The stage that computes a gradient."""
-        return self.stage_of.get(gradient, self.owner[gradient])
-
-    def check(self, kept: frozenset[int]) -> None:
-        """Raises NotParallel if the update does not split, or another stage would read what a kept one reads."""
-        parts, owner = self.parts, self.owner
-        for number, home in self.home.items():
-            for node in parts.cone(parts.new_state[parts.program.inputs[number].name]):
-                for ref in parts.node(node).refs():
-                    for base in self.places.bases.get(ref, ()):
-                        if self.home.get(base, home) != home:
-                            raise NotParallel(
-                                f"the update of {parts.program.inputs[number].name} reads "
-                                f"{parts.program.inputs[base].name}, which is of another stage",
-                                next_step="use an optimizer that treats each parameter by itself, or stages = 1",
-                            )
-        assert all(self.made_at(gradient) >= stage for gradient, stage in owner.items())
-        for number, found in self.places.readers.items():
-            stages = {self.stage_at(place) for place in found}
-            if stages & kept and stages - kept:
-                raise NotParallel(
-                    f"stage {min(stages - kept)} reads {parts.program.inputs[number].name}, as a kept stage does",
-                    next_step='keep = ["first", "last"] in [privacy] of job.toml, or fewer stages',
-                )
+def units_of(whole: Cut) -> list[StagePart]:
+    """The units of a cut step in the order of their numbers."""
+    pairs = ((stage, replica) for stage in range(whole.stages) for replica in range(whole.replicas))
+    return [_Unit(whole, stage, replica).part() for stage, replica in pairs]
 
 
 @dataclass
@@ -407,10 +291,12 @@ class _Unit:
     def _averaged(self, own: dict[int, Handle]) -> dict[int, Handle]:
         """The gradients averaged over the replicas: added in the order of replicas, on every one of them."""
         whole = self.whole
-        for place, (_, handle) in enumerate(own.items()):
-            self._send("sync", 0, place, self._again(handle))
+        # What is sent is what this replica adds too: a codec may have changed it, for all of them alike.
+        sent = {number: self._again(handle) for number, handle in own.items()}
+        for place, handle in enumerate(sent.values()):
+            self._send("sync", 0, place, handle)
         found = {}
-        for place, (number, handle) in enumerate(own.items()):
+        for place, (number, handle) in enumerate(sent.items()):
             kind = self.writer.type_of(handle)
             total: Handle | None = None
             for replica in range(whole.replicas):
@@ -457,18 +343,11 @@ class _Unit:
             sides += [("recv", stage - 1)] if stage else []
             for side, border in sides:
                 for index, (number, rows) in enumerate(whole.ahead[border]):
-                    shape = self._example(number) if rows else None
+                    shape = whole.example_of(number) if rows else None
                     if shape is not None:
                         end = f"{side}.forward.{index}"
                         self._state(KEPT_PREFIX + end, "float32", (whole.kept_rows, *shape))
                         self._state(SEEN_PREFIX + end, "uint8", (whole.kept_rows,))
-
-    def _example(self, number: int) -> tuple[int, ...] | None:
-        """The part of a value that one row of the micro-batch is, if it has rows."""
-        rows, (dtype, shape) = self.whole.parts.rows, self.whole.parts.program.types[number]
-        if dtype != "float32" or not shape or shape[0] % rows:
-            return None
-        return shape[1:] if shape[0] == rows else (shape[0] // rows, *shape[1:])
 
     def _state(self, name: str, dtype: Literal["float32", "uint8"], shape: tuple[int, ...]) -> None:
         self.updates[name] = self.writer.add(Input(name, "buffer", dtype, shape, Init.of("constant", 0.0)))

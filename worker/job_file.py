@@ -12,20 +12,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, NoReturn, TypeVar
 
 from protocol import params
 from protocol.credits import micro_of
 from protocol.errors import IchibaError
 from protocol.task import BatchRule, Kind, Schedule
+from worker.parallel_file import PARALLEL_KEYS, PRIVACY_KEYS, Parallel, read_keep, read_parallel
 from worker.require import Require, read_require
 
-__all__ = ["BadJobFile", "JobFile", "SettledJob", "read_job_file"]
+__all__ = ["BadJobFile", "JobFile", "SettledJob", "Table", "read_job_file"]
 
 _T = TypeVar("_T", str, int)
 _KEYS: Final = (
     "kind", "name", "model", "data", "initial", "mode", "width", "seed", "steps", "steps_per_segment", "budget",
-    "price", "sandbox", "batch", "learning_rate", "privacy", "require",
+    "price", "sandbox", "batch", "learning_rate", "parallel", "privacy", "require",
 )  # fmt: skip
 _SAVED: Final = {
     "model": ", or the .program that captured.save() wrote",
@@ -59,7 +60,8 @@ class JobFile:
     initial: "seed", "model", the path of a checkpoint, or what the job is stacked on. model: (file, function), or
     (file, "") for a saved capture; data: (file, function), or (file, "") for a .npz of arrays or a file whose bytes are
     the data. Paths are absolute. sandbox: the level a solver must have, 2 to 4. sealed: the offer shows terms only.
-    require: what else its solver must have.
+    require: what else its solver must have. parallel: of a job that is cut into units; batch is then that of one
+    micro-batch. keep: "first" and "last", the stages of it that the submitter runs.
     """
 
     path: Path
@@ -80,9 +82,11 @@ class JobFile:
     sandbox: int
     sealed: bool
     require: Require
+    parallel: Parallel | None = None
+    keep: tuple[str, ...] = ()
 
 
-class _Table:
+class Table:
     """A table of the file, from which each key is taken once."""
 
     def __init__(self, raw: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
@@ -94,6 +98,10 @@ class _Table:
                     f"unknown key {key!r} in {where}",
                     next_step=f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}",
                 )
+
+    def refuse(self, what: str, *, why: str = "", next_step: str = "") -> NoReturn:
+        """Raises BadJobFile about this table."""
+        raise BadJobFile(f"{what} in {self.where}", why=why, next_step=next_step)
 
     def take(self, key: str, kind: type[_T], default: _T | None = None) -> _T:
         """The value of `key`; without a default it must be there."""
@@ -127,7 +135,7 @@ class _Table:
             raise BadJobFile(f"{key} in {self.where} is {value!r}", next_step=hint)
         return value
 
-    def nano(self, key: str, default: int | None = None) -> int:
+    def nano(self, key: str, default: int | Decimal | None = None) -> int:
         """A rate in units of 1e-9, exactly."""
         value = self.raw.get(key, default)
         if value is None:
@@ -139,12 +147,12 @@ class _Table:
             raise BadJobFile(f"{key} in {self.where} is {value}, it must be a positive multiple of 0.000000001")
         return int(scaled)
 
-    def table(self, key: str, known: tuple[str, ...]) -> _Table:
+    def table(self, key: str, known: tuple[str, ...]) -> Table:
         """A table inside this one."""
         value = self.raw.get(key)
         if not isinstance(value, dict):
             raise BadJobFile(f"{self.where} has no [{key}] table", next_step="see examples/mlp/job.toml")
-        return _Table(value, known, f"[{key}]")
+        return Table(value, known, f"[{key}]")
 
 
 _ARTICLE: Final = {str: "text in quotes", int: "a whole number"}
@@ -165,7 +173,7 @@ def read_job_file(path: Path) -> JobFile:
         raise BadJobFile(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadJobFile(f"{path} is not TOML: {error}") from None
-    top = _Table(raw, _KEYS, path.name)
+    top = Table(raw, _KEYS, path.name)
     folder = path.resolve().parent
     steps = top.integer("steps", 1, params.TASK_STEPS_MAX)
     per_segment = top.integer("steps_per_segment", 1, params.TASK_STEPS_MAX, default=min(steps, 100))
@@ -196,12 +204,38 @@ def read_job_file(path: Path) -> JobFile:
         budget_micro=_money(top, "budget"),
         unit_price_max=_money(top, "price"),
         sandbox=_sandbox(top, require),
-        sealed="privacy" in top.raw and top.table("privacy", ("sealed",)).flag("sealed"),
+        sealed="privacy" in top.raw and _sealed(top),
         require=require,
+        parallel=_parallel(kind, top),
+        keep=_keep(top),
     )
 
 
-def _sandbox(top: _Table, require: Require) -> int:
+def _sealed(top: Table) -> bool:
+    table = top.table("privacy", PRIVACY_KEYS)
+    return table.flag("sealed") if "sealed" in table.raw or "keep" not in table.raw else False
+
+
+def _keep(top: Table) -> tuple[str, ...]:
+    if "privacy" not in top.raw:
+        return ()
+    table = top.table("privacy", PRIVACY_KEYS)
+    return read_keep(table.raw, table, parallel="parallel" in top.raw)
+
+
+def _parallel(kind: Kind, top: Table) -> Parallel | None:
+    if "parallel" not in top.raw:
+        return None
+    if kind != "train" or top.raw.get("mode", "exact") != "exact":
+        raise BadJobFile(
+            f"[parallel] in {top.where}, a {top.raw.get('mode', 'exact')} job of the kind {kind}",
+            why="only training in exact mode is cut into units, each of which is checked alone, bit for bit",
+            next_step='mode = "exact", or remove [parallel]',
+        )
+    return read_parallel(top.table("parallel", PARALLEL_KEYS))
+
+
+def _sandbox(top: Table, require: Require) -> int:
     if require.sandbox is None:
         return _LEVELS.index(top.choice("sandbox", _LEVELS[2:], default=_LEVELS[2]))
     if "sandbox" in top.raw:
@@ -254,12 +288,12 @@ def _inside(folder: Path, name: str, key: str) -> Path:
     return path
 
 
-def _refuse_table(key: str, kind: Kind, top: _Table, why: str) -> None:
+def _refuse_table(key: str, kind: Kind, top: Table, why: str) -> None:
     if key in top.raw:
         raise BadJobFile(f"[{key}] in {top.where}, whose kind is {kind}", why=why, next_step=f"remove [{key}]")
 
 
-def _batch_of(kind: Kind, top: _Table) -> BatchRule:
+def _batch_of(kind: Kind, top: Table) -> BatchRule:
     if kind == "generate":
         _refuse_table("batch", kind, top, "it reads no data but the prompt, which build() gives")
         return BatchRule("rows", 1, 0)
@@ -272,14 +306,14 @@ def _batch_of(kind: Kind, top: _Table) -> BatchRule:
     return rule
 
 
-def _schedule_of(kind: Kind, top: _Table, steps: int) -> Schedule:
+def _schedule_of(kind: Kind, top: Table, steps: int) -> Schedule:
     if kind != "train":
         _refuse_table("learning_rate", kind, top, "it trains nothing")
         return Schedule("constant", 0, 0, 0)
     return _schedule(top.table("learning_rate", _RATE_KEYS), steps)
 
 
-def _batch(table: _Table) -> BatchRule:
+def _batch(table: Table) -> BatchRule:
     rule = table.choice("rule", ("windows", "rows", "sequence"))
     size = table.integer("size", 1, 2**20)
     if rule == "rows" and "length" in table.raw:
@@ -288,7 +322,7 @@ def _batch(table: _Table) -> BatchRule:
     return BatchRule(rule, size, table.integer("length", 1, 2**24) if windows else 0)
 
 
-def _schedule(table: _Table, steps: int) -> Schedule:
+def _schedule(table: Table, steps: int) -> Schedule:
     kind = table.choice("kind", ("constant", "warmup-cosine"), default="constant")
     peak = table.nano("peak")
     if kind == "constant":
@@ -302,7 +336,7 @@ def _schedule(table: _Table, steps: int) -> Schedule:
     return Schedule("warmup-cosine", peak, floor, table.integer("warmup_steps", 0, steps, default=0))
 
 
-def _money(table: _Table, key: str) -> int | None:
+def _money(table: Table, key: str) -> int | None:
     """Credits as text or a decimal, or, for the price alone, micro-credits as a whole number."""
     value = table.raw.get(key)
     if value is None:

@@ -35,7 +35,7 @@ from worker.job_file import BadJobFile, JobFile, SettledJob, read_job_file
 from worker.stacking import Stack, stacked
 from worker.training import Batches, arithmetic_of, check_task, initial_state, rate_of
 
-__all__ = ["Prepared", "PreparedArray", "UserCodeFailed", "prepare"]
+__all__ = ["Prepared", "PreparedArray", "UserCodeFailed", "explained", "prepare"]
 
 _DTYPES: Final = ("uint8", "int32", "int64", "float32")
 # What a person's Python usually raises; anything stranger keeps its own traceback.
@@ -141,7 +141,7 @@ def prepare(
         arrays=tuple((array, bytes(32)) for array in arrays),
         initial=Initial("state", bytes(32), base_root) if base is not None else _SEEDED,
     )
-    with _explained(job):
+    with explained(job):
         # The decoder holds rules that a constructor does not (protocol/task.py).
         TaskSpec.from_bytes(encode(task), network=network)
         check_task(task, captured.program)
@@ -420,7 +420,7 @@ def _from_file(path: Path, program: Program, own: Mapping[str, torch.Tensor]) ->
 
 # --- does it fit -------------------------------------------------------------------------------------------
 @contextmanager
-def _explained(job: JobFile) -> Iterator[None]:
+def explained(job: JobFile) -> Iterator[None]:
     """Records refuse peers; here the same refusal is about the submitter's own file."""
     try:
         yield
