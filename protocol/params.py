@@ -150,6 +150,7 @@ SANDBOX_POOL_MAX: Final = 2  # warm workers of about 350 MB each
 SANDBOX_WARM_SECONDS_MAX: Final = 600.0  # an unused warm worker is stopped: an idle daemon must stay small
 SANDBOX_WARM_HEAP_BYTES: Final = 64 * 1024**2  # pages a warm worker already holds: 40 ms of a job's start
 SANDBOX_SCRATCH_BYTES: Final = 16 * 1024 * 1024  # /scratch inside; a graph writes nothing there
+SANDBOX_FEED_BYTES: Final = 2 * 1024 * 1024  # of a unit's tensors on the way into its worker, beside what it holds
 SANDBOX_PROCESSES_MAX: Final = 64  # processes and threads together, beside a thread for each core
 SANDBOX_STACK_BYTES: Final = 8 * 1024 * 1024  # of a thread, the usual default; RLIMIT_DATA does not count stacks
 SANDBOX_FILES_MAX: Final = 256  # open descriptors: 66 inputs and what Python and torch open

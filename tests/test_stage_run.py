@@ -257,7 +257,7 @@ def test_a_unit_that_diverges_ends_at_that_step_with_the_state_before_it(forward
 def test_an_ordered_false_end_lacks_the_last_step(tmp_path: Path) -> None:
     mine = ran(tmp_path)[1]
     wire = TapeWire(1, [memoryview(bytes(mine.wire.tapes[1]))])
-    (result,) = unit_run(mine.unit, wire, range(1, 2), mine.base(1), ordered=Ordered(1, "skip-step"))
+    (result,) = unit_run(mine, wire, range(1, 2), ordered=Ordered(1, "skip-step"))
     assert result.out_root == mine.results[1].out_root
     assert result.false_end is not None
     assert result.false_end.root not in (result.out_root, result.in_root)

@@ -234,11 +234,17 @@ def first_state(program: Program) -> dict[str, torch.Tensor]:
 
 @dataclass
 class Unit:
-    """One unit's task, program and files."""
+    """One unit's task and program, the file of its first state, and the order of its whole run."""
 
     task: TaskSpec
     program: Program
-    order: WorkOrder
+    base: Path
+    made: WorkOrder | None = None
+
+    @property
+    def order(self) -> WorkOrder:
+        assert self.made is not None
+        return self.made
 
     @property
     def stage(self) -> Stage:
@@ -260,6 +266,7 @@ def made_unit(folder: Path, stage: Stage, program: Program | None = None, **fiel
     return Unit(
         task,
         program,
+        folder / f"{name}.base",
         WorkOrder(
             work_id=name, task=encode(task), program=folder / f"{name}.program",
             arrays={ref.name: folder / ref.name for ref in task.fetched}, base=folder / f"{name}.base",
@@ -376,6 +383,7 @@ class Ran:
 
     unit: Unit
     wire: ThreadWire
+    arrays: dict[str, bytes]
     results: list[SegmentResult] = field(default_factory=list)
     error: BaseException | None = None
 
@@ -383,26 +391,29 @@ class Ran:
         return checkpoint.load(self.results[segment].checkpoint)
 
     def base(self, segment: int) -> bytes:
-        assert self.unit.order.base is not None
-        return self.results[segment - 1].checkpoint if segment else self.unit.order.base.read_bytes()
+        return self.results[segment - 1].checkpoint if segment else self.unit.base.read_bytes()
 
 
-def unit_run(unit: Unit, wire: Wire, segments: range, base: bytes, **more: Any) -> Iterator[SegmentResult]:
-    arrays = {ref.name: data()[ref.name].tobytes() for ref in unit.task.fetched}
+def unit_run(mine: Ran, wire: Wire, segments: range, **more: Any) -> Iterator[SegmentResult]:
+    unit, base = mine.unit, mine.base(segments.start)
+    arrays = {ref.name: mine.arrays[ref.name] for ref in unit.task.fetched}
     return run_unit(
         task=unit.task, program=unit.program, arrays=arrays, base=base, segments=segments, wire=wire, **more
-    )  # fmt: skip
+    )
 
 
-def run_threads(units: list[Unit], cheats: dict[int, str] | None = None) -> list[Ran]:
-    """Run whole units beside each other. cheats: frauds, by the number of the unit."""
+def run_threads(
+    units: list[Unit], cheats: dict[int, str] | None = None, arrays: dict[str, bytes] | None = None
+) -> list[Ran]:
+    """Run whole units beside each other. cheats: frauds, by the number of the unit. arrays: other data than `data`."""
     net = ThreadNet()
-    ran = [Ran(unit, ThreadWire(net)) for unit in units]
+    arrays = arrays or {name: array.tobytes() for name, array in data().items()}
+    ran = [Ran(unit, ThreadWire(net), arrays) for unit in units]
 
     def one(mine: Ran) -> None:
         try:
             cheat = (cheats or {}).get(mine.unit.stage.unit)
-            for result in unit_run(mine.unit, mine.wire, range(mine.unit.task.segments), mine.base(0), cheat=cheat):
+            for result in unit_run(mine, mine.wire, range(mine.unit.task.segments), cheat=cheat):
                 mine.results.append(result)
         except (IchibaError, TimeoutError) as error:
             mine.error = error
@@ -420,5 +431,5 @@ def run_threads(units: list[Unit], cheats: dict[int, str] | None = None) -> list
 def checked(mine: Ran, segment: int, tape: bytes | None = None) -> SegmentResult:
     """The segment computed again from its base and tape alone."""
     wire = TapeWire(segment, [memoryview(bytes(mine.wire.tapes[segment]) if tape is None else tape)])
-    (result,) = unit_run(mine.unit, wire, range(segment, segment + 1), mine.base(segment))
+    (result,) = unit_run(mine, wire, range(segment, segment + 1))
     return result

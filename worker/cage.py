@@ -223,6 +223,8 @@ class _Pipes:
             ours, theirs = socket.socketpair()
             self.job_ours: socket.socket = made.enter_context(ours)
             self.job: socket.socket = made.enter_context(theirs)
+            # So that most tensors a unit is fed go in one call; the system grants what it grants.
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, params.SANDBOX_FEED_BYTES)
             self.numbers = [end for _ in range(3) for end in os.pipe2(os.O_CLOEXEC)]
             made.pop_all()
         self.replies_ours, self.replies, self.log_ours, self.log, self.info_ours, self.info = self.numbers

@@ -289,7 +289,10 @@ class _Unit:
             self.updates[name] = values[new[name]] if new[name] in values else self._value(new[name], 0)
 
     def _averaged(self, own: dict[int, Handle]) -> dict[int, Handle]:
-        """The gradients averaged over the replicas: added in the order of replicas, on every one of them."""
+        """The gradients averaged over the replicas: added in the order of replicas, on every one of them.
+
+        Of its own a replica adds up the value that it sends, which is what the others decode (worker/link_codecs.py).
+        """
         whole = self.whole
         # What is sent is what this replica adds too: a codec may have changed it, for all of them alike.
         sent = {number: self._again(handle) for number, handle in own.items()}
