@@ -85,32 +85,37 @@ class _NoiseWire:
     """Noise transport messages: 2 bytes length, big-endian, then ciphertext of at most 65,519 plain bytes."""
 
     def __init__(self, raw: Stream, noise: Any) -> None:
-        self._raw, self._noise, self._buffer = raw, noise, bytearray()
+        self._raw, self._noise = raw, noise
+        self._received, self._at = b"", 0  # what the socket gave, and how much of it is used
 
     async def receive(self) -> bytes:
         while True:
-            size = 2 + int.from_bytes(self._buffer[:2], "big")
-            if len(self._buffer) >= max(size, 3):
-                sealed = bytes(self._buffer[2:size])
-                del self._buffer[:size]
+            start = self._at + 2
+            end = start + int.from_bytes(self._received[self._at : start], "big")
+            if start <= len(self._received) >= end:
+                self._at = end
                 try:
-                    plain: bytes = self._noise.decrypt(sealed)
+                    plain: bytes = self._noise.decrypt(self._received[start:end])
                 except PEER_FAULTS as fault:
                     raise trio.BrokenResourceError(f"not decrypted: {type(fault).__name__}") from None
                 if plain:
                     return plain
+                continue
             try:
                 data = await self._raw.receive_some(256 * 1024)
             except PeerUnreachable as fault:
                 raise trio.BrokenResourceError(str(fault)) from None
             if not data:
                 return b""
-            self._buffer += data
+            self._received, self._at = self._received[self._at :] + data, 0
 
-    async def send(self, data: bytes) -> None:
-        sealed = self._noise.encrypt(data)
+    async def send(self, data: bytes, *more: bytes) -> None:
+        pieces: list[bytes] = []
+        for message in (data, *more):
+            sealed = self._noise.encrypt(message)
+            pieces += (len(sealed).to_bytes(2, "big"), sealed)
         try:
-            await self._raw.send_all(len(sealed).to_bytes(2, "big") + sealed)
+            await self._raw.send_all(b"".join(pieces))
         except PeerUnreachable as fault:
             raise trio.BrokenResourceError(str(fault)) from None
 

@@ -239,8 +239,8 @@ class _WireCarrier:
         data, self._rest = self._rest, b""
         return data or await self._wire.receive()
 
-    async def send(self, data: bytes) -> None:
-        await self._wire.send(data)
+    async def send(self, data: bytes, *more: bytes) -> None:
+        await self._wire.send(data, *more)
 
     async def aclose(self) -> None:
         await self._wire.aclose()

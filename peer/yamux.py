@@ -34,8 +34,8 @@ class Wire(Protocol):
     async def receive(self) -> bytes:
         """The next bytes, empty at the end."""
 
-    async def send(self, data: bytes) -> None:
-        """Send all of `data`."""
+    async def send(self, data: bytes, *more: bytes) -> None:
+        """Send all of `data` and what follows it, each at most one message."""
 
     async def aclose(self) -> None:
         """Close now."""
@@ -276,27 +276,40 @@ class Session:
 
     async def _write(self) -> None:
         while True:
+            at_once = params.MUX_FRAME_BYTES_MAX
             while self._control or self._outbox:
-                if self._control:
-                    frame = b"".join(self._control)
-                    self._control.clear()
-                else:
-                    frame = self._outbox.popleft()
-                    # Small frames leave together, as long as they make one Noise message.
-                    while self._outbox and len(frame) + len(self._outbox[0]) <= params.MUX_FRAME_BYTES_MAX:
-                        frame += self._outbox.popleft()
-                    self._outbox_bytes -= len(frame)
-                self._sending_since = trio.current_time()
+                frames = self._take(at_once)
+                started = self._sending_since = trio.current_time()
                 try:
-                    await self.wire.send(frame)
+                    await self.wire.send(*frames)
                 except WIRE_FAULTS as fault:
                     return self.abort(f"the connection broke: {fault}")
                 self._sending_since = None
-                self.bytes_out += len(frame)
+                self.bytes_out += sum(map(len, frames))
+                # A wire that takes messages at once is given several; on a slow one what is urgent must not wait.
+                quick = trio.current_time() - started < params.MUX_QUICK_SECONDS
+                at_once = min(2 * at_once, params.MUX_AT_ONCE_BYTES_MAX) if quick else params.MUX_FRAME_BYTES_MAX
                 if self._outbox_bytes < params.MUX_OUTBOX_BYTES_MAX:
                     self._room.unpark(count=1)
             self._room.unpark_all()
             await self._wake.park()
+
+    def _take(self, bytes_max: int) -> list[bytes]:
+        """Messages to send now: answers, then frames of data up to `bytes_max`, one at least."""
+        messages = []
+        if self._control:
+            messages.append(b"".join(self._control))
+            self._control.clear()
+        taken = 0
+        while self._outbox and (not messages or taken + len(self._outbox[0]) <= bytes_max):
+            message = self._outbox.popleft()
+            # Small frames leave together, as long as they make one Noise message.
+            while self._outbox and len(message) + len(self._outbox[0]) <= params.MUX_FRAME_BYTES_MAX:
+                message += self._outbox.popleft()
+            messages.append(message)
+            taken += len(message)
+        self._outbox_bytes -= taken
+        return messages
 
     async def _keep_alive(self) -> None:
         while True:

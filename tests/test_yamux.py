@@ -25,10 +25,10 @@ class MemoryWire:
     async def receive(self) -> bytes:
         return bytes(await self.stream.receive_some(70_000))
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: bytes, *more: bytes) -> None:
         if self.stalled:
             await trio.sleep_forever()
-        await self.stream.send_all(data)
+        await self.stream.send_all(b"".join((data, *more)))
 
     async def aclose(self) -> None:
         await self.stream.aclose()
