@@ -33,7 +33,7 @@ import torch
 import trio
 
 from peer.blobs import BlobStore
-from peer.effects import check_checkpoint
+from peer.fetching import check_checkpoint
 from peer.host import HostConfig, open_host
 from peer.lan import LAN_RULES, Lan, members
 from peer.workshop import SegmentDone, WorkOrder, Workshop

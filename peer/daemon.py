@@ -42,6 +42,7 @@ from peer.suspension import SuspendedStates
 from peer.tensor_links import PROTOCOL as TENSOR_PROTOCOL
 from peer.tensor_links import TensorLinks
 from peer.turns import Turns, open_clock
+from peer.unit_work import UnitRunner
 from peer.verifying import Verifier
 from peer.workshop import Workshop
 from protocol import keys, params
@@ -361,9 +362,10 @@ async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATU
         nursery = await stack.enter_async_context(trio.open_nursery())
         send, receive = trio.open_memory_channel[Input](params.INBOX_MAX)
         states = SuspendedStates(config.data_dir / "suspended")
-        performer = Performer(host, blobs, workshop, nursery, send, states)
-        verifier = stack.enter_context(closing(Verifier(network.id)))
         tensors = TensorLinks(host, config.data_dir / "tensors", nursery)
+        units = UnitRunner(tensors, blobs, send, config.data_dir / "tapes")
+        performer = Performer(host, blobs, workshop, nursery, send, states, units)
+        verifier = stack.enter_context(closing(Verifier(network.id)))
         daemon = Daemon(
             config, network, store, blobs, host, node, workshop, performer, send, verifier, clock, tensors, note, device
         )

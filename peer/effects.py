@@ -20,10 +20,8 @@ from peer.bench_process import BenchRunner
 from peer.blobs import BlobStore
 from peer.drops import Drops
 from peer.events import (
-    BlobRead,
     CheckWork,
     Fetch,
-    Fetched,
     Input,
     Inspect,
     Inspected,
@@ -34,9 +32,11 @@ from peer.events import (
     Publish,
     ReadBlob,
     Release,
+    Relink,
     ScriptSaid,
     SegmentMade,
     Send,
+    Settled,
     StartBench,
     StartWork,
     StepMade,
@@ -46,51 +46,28 @@ from peer.events import (
     WarmBench,
     WorkEnded,
 )
+from peer.fetching import Fetcher
 from peer.host import Host, PeerUnreachable
-from peer.link_meter import LinkMeter
 from peer.profile_run import run_profile
 from peer.scripting import ScriptOrder, run_script
 from peer.suspension import SuspendedStates
+from peer.unit_work import UnitRunner
 from peer.work_order import SegmentDone, WorkDone, WorkFailed, WorkOrder, WorkSuspended
 from peer.workshop import Workshop
 from protocol import params
 from protocol.codec import encode
 from protocol.dispute_player import decode_question
-from protocol.errors import IchibaError, RemoteProtocolError, VerificationFailed
-from protocol.merkle import state_root
+from protocol.errors import IchibaError, RemoteProtocolError
 from protocol.operations import TensorType
 from protocol.profile_task import ProfileSpec
 from protocol.program import Program, state_layout
-from protocol.safetensors import parse
-from protocol.script import ScriptSpec, result_from, words_for
+from protocol.script import ScriptSpec
 from protocol.sealing import Keys
 from protocol.task import TaskSpec, task_id
 
-__all__ = ["Performer", "check_checkpoint"]
+__all__ = ["Performer"]
 
 log = logging.getLogger(__name__)
-
-
-def check_checkpoint(path: Path, program: Path, root: bytes) -> None:
-    """Raise a RemoteProtocolError unless the file is a checkpoint of this Program with this state root.
-
-    Reads the whole file: call it in a thread. Raises OSError if a file is gone.
-    """
-    layout = state_layout(Program.from_bytes(program.read_bytes()))
-    found = state_root(parse(memoryview(path.read_bytes()), layout))
-    if found != root:
-        raise VerificationFailed(f"checkpoint has state root {found.hex()[:12]}, its receipt says {root.hex()[:12]}")
-
-
-def check_script_result(path: Path, root: bytes) -> str:
-    """How the script ended, in words. Raises a RemoteProtocolError unless the file is a result of this root.
-
-    Reads the whole file: call it in a thread.
-    """
-    result = result_from(path.read_bytes())
-    if result.root != root:
-        raise VerificationFailed(f"outputs have root {result.root.hex()[:12]}, their receipt says {root.hex()[:12]}")
-    return words_for(result)
 
 
 @dataclass(eq=False)
@@ -124,6 +101,7 @@ class Performer:
     nursery: trio.Nursery
     inbox: trio.MemorySendChannel[Input]
     states: SuspendedStates
+    units: UnitRunner
     counters: Counter[str] = field(default_factory=Counter)
     drops: Drops = field(default_factory=Drops)
     outgoing: dict[bytes, trio.MemorySendChannel[bytes]] = field(default_factory=dict)
@@ -135,6 +113,7 @@ class Performer:
     bench: BenchRunner = field(init=False)
 
     def __post_init__(self) -> None:
+        self.fetcher = Fetcher(self.host, self.blobs, self.inbox)
         self.bench = BenchRunner(self.host, self.blobs, self.nursery, self.inbox, self.turn)
 
     def perform(self, effect: object) -> None:
@@ -145,7 +124,7 @@ class Performer:
             case Publish(topic=topic, data=data):
                 self.nursery.start_soon(self._publish, topic, data)
             case Fetch():
-                self.nursery.start_soon(self._fetch, effect)
+                self.nursery.start_soon(self.fetcher.fetch, effect)
             case Protect(blobs=blobs, keys=keys):
                 try:
                     self.blobs.protect(blobs, keys)
@@ -153,7 +132,7 @@ class Performer:
                     self.counters["blobs-unprotected"] += 1
                     log.error("blobs of a sealed job are not served: %s", error)
             case ReadBlob():
-                self.nursery.start_soon(self._read, effect)
+                self.nursery.start_soon(self.fetcher.read, effect)
             case Round():
                 self.nursery.start_soon(self._play, effect)
             case StartWork():
@@ -163,9 +142,14 @@ class Performer:
                     self.working[effect.work] = _Running(question=effect.question)
                     self.nursery.start_soon(self._inspect, effect, self.working[effect.work])
             case StopWork(work=work):
+                self.units.close(work)
                 if work in self.working:
                     self.working[work].again = None
                     self.working[work].scope.cancel()
+            case Relink(work=work, order=order):
+                self.units.relink(work, order)
+            case Settled(work=work, before_step=step):
+                self.units.settled(work, step)
             case Suspend(within_ms=within_ms):
                 self.suspension = _Suspension()
                 self.nursery.start_soon(self._suspend, within_ms / 1000, self.suspension)
@@ -173,6 +157,7 @@ class Performer:
                 self.bench.perform(effect)
             case Release(owner=owner, keep=keep):
                 self.states.drop(owner)
+                self.units.forget(owner)
                 self.blobs.release(owner.hex(), keep=keep)
             case Penalise(peer=peer, reason=reason):
                 self.host.penalise(peer, reason)
@@ -210,48 +195,14 @@ class Performer:
         await self.host.publish(topic, data)
 
     # --- blobs ---------------------------------------------------------------------------------------------
-    async def _fetch(self, effect: Fetch) -> None:
-        error, forged, note, meter = "", False, "", LinkMeter(effect.peers)
-        fetch = partial(self.blobs.fetch, self.host, peers=effect.peers, keys=effect.keys)
-        try:
-            if not self.blobs.has(effect.blob):
-                await fetch(effect.blob, size_max=effect.size_max, progress=meter)
-            self.blobs.pin(effect.blob, effect.token.hex())
-            if effect.state_root and not effect.program:
-                check_result = partial(check_script_result, self.blobs.path(effect.blob), effect.state_root)
-                note = await trio.to_thread.run_sync(check_result)
-            elif effect.state_root:
-                # The program says what the checkpoint must hold; it may still be on its way in another fetch.
-                await fetch(effect.program, size_max=params.PROGRAM_BYTES_MAX)
-                check = partial(
-                    check_checkpoint, self.blobs.path(effect.blob), self.blobs.path(effect.program), effect.state_root
-                )
-                await trio.to_thread.run_sync(check)
-        except VerificationFailed as failure:
-            error, forged = str(failure), True
-        except (IchibaError, OSError) as failure:
-            error = str(failure)
-        await self.inbox.send(Fetched(effect.blob, effect.token, error, forged, note, *meter.told()))
-
     async def _play(self, effect: Round) -> None:
         await self.inbox.send(await trio.to_thread.run_sync(effect.play))
-
-    async def _read(self, effect: ReadBlob) -> None:
-        data, error = b"", ""
-        try:
-            path = self.blobs.path(effect.blob)
-            if path.stat().st_size > effect.size_max:
-                error = f"it is larger than {effect.size_max} bytes"
-            else:
-                data = await trio.to_thread.run_sync(path.read_bytes)
-        except (IchibaError, OSError) as failure:
-            error = str(failure)
-        await self.inbox.send(BlobRead(effect.blob, effect.token, data, error))
 
     # --- work ----------------------------------------------------------------------------------------------
     def _start_work(self, order: StartWork) -> None:
         if order.work in self.working:
-            if self.working[order.work].suspending:
+            running = self.working[order.work]
+            if running.suspending or running.scope.cancel_called:
                 self.working[order.work].again = order
             return
         self.working[order.work] = _Running()
@@ -286,6 +237,10 @@ class Performer:
     async def _run(self, order: StartWork) -> WorkDone:
         if self.workshop is None:
             raise WorkFailed("sandbox-failed", "this machine has no sandbox", next_step="run `ichiba doctor`")
+        if order.run is not None:  # it takes no turn: its neighbours may wait for a check that waits for this slot
+            asked = self._training_order(order, None)
+            told = partial(self._step, order.work), partial(self._segment, order.work, order.keys)
+            return await self.units.run(order, asked, self.workshop, on_step=told[0], on_segment=told[1])
         async with self.turn:
             if isinstance(order.task, ScriptSpec):
                 return await self._script(order, order.task, self.workshop)
@@ -412,6 +367,7 @@ class Performer:
             ordered=order.ordered if order.ordered and order.ordered[0] >= order.first_segment else None,
             gauges=order.gauges,
             claimed=self.blobs.path(order.compare) if order.compare else None,
+            tapes=tuple(map(self.blobs.path, order.tapes)),
         )
 
     async def _script(self, order: StartWork, script: ScriptSpec, workshop: Workshop) -> WorkDone:
@@ -462,6 +418,7 @@ class Performer:
         done.checkpoint.unlink(missing_ok=True)
         if done.diverged_step is not None:
             raise WorkFailed("diverged", f"diverged at step {done.diverged_step}: the loss or a weight is not finite")
+        ends = await self.units.ended(work, self.blobs.path(blob), done.tape) if done.tape is not None else None
         false = done.false_end
         false_blob = b""
         if false is not None:
@@ -482,6 +439,7 @@ class Performer:
                 false_blob,
                 false.checkpoint_bytes if false else 0,
                 done.distance,
+                ends,
             )
         )
         self.states.drop(work)  # its segment is over

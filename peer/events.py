@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from market.entries import Entry
 from market.rounds import Played, Round
-from peer.run_events import LinkEnds, Relink, RunOrder, UnitWaits
+from peer.run_events import LinkEnds, Relink, RunOrder, Settled, UnitWaits
 from protocol.bench_card import Figures, Opening
 from protocol.profile import Findings, Gauge
 from protocol.records import BenchChallenge
@@ -50,6 +50,7 @@ __all__ = [
     "ScriptSaid",
     "SegmentMade",
     "Send",
+    "Settled",
     "StartBench",
     "StartWork",
     "StepMade",
@@ -483,6 +484,7 @@ Effect: TypeAlias = (
     | Inspect
     | Round
     | Relink
+    | Settled
     | Suspend
     | BenchEffect
     | Release

@@ -32,11 +32,11 @@ class KeptUnits:
     working: dict[bytes, int] = field(default_factory=dict)  # job -> workers of it that failed in a row
     made: dict[tuple[bytes, int], tuple[SegmentMade, LinkEnds]] = field(default_factory=dict)
 
-    def launch(self, job: Job, *, epoch: int, peers: Sequence[bytes]) -> None:
+    def launch(self, job: Job, *, epoch: int, peers: Sequence[bytes], since: Sequence[int]) -> None:
         """Start a unit where all others are known, or tell its worker where they are now."""
         stage, task = stage_of(job.task), task_of(job.task)
         assert stage is not None, "a unit that is kept is a unit"
-        news = self.units.seat(job.id, stage, epoch, list(peers))
+        news = self.units.seat(job.id, stage, epoch, list(peers), list(since))
         if job.id in self.working:
             if news:
                 self.units.relink(job.id)

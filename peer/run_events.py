@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 from protocol.stage import Stage, links_in, links_out
 
-__all__ = ["LinkEnds", "Relink", "RunOrder", "UnitWaits"]
+__all__ = ["LinkEnds", "Relink", "RunOrder", "Settled", "UnitWaits"]
 
 _ROW_BYTES = 32
 
 
 @dataclass(frozen=True)
 class RunOrder:
-    """A unit's place among the others, as its submitter launched it. peers: who runs each unit, by its number.
+    """A unit's place among the others, as its submitter launched it. peers: who runs each unit, by its number; since:
+    the epoch in which each was given it.
 
     epoch: grows with each launch of the run; what comes from an older one names peers that may be gone.
     """
@@ -22,6 +23,7 @@ class RunOrder:
     epoch: int
     unit: int
     peers: tuple[bytes, ...]
+    since: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,15 @@ class Relink:
 
     work: bytes
     order: RunOrder
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Effect: all units have ended the steps before this one, and their submitter signed for it: nobody asks for what
+    was sent in them again."""
+
+    work: bytes
+    before_step: int
 
 
 @dataclass(frozen=True)

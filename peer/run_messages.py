@@ -32,12 +32,14 @@ Handovers = Annotated[
 
 
 class Launch(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="launch"):
-    """The submitter to a unit's solver: who runs which unit. A higher epoch replaces a lower one."""
+    """The submitter to a unit's solver: who runs which unit, and since which epoch. A higher epoch replaces a lower."""
 
     run: Digest
     agreement: Digest
     epoch: Annotated[int, msgspec.Meta(ge=1, le=2**32)]
-    units: Annotated[tuple[tuple[Unit, PeerKey], ...], msgspec.Meta(min_length=1, max_length=params.PARALLEL_UNITS_MAX)]
+    units: Annotated[
+        tuple[tuple[Unit, PeerKey, Uint], ...], msgspec.Meta(min_length=1, max_length=params.PARALLEL_UNITS_MAX)
+    ]
 
 
 class Launched(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="launched"):

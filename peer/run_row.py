@@ -17,6 +17,7 @@ class Run(msgspec.Struct, kw_only=True):
     gradient_bytes: int
     epoch: int = 0
     peers: list[bytes] = msgspec.field(default_factory=list)
+    since: list[int] = msgspec.field(default_factory=list)  # the epoch in which each of them was given its unit
     segment: int = 0
     lineage: list[bytes] = msgspec.field(default_factory=list)
     cuts: dict[int, list[tuple[bytes, bytes]]] = msgspec.field(default_factory=dict)

@@ -239,7 +239,11 @@ class RunDesk:
         deals = [self._deal(child) for child in children]
         peers = [self.submitter.solver_of(deal) if deal is not None else self.desk.me for deal in deals]
         if peers != run.peers:
-            run.epoch, run.peers = run.epoch + 1, peers
+            run.epoch += 1
+            before = dict(enumerate(zip(run.peers, run.since, strict=True)))
+            kept = [(before.get(unit, (b"", 0)), peer) for unit, peer in enumerate(peers)]
+            run.since = [since if peer == old else run.epoch for (old, since), peer in kept]
+            run.peers = peers
             parent = self.jobs.jobs[run.id]
             parent.state = JobState.RUNNING
             self.jobs.save(parent)
@@ -249,10 +253,10 @@ class RunDesk:
             self.desk.emit("launch", run.id, epoch=run.epoch, peers=peers)
         for child, deal in zip(children, deals, strict=True):
             if deal is None:
-                self.kept.launch(child, epoch=run.epoch, peers=run.peers)
+                self.kept.launch(child, epoch=run.epoch, peers=run.peers, since=run.since)
             elif self.acks.get(deal.id) != run.epoch and self.desk.now_ns >= self.again.get(deal.id, 0):
                 self.again[deal.id] = self.desk.now_ns + params.RESEND_NS
-                units = tuple(enumerate(run.peers))
+                units = tuple(zip(range(len(run.peers)), run.peers, run.since, strict=True))
                 self.desk.send(self.submitter.solver_of(deal), Launch(run.id, deal.id, run.epoch, units))
 
     def on_launched(self, peer: bytes, message: Launched) -> None:
@@ -320,6 +324,7 @@ class RunDesk:
         self.desk.emit("segment", run.id, segment=run.segment - 1, of=task_of(parent.task).segments)
         for child in children:
             if child.kept:
+                self.units.settled(child.id, task_of(child.task).steps_of(run.segment - 1).stop)
                 self.kept.offer(child)
 
     def _prune(self, run: Run) -> None:
@@ -415,7 +420,7 @@ class RunDesk:
         self.desk.emit("rewind", run.id, why=why, segment=segment, was=run.segment)
         self.delivered.pop(run.id, None)
         run.lineage = [d for d in run.lineage if self._first(self.submitter.deals[d]) < segment]
-        run.segment, run.peers = segment, []
+        run.segment, run.peers, run.since = segment, [], []
         parent.segment, parent.state = segment, JobState.PLACING
         for child, (root, blob) in zip(children, cut, strict=True):
             deal, child.deal = self._deal(child), b""

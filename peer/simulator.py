@@ -44,6 +44,7 @@ from peer.events import (
     ScriptSaid,
     SegmentMade,
     Send,
+    Settled,
     StartBench,
     StartWork,
     StepMade,
@@ -296,6 +297,8 @@ class Simulation:
                     peer.working.discard(work)
                 case Relink(work=work, order=order):
                     self.units.relink(peer, work, order)
+                case Settled():
+                    pass  # a simulated disk is never full
                 case Suspend():
                     peer.working.clear()
                 case WarmBench() | StartBench() | OpenMemory() | StopBench() | CheckWork():

@@ -16,7 +16,7 @@ from peer.deals import Deal, task_of
 from peer.desk import Desk
 from peer.messages import ReceiptOffer
 from peer.receipt_rows import Rows
-from peer.run_events import LinkEnds, Relink, RunOrder
+from peer.run_events import LinkEnds, Relink, RunOrder, Settled
 from peer.run_messages import HandoverAsk, HandoverGiven, Launch
 from protocol import params
 from protocol.errors import RemoteProtocolError, VerificationFailed
@@ -50,6 +50,7 @@ class Seat(msgspec.Struct, kw_only=True):
     unit: int
     epoch: int
     peers: list[bytes]
+    since: list[int]
     stage: Stage
     ended: int = 0
 
@@ -106,14 +107,14 @@ class Units:
     def launch(self, work: bytes, stage: Stage, message: Launch) -> bool:
         """Take a launch from the submitter. True if it is news. Raises VerificationFailed for one of another run."""
         count = stage.stages * stage.replicas
-        if message.run != stage.run or [unit for unit, _ in message.units] != list(range(count)):
+        if message.run != stage.run or [unit for unit, _, _ in message.units] != list(range(count)):
             raise VerificationFailed(f"a launch of {len(message.units)} units, the task is of a run of {count}")
-        peers = [peer for _, peer in message.units]
+        peers, since = [peer for _, peer, _ in message.units], [epoch for _, _, epoch in message.units]
         if peers[stage.unit] != self.desk.me:
             raise VerificationFailed(f"a launch that has another peer run unit {stage.unit}")
-        return self.seat(work, stage, message.epoch, peers)
+        return self.seat(work, stage, message.epoch, peers, since)
 
-    def seat(self, work: bytes, stage: Stage, epoch: int, peers: list[bytes]) -> bool:
+    def seat(self, work: bytes, stage: Stage, epoch: int, peers: list[bytes], since: list[int]) -> bool:
         """The unit is launched with these peers. True if that is news."""
         known = self.seats.get(work)
         if known is not None and known.epoch >= epoch:
@@ -121,7 +122,7 @@ class Units:
         bare = msgspec.structs.replace(stage, sends=(), receives=())
         ended = known.ended if known is not None else 0
         self.seats[work] = Seat(
-            work=work, run=stage.run, unit=stage.unit, epoch=epoch, peers=peers, stage=bare, ended=ended
+            work=work, run=stage.run, unit=stage.unit, epoch=epoch, peers=peers, since=since, stage=bare, ended=ended
         )
         self.desk.save(_SEATS, work, msgspec.msgpack.encode(self.seats[work]))
         return True
@@ -129,7 +130,9 @@ class Units:
     def order(self, work: bytes) -> RunOrder | None:
         """Where the neighbours of a launched unit are."""
         seat = self.seats.get(work)
-        return RunOrder(seat.run, seat.epoch, seat.unit, tuple(seat.peers)) if seat is not None else None
+        if seat is None:
+            return None
+        return RunOrder(seat.run, seat.epoch, seat.unit, tuple(seat.peers), tuple(seat.since))
 
     def waits(self, deal: Deal) -> bool:
         """Whether the work of a deal is a unit that is not launched yet."""
@@ -238,6 +241,11 @@ class Units:
         else:
             if self.disputed.get((seat.work, segment)) == link.other:
                 del self.disputed[seat.work, segment]  # it had signed something else before
+
+    def settled(self, work: bytes, step: int) -> None:
+        """All units have ended the steps before this one: what was sent in them need not be kept."""
+        if work in self.seats:
+            self.desk.add(Settled(work, step))
 
     # --- time ----------------------------------------------------------------------------------------------
     def ask(self, work: bytes, segment: int) -> None:

@@ -21,6 +21,7 @@ from peer.blobs import BlobStore
 from peer.effects import Performer
 from peer.events import Input, Release, SegmentMade, StartWork, StepMade, StopWork, Suspend, WorkEnded
 from peer.suspension import SuspendedStates
+from peer.unit_work import UnitRunner
 from peer.workshop import WorkFailed, WorkOrder, Workshop
 from protocol.codec import encode
 from protocol.errors import MalformedRecord, VerificationFailed
@@ -262,7 +263,8 @@ class Machine:
         send, self.inputs = trio.open_memory_channel[Input](10 * STEPS)
         self.blobs = BlobStore(folder / "blobs", 1 << 30)
         states = SuspendedStates(folder / "suspended")
-        self.performer = Performer(None, self.blobs, workshop, nursery, send, states)  # type: ignore[arg-type]
+        units = UnitRunner(None, self.blobs, send, folder / "tapes")  # type: ignore[arg-type]
+        self.performer = Performer(None, self.blobs, workshop, nursery, send, states, units)  # type: ignore[arg-type]
 
     async def begin(self, work: bytes = WORK) -> StartWork:
         """The first segment of the small task is to be worked on."""
