@@ -86,11 +86,13 @@ def show(terminal: Terminal, job_id: str) -> None:
     ichiba job show 3f2a
     """
     from peer.cli_result import show_results
+    from peer.cli_run import show_units
 
     with terminal.client() as client:
         found = client.job(job_id.lower())
         terminal.record("ichiba.job/1", found)
         _show_job(terminal, found)
+        show_units(terminal, found)
         show_results(terminal, client, found)
 
 

@@ -10,6 +10,7 @@ import click
 
 from peer.cli_market import show_ladder
 from peer.cli_output import CREDITS, SIZE, Terminal, common, credits_of, short_id, size_of
+from peer.cli_run import offer_run, prepare_units
 from protocol.errors import IchibaError
 
 if TYPE_CHECKING:
@@ -77,7 +78,12 @@ def submit(
         written = read_any(job)
         required = written.require.overridden(device=device, device_memory_bytes=vram, deadline=deadline)
         required.terms(time.time_ns())  # a deadline that is past is told before seconds of torch
-        graph = prepare_job(terminal, client, job, network) if isinstance(written, JobFile) else None
+        run = None
+        if isinstance(written, JobFile) and written.parallel is not None:
+            if sealed or credit or written.sealed:
+                raise click.UsageError("A parallel job can be neither sealed nor on credit.")
+            run = prepare_units(terminal, client, job, network)
+        graph = prepare_job(terminal, client, job, network) if isinstance(written, JobFile) and run is None else None
         budget_micro = budget if budget is not None else written.budget_micro
         unit_price_max = price if price is not None else written.unit_price_max
         if not budget_micro or not unit_price_max:
@@ -91,7 +97,9 @@ def submit(
         terms = {"budget_micro": budget_micro, "unit_price_max": unit_price_max} | required.terms(time.time_ns())
         if credit:
             terms["credit"] = True
-        if graph is not None:
+        if run is not None:
+            made = [offer_run(terminal, client, run, terms)]
+        elif graph is not None:
             made = [_offer_graph(terminal, client, graph, terms, sealed=sealed or graph.job.sealed)]
         else:
             assert not isinstance(written, JobFile), "a graph was prepared"

@@ -61,7 +61,7 @@ from protocol.errors import IchibaError, RemoteProtocolError
 from protocol.operations import TensorType
 from protocol.profile_task import ProfileSpec
 from protocol.program import Program, state_layout
-from protocol.script import ScriptSpec
+from protocol.script import ScriptSpec, blobs_of
 from protocol.sealing import Keys
 from protocol.task import TaskSpec, task_id
 
@@ -341,11 +341,12 @@ class Performer:
 
     def _work_order(self, work: bytes, task: TaskSpec, base: bytes, segments: range, memory_bytes: int) -> WorkOrder:
         """What a worker of a task's segments is handed, whatever it is to do with them."""
+        needed = blobs_of(task)
         return WorkOrder(
             work_id=_work_id(work),
             task=encode(task),
             program=self.blobs.path(task.program),
-            arrays={array.name: self.blobs.path(array.blob) for array in task.arrays},
+            arrays={a.name: self.blobs.path(a.blob) for a in task.arrays if a.blob in needed},
             base=self.blobs.path(base) if base else None,
             first_segment=segments.start,
             last_segment=segments.stop,
