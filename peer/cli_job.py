@@ -222,7 +222,8 @@ def get(terminal: Terminal, job_id: str, output: Path | None) -> None:
 
     Writes weights.safetensors (parameters and buffers), checkpoint.safetensors (the optimizer's state too: a later
     job can start from either), model.program and proof.json, and checks all before it says anything. A job that
-    evaluates, infers or generates also leaves result.safetensors: its metrics, outputs or tokens, which are shown.
+    evaluates, infers or generates also leaves result.safetensors: its metrics, outputs or tokens, which are shown. A
+    parallel job leaves the weights of all its stages together, and a folder with the proof of each unit.
 
     \b
     ichiba job get 3f2a -o result
@@ -240,8 +241,13 @@ def get(terminal: Terminal, job_id: str, output: Path | None) -> None:
             from peer.cli_script import collect_script
 
             collect_script(terminal, client, found["job"], folder)
+        elif found.get("run"):
+            from peer.cli_run import collect_units
+
+            collect_units(terminal, found, folder, lambda job, where: collect(terminal, client, job, where))
+            return
         else:
-            _collect(terminal, client, found["job"], folder)
+            collect(terminal, client, found["job"], folder)
     from peer.home import Home
 
     network = Home(terminal.data_dir).network()
@@ -257,7 +263,7 @@ def _plain(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name)[:60] or "job"
 
 
-def _collect(terminal: Terminal, client: Client, job_id: str, folder: Path) -> None:
+def collect(terminal: Terminal, client: Client, job_id: str, folder: Path) -> None:
     """Write the files. The weights come out of the checkpoint, so one root vouches for both."""
     import json
     import mmap

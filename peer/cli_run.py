@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peer.cli_output import Terminal, credits_of, short_id, size_of
+from peer.cli_output import Terminal, credits_of, short_id, size_of, write_whole
 
 if TYPE_CHECKING:
     from peer.client import Client
     from worker.prepare_parallel import PreparedRun
 
-__all__ = ["offer_run", "prepare_units", "show_units"]
+__all__ = ["collect_units", "offer_run", "prepare_units", "show_units"]
 
 
 def prepare_units(terminal: Terminal, client: Client, job: Path, network: bytes) -> PreparedRun:
@@ -76,6 +77,36 @@ def offer_run(terminal: Terminal, client: Client, prepared: PreparedRun, terms: 
         f"{made['steps']} steps in {made['segments']} segments"
     )
     return made
+
+
+def collect_units(
+    terminal: Terminal, found: dict[str, Any], folder: Path, collect: Callable[[str, Path], None]
+) -> None:
+    """Write the weights of a finished run: those of all stages together, as its first replica has them, and each unit's
+    own files with its proof, which is checked. A unit that was kept here has no deal, so nothing of it is proved.
+
+    collect: of one unit's job, into a folder.
+    """
+    import numpy as np
+
+    from peer.cli_money import check_proof
+    from peer.home import Home
+    from protocol import safetensors
+
+    network = Home(terminal.data_dir).network()
+    whole: dict[str, np.ndarray[Any, Any]] = {}
+    for unit in found["run"]["units"]:
+        place = folder / f"unit-{unit['unit']}"
+        place.mkdir(parents=True, exist_ok=True)
+        collect(unit["job"], place)
+        if not unit["kept"]:
+            check_proof(place / "proof.json", network.id)
+        if not unit["replica"]:
+            weights = safetensors.parse(memoryview((place / "weights.safetensors").read_bytes()))
+            whole |= {name: array for name, array in weights.items() if not name.startswith("ichiba.")}
+    write_whole(folder / "weights.safetensors", safetensors.write(whole))
+    terminal.record("ichiba.result/1", {"job": found["job"], "directory": str(folder)})
+    terminal.say(f"wrote {folder}/weights.safetensors, of {len(found['run']['units'])} units whose proofs are right")
 
 
 def show_units(terminal: Terminal, found: dict[str, Any]) -> None:

@@ -68,6 +68,29 @@ class _Submit(msgspec.Struct, forbid_unknown_fields=True):
     credit: bool = False
 
 
+class _Unit(msgspec.Struct, forbid_unknown_fields=True):
+    """One unit of submit-run."""
+
+    task: Annotated[_Hex, msgspec.Meta(max_length=2 * params.MESSAGE_BYTES_MAX)]
+    checkpoint_bytes: Annotated[int, msgspec.Meta(ge=1, le=params.BLOB_BYTES_MAX)]
+    memory_bytes: Annotated[int, msgspec.Meta(ge=1, le=params.PROGRAM_PEAK_BYTES_MAX)]
+    kept: bool = False
+
+
+class _SubmitRun(msgspec.Struct, forbid_unknown_fields=True):
+    """Of submit-run: the units of a parallel job in their order, money in micro-credits, bytes of a step's links."""
+
+    units: Annotated[list[_Unit], msgspec.Meta(min_length=1, max_length=params.PARALLEL_UNITS_MAX)]
+    budget_micro: _Amount
+    unit_price_max: _Price
+    sandbox: _Level = 2
+    device: Literal["any", "cpu", "gpu"] = "any"
+    device_memory_bytes: _Count = 0
+    deadline_ns: _Count = 0
+    activation_bytes: _Count = 0
+    gradient_bytes: _Count = 0
+
+
 class _CreditGive(msgspec.Struct, forbid_unknown_fields=True):
     """Of credit-give: to whom, how much at most, and for how many days."""
 
@@ -172,6 +195,7 @@ VERBS: Final[dict[str, type[msgspec.Struct]]] = {
     "bundle": _OneJob,
     "matches": _OneJob,
     "submit": _Submit,
+    "submit-run": _SubmitRun,
     "quote": _Quote,
     "wallet": _Wallet,
     "stake": _StakeMove,

@@ -120,8 +120,8 @@ class Daemon:
     # --- for the control socket ----------------------------------------------------------------------------
     async def command(self, verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """One verb of peer/commands.py. Raises CommandFailed."""
-        if verb == "submit":
-            self._require_blobs(arguments)
+        for one in [arguments] if verb == "submit" else arguments["units"] if verb == "submit-run" else []:
+            self._require_blobs(one)
         self.token += 1
         token, ready, box = self.token, trio.Event(), list[Reply]()
         self.replies[token] = (ready, box)
