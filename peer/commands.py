@@ -26,6 +26,7 @@ from peer.events import Command, Reply
 from peer.house import House
 from peer.house_view import HouseView
 from peer.jobs import JobDesk
+from peer.link_reports import LinkReports
 from peer.market_view import MarketView
 from peer.money_lines import line_over
 from peer.moves import Moves
@@ -97,6 +98,7 @@ class Commands:
     def __post_init__(self) -> None:
         self.settler.credit.deals = (self.submitter.deals, self.solver.deals)
         self.reputations = ReputationView(self.settler)
+        self.links = LinkReports(self.desk)
         self.house_view = HouseView(self.desk, self.settler, self.house, self.bidder, self.prover)
         self.view = MarketView(self.desk, self.settler, self.bidder, self.challenger)
         self.answers = Answers(
@@ -138,6 +140,7 @@ class Commands:
             "dispute-bundle": self.disputes.export_dispute,
             "reputation": self.reputations.describe,
             "drops": lambda _: merged(self.desk.drops),  # a daemon adds what its transport dropped
+            "links": self.links.describe,
             "reputation-bundle": self.reputations.export,
             **self.settler.netting.verbs(),
         }

@@ -12,7 +12,7 @@ import random
 import sys
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, closing
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from peer.effects import Performer
 from peer.events import Command, Effect, Input, Reply, Tick
 from peer.guest_watch import RULES_FILE, GuestWatch
 from peer.home import Home
-from peer.host import Host, HostConfig, open_host
+from peer.host import Host, HostConfig, PeerUnreachable, open_host
 from peer.intake import records_in, refuse_bundle
 from peer.invite import decode_invite, encode_invite
 from peer.link_shaper import parse_shaper
@@ -48,6 +48,7 @@ from peer.workshop import Workshop
 from protocol import keys, params
 from protocol.errors import CorruptStore, IchibaError, NotFound
 from protocol.keys import SigningKey
+from protocol.link_report import LinkTimed
 from protocol.network import Network
 from protocol.script import blobs_of, read_task
 from protocol.sealing import check_sealable
@@ -375,6 +376,7 @@ async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATU
         nursery.start_soon(_pump, host, send)
         nursery.start_soon(_tick, send)
         nursery.start_soon(_tell_drops, daemon)
+        nursery.start_soon(_time_links, host, send)
         if not store.checked_whole:
             nursery.start_soon(_check_store, config.data_dir)
         if config.roles:
@@ -405,6 +407,15 @@ async def _tick(send: trio.MemorySendChannel[Input]) -> None:
     while True:
         await trio.sleep(params.TICK_MS / 1000)
         await send.send(Tick())
+
+
+async def _time_links(host: Host, send: trio.MemorySendChannel[Input]) -> None:
+    """Time a round trip to each peer now and then, one after the other."""
+    while True:
+        await trio.sleep(params.LINK_TIME_SECONDS)
+        for peer in sorted(host.peers())[: params.PEERS_TIMED_MAX]:
+            with suppress(PeerUnreachable):
+                await send.send(LinkTimed(peer, int(1000 * await host.measure(peer))))
 
 
 async def _check_store(directory: Path) -> None:

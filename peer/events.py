@@ -9,6 +9,7 @@ from market.entries import Entry
 from market.rounds import Played, Round
 from peer.run_events import LinkEnds, Relink, RunOrder, Settled, UnitWaits
 from protocol.bench_card import Figures, Opening
+from protocol.link_report import LinkTimed
 from protocol.profile import Findings, Gauge
 from protocol.records import BenchChallenge
 from protocol.script import AnyTask
@@ -265,6 +266,7 @@ Input: TypeAlias = (
     | Fetched
     | BlobRead
     | ScriptSaid
+    | LinkTimed
     | StepMade
     | SegmentMade
     | ProfileMade

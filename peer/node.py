@@ -81,6 +81,7 @@ from protocol.credit_records import CreditLine
 from protocol.errors import LimitExceeded, LocalProtocolError, MalformedRecord, RemoteProtocolError
 from protocol.house import is_availability
 from protocol.keys import SigningKey, peer_key
+from protocol.link_report import LinkReport, LinkTimed
 from protocol.network import Network
 from protocol.records import (
     Ask,
@@ -151,8 +152,7 @@ class Node:
         self.bidder.carded = self.prover.speed
         self.commands = Commands(
             self.desk, self.settler, self.jobs, self.submitter, self.bidder, self.solver, self.pausing, self.prover,
-            self.challenger, self.disputes, self.profiles, self.sealing, moves, self.runs,
-            self.house,
+            self.challenger, self.disputes, self.profiles, self.sealing, moves, self.runs, self.house,
         )  # fmt: skip
         self.restored = Restored(self.desk, self.settler, answer=self.commands.handle, on_heard=self._heard)
         self.next_sync_ns = now_ns
@@ -239,6 +239,8 @@ class Node:
             case PeerDown(peer=peer):
                 self.desk.peers.pop(peer, None)
                 self.desk.lefts[peer] = self.desk.now_ns
+            case LinkTimed():
+                self.commands.links.timed(event)
             case Fetched():
                 if event.bytes_per_second:
                     self.desk.measured(event.peer, event.bytes_per_second)
@@ -313,6 +315,7 @@ class Node:
         self.prover.tick()
         self.challenger.tick()
         self.house.tick()
+        self.commands.links.tick()
         self.disputes.tick()
         self.witness.tick()
         self.desk.book.expire(now_ns=self.desk.wall_ns)
@@ -346,6 +349,8 @@ class Node:
                 self.intake.take(sender, record, record_id, envelope)
             case BenchCard():
                 self.challenger.on_card(envelope)
+            case LinkReport():
+                self.commands.links.take(record)
             case Equivocation():
                 self.certificates.caught(record, envelope)
             case Verdict():

@@ -14,7 +14,14 @@ from protocol import params
 from protocol.codec import Digest, PeerKey, Uint
 from protocol.errors import VerificationFailed
 
-__all__ = ["LinkReport", "MeasuredLink", "check_report"]
+__all__ = ["LinkReport", "LinkTimed", "MeasuredLink", "check_report"]
+
+
+class LinkTimed(msgspec.Struct, frozen=True):
+    """The network told the node: a round trip to `peer` took so long."""
+
+    peer: bytes
+    round_trip_us: int
 
 
 class MeasuredLink(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

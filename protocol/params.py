@@ -49,7 +49,6 @@ CLOCK_STEP_NS: Final = 5 * 10**9  # a machine's clock that is set by more than t
 CLOCK_DOUBT_NS: Final = 10 * 10**9  # a jump is believed when it has lasted so long: some are taken back at once
 CLOCK_SLEW_PERMILLE: Final = 5  # by which deadlines run faster or slower until they agree with the clock again
 RECORD_LIFETIME_NS_MAX: Final = 24 * 3600 * 10**9  # nothing gossiped lives longer than a day
-
 SIGNATURES_REMEMBERED_MAX: Final = 32_768  # right ones not computed again, 10 MiB: a burst and the settlement log
 OPENED_REMEMBERED_MAX: Final = 4_096  # envelopes and messages that were opened, not decoded again; 4 MiB of receipts
 OPENED_BYTES_MAX: Final = 2_048  # a larger envelope is opened each time: 16 MiB at most are remembered
@@ -59,7 +58,6 @@ COSIGNED_AHEAD_MAX: Final = 1_024  # words for receipts made before the node ask
 # --- money -------------------------------------------------------------------------------------------------
 MICRO_PER_CREDIT: Final = 1_000_000
 AMOUNT_MICRO_MAX: Final = 10**15  # a billion credits: sums of 1,000 of them stay far inside 63 bits
-
 STAKE_MOVE_MICRO_MIN: Final = 1_000  # a move of less would let a credit fill a sixteenth of everybody's log for good
 MOVES_KEPT_MAX: Final = 64  # moves of its own stake that a peer remembers; one that ended gives way
 UNBONDINGS_OF_OWNER_MAX: Final = 8  # withdrawals under way at once; a penalty takes from each, in one entry
@@ -156,7 +154,6 @@ SANDBOX_STACK_BYTES: Final = 8 * 1024 * 1024  # of a thread, the usual default; 
 SANDBOX_FILES_MAX: Final = 256  # open descriptors: 66 inputs and what Python and torch open
 SANDBOX_MEMORY_BYTES_MIN: Final = 1024 * 1024 * 1024  # torch alone takes 300 MB, its libraries mapped 1 GB
 SANDBOX_ADDRESS_SLACK_BYTES: Final = 16 * 1024**3  # libraries and arenas reserve addresses they never fill
-
 SUSPEND_SECONDS: Final = 10  # a worker hands over its state in this, else it is killed; a small model takes 0.1 s
 SUSPEND_SECONDS_MAX: Final = 60  # the most an owner may allow: a control call must still be answered in 120 s
 SUSPENDED_STATES_MAX: Final = 8  # kept at once, the oldest gives way: a deal for each slot and the queued checks
@@ -281,7 +278,6 @@ CONTROL_CHUNK_BYTES: Final = 256 * 1024  # of a blob on its way through the sock
 
 # --- exact arithmetic --------------------------------------------------------------------------------------
 FREED_MEMORY_KEPT_BYTES_MAX: Final = 512 * 1024**2  # by a worker: page faults cost exact products 3 times their work
-
 DIVERGED_SOLVERS: Final = 2  # a job fails as diverged when this many solvers say so: one could lie
 
 # --- preparing a job (worker/prepare.py) -------------------------------------------------------------------
@@ -326,6 +322,9 @@ LINK_DELAY_US_MAX: Final = 60 * 10**6  # of a link that is reported
 LINK_SPEED_MAX: Final = 125 * 10**9  # bytes a second: 1 Tbit/s
 LINKS_REPORTED_MAX: Final = 64  # of one peer: a report is 3 KiB
 LINK_REPORTS_MAX: Final = 4_096  # of all peers, some 40 MiB
+LINK_REPORT_NS: Final = 60 * 10**9  # between two reports of one peer: 17 records a second of a thousand
+PEERS_TIMED_MAX: Final = 256  # of the connected peers: a ping each
+LINK_TIME_SECONDS: Final = 15.0  # between two round trips that are timed to each peer
 LINK_REPORT_LIFETIME_NS: Final = 1_800 * 10**9  # half an hour: evenings are slower than nights
 LINK_SAMPLE_BYTES_MIN: Final = 256 * 1024  # a smaller download tells the delay of a link, not its speed
 LINK_SPEEDS_MAX: Final = 1_024  # peers whose links were measured: those connected and some that were

@@ -20,6 +20,7 @@ from protocol.credit_records import NO_CREDIT, Clearing, CreditLine, CreditRecor
 from protocol.errors import MalformedRecord, RemoteProtocolError, VerificationFailed, WrongNetwork
 from protocol.keys import SigningKey, are_right, check_of, verify
 from protocol.lately import Lately
+from protocol.link_report import LinkReport
 from protocol.notary_records import Beacon, Ruling, Void
 from protocol.profile import EXACT, UNBOUNDED, Profile
 from protocol.stake_records import StakeMove
@@ -329,6 +330,7 @@ class Equivocation(
 Record: TypeAlias = (
     Offer
     | Ask
+    | LinkReport
     | Bid
     | Agreement
     | Receipt
@@ -378,6 +380,8 @@ def parties(record: Record) -> frozenset[bytes]:
     """The peers whose signatures make the record whole."""
     match record:
         case Offer(submitter=peer) | Voucher(submitter=peer):
+            return frozenset((peer,))
+        case LinkReport(peer=peer):
             return frozenset((peer,))
         case Ask(peer=peer) | Bid(solver=peer) | Verdict(checker=peer) | Profile(verifier=peer):
             return frozenset((peer,))

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
+import msgspec
 import pytest
 
+from market.ledger import Ledger
 from market.link_table import LinkTable, LinkWord
-from market.placement import Devices, Links
+from market.placement import Links
+from peer.cli_links import _arrays
+from peer.desk import Desk, Means
+from peer.events import GossipIn, PeerUp, Penalise, Publish, Tick
+from peer.link_file import read_links
+from peer.link_reports import LinkReports
+from peer.node import Node
 from protocol import params
 from protocol.codec import decode, encode
 from protocol.errors import MalformedRecord, VerificationFailed
-from protocol.link_report import LinkReport, MeasuredLink
+from protocol.keys import SigningKey, peer_name
+from protocol.link_report import LinkReport, LinkTimed, MeasuredLink
+from protocol.network import Network, Rules
+from protocol.records import open_record, seal
 
 NETWORK, NOW = b"n" * 32, 10**18
 A, B, C = (bytes([number]) * 32 for number in (1, 2, 3))
@@ -94,5 +108,69 @@ def test_placement_takes_the_matrices() -> None:
     assert found.gbps[0, 2] == params.LINK_BYTES_PER_SECOND * 8 / 1e9
     assert found.known[0].tolist() == [2, 1, 0]
     assert Links(found.delay_ms, found.gbps) is not None
-    assert Devices() is not None
     assert [(one, other, word.said) for one, other, word in table.links()] == [(A, B, 1)]
+
+
+def desk_of(seed: bytes) -> Desk:
+    network, key = Network("links", Rules(), ()), SigningKey.from_seed(seed)
+    return Desk(key=key, network=network, rng=random.Random(1), ledger=Ledger(), means=Means(), now_ns=NOW)
+
+
+def test_what_one_peer_measured_is_what_another_is_told() -> None:
+    one, two = LinkReports(desk_of(b"1" * 32)), LinkReports(desk_of(b"2" * 32))
+    one.tick()
+    assert one.desk.outbox == {}, "nothing measured, nothing said"
+    other = two.desk.me
+    one.desk.peers[other] = NOW
+    for round_trip_us in (40_000, 90_000, 44_000):
+        one.timed(LinkTimed(other, round_trip_us))
+    one.desk.measured(other, 5_000_000)
+    one.desk.now_ns += params.LINK_REPORT_NS
+    one.tick()
+    ((envelope,),) = one.desk.outbox.values()
+    report_, _, signers = open_record(envelope, network=one.desk.network.id)
+    assert isinstance(report_, LinkReport)
+    assert signers == {one.desk.me}
+    two.desk.now_ns = one.desk.now_ns
+    two.take(report_)
+    word = two.table.link(one.desk.me, other)
+    assert (word.bytes_per_second, word.said) == (5_000_000, 1)
+    assert 20_000 <= word.delay_us < 24_000, "one that waited in a queue counts for little"
+    (row,) = two.describe({})["links"]
+    assert {row["one"], row["other"]} == {peer_name(one.desk.me), peer_name(other)}
+    one.tick()
+    assert len(one.desk.outbox["market"]) == 1, "once a minute"
+
+
+def test_the_file_for_a_plan_reads_back(tmp_path: Path) -> None:
+    one, two, three = (peer_name(SigningKey.from_seed(bytes([number]) * 32).public) for number in (1, 2, 3))
+    link = {"one": one, "other": two, "delay_us": 30_000, "bytes_per_second": 125_000_000, "said": 2}
+    path = tmp_path / "links.npz"
+    path.write_bytes(_arrays({"me": three, "links": [link]}))
+    links, _ = read_links(path, memory_needed_gb=0, seconds_per_credit=0, recovery_s=0)
+    names = sorted((one, two, three))
+    assert links.delay_ms[names.index(one)][names.index(two)] == 30
+    assert links.gbps[names.index(two)][names.index(one)] == 1
+    assert links.delay_ms[names.index(three)][names.index(one)] == params.LINK_DELAY_GUESS_US / 1000
+
+
+def test_a_node_tells_its_links_to_all_and_penalises_a_report_that_cannot_be() -> None:
+    network = Network("links", Rules(), ())
+    keys = [SigningKey.from_seed(bytes([number]) * 32) for number in (1, 2)]
+    one, two = (
+        Node(
+            key=key, network=network, rng=random.Random(1), means=Means(), ledger=Ledger(), rows=lambda *_: [],
+            now_ns=NOW,
+        )
+        for key in keys
+    )
+    one.handle(PeerUp(keys[1].public, ()), NOW)
+    one.handle(LinkTimed(keys[1].public, 10_000), NOW)
+    told = one.handle(Tick(), NOW + 1)
+    (published,) = [effect for effect in told if isinstance(effect, Publish)]
+    two.handle(GossipIn("market", keys[0].public, published.data), NOW + params.LINK_REPORT_NS + 2)
+    assert two.commands.links.table.link(keys[0].public, keys[1].public).delay_us == 5_000
+    forged = report(keys[0].public, (keys[0].public, 1, 1))
+    sealed = seal(msgspec.structs.replace(forged, network=network.id), keys[0])
+    effects = two.handle(GossipIn("market", keys[0].public, encode([sealed])), NOW + params.LINK_REPORT_NS + 3)
+    assert [effect.peer for effect in effects if isinstance(effect, Penalise)] == [keys[0].public]

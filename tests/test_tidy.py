@@ -24,9 +24,9 @@ SANS_IO = {  # everything the simulator runs as the daemon does, and the simulat
     for name in (
         "acceptance", "answers", "arbiter", "beacon", "benches", "bidding", "case", "certificate_messages",
         "certificates", "challenger", "checker", "checking", "clock", "clock_doubts", "commands", "correcting",
-        "cosigning", "credit", "credit_messages", "deals", "delivery", "desk", "disputant", "dispute_file",
-        "disputes", "drawing", "drops", "events", "forcing", "hearing", "house", "house_view", "intake", "job_terms",
-        "jobs", "kept", "market_view", "matches", "messages", "moves", "netting", "news", "node", "notary",
+        "cosigning", "credit", "credit_messages", "deals", "delivery", "desk", "disputant", "dispute_file", "disputes",
+        "drawing", "drops", "events", "forcing", "hearing", "house", "house_view", "intake", "job_terms", "jobs",
+        "kept", "link_reports", "market_view", "matches", "messages", "moves", "netting", "news", "node", "notary",
         "parallel", "pricing", "profiles", "prover", "receipt_rows", "receiving", "reputations", "reruns", "restored",
         "rulings", "run_commands", "run_events", "run_messages", "run_row", "run_watch", "runs", "sealing", "settler",
         "simulated_bench", "simulated_faults", "simulated_units", "simulated_work", "simulator", "solver",
