@@ -49,7 +49,7 @@ class NotFinite(IchibaError):
 def pack_tiles(values: NDArray[np.float32], form: TileForm, *, key: int, step: int, helper: bool = True) -> bytes:
     """float32 (count,) as a tile payload of tile_bytes(form, count) bytes.
 
-    key: of protocol.payload.noise_key. helper: whether the compiled form may do it; the bytes are the same. Raises
+    key: of protocol.payload_size.noise_key. helper: whether the compiled form may do it; the bytes are the same. Raises
     NotFinite, and LocalProtocolError for a step outside 64 bits or more values than one draw has noise for.
     """
     _check_noise(values.size, step)
