@@ -130,10 +130,12 @@ class ParallelDesk:
             )
             if refusal is None and bid.solver in taken:
                 refusal = Refusal("taken", "it has another unit of this run")
+            price = amount_for(offer.operations, bid.unit_price)
+            if refusal is None and not price:
+                refusal = Refusal("price", "at its price the unit comes to less than a micro-credit")
             if refusal is not None:
                 refused.append(refusal)
                 continue
-            price = amount_for(offer.operations, bid.unit_price)
             risk = price * (1_000_000 - self.settler.reputation(bid.solver).bound_ppm) // 1_000_000
             wait, moving = (hour_micro * each_ns // (_HOUR_S * 10**9) for each_ns in (run_ns, moving_ns))
             found[bid.solver] = Scored(bid_id, bid.solver, price, risk, wait, moving), bid, run_ns
