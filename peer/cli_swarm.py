@@ -121,6 +121,8 @@ def down(path: Path | None, as_json: bool) -> None:
 @click.option("--steps", type=click.IntRange(10, 100_000), default=200, show_default=True, help="Training steps.")
 @click.option("--seed", type=click.IntRange(0, 2**32), default=3, show_default=True, help="Of weights and data order.")
 @NOTARIES
+@click.option("--parallel", metavar="SxR", help="Instead: one job of S stages by R replicas, a solver for each.")
+@click.option("--links", type=click.Choice(["fast", "slow"]), default="fast", help="With --parallel: slow them down.")
 @click.option("--keep", is_flag=True, help="Leave the swarm running, to look around.")
 @click.option(
     "--dir",
@@ -135,6 +137,8 @@ def demo(
     steps: int,
     seed: int,
     notaries: str,
+    parallel: str | None,
+    links: str,
     keep: bool,
     path: Path | None,
     as_json: bool,
@@ -148,7 +152,11 @@ def demo(
     ichiba swarm demo
     ichiba swarm demo --cheat skip-step
     ichiba swarm demo --kill solver --json
+    ichiba swarm demo --parallel 2x2 --links slow
     """
+    if parallel is not None:
+        _parallel(parallel, slow=links == "slow", path=path, as_json=as_json)
+        return
     plan = Plan(
         cheat=cheat or "", kill=bool(kill), steps=steps, seed=seed, keep=keep, path=path, notaries=int(notaries)
     )
@@ -160,6 +168,23 @@ def demo(
     if as_json:
         click.echo(json.dumps(outcome.as_dict()))
     click.get_current_context().exit(1 if outcome.failures else 0)
+
+
+def _parallel(shape: str, *, slow: bool, path: Path | None, as_json: bool) -> None:
+    """The demonstration of a parallel job. `slow` links are slowed by an in-process shaper at both ends."""
+    from peer.demo_parallel import run_parallel_demo, words_of
+
+    stages, _, replicas = shape.lower().partition("x")
+    if not (stages.isdecimal() and replicas.isdecimal() and 2 <= int(stages) * int(replicas) <= 16):
+        raise click.UsageError(f"--parallel {shape}: write as in 2x2, 2 to 16 units in all.")
+    outcome = run_parallel_demo(
+        stages=int(stages), replicas=int(replicas), steps=8, slow=slow, path=path,
+        say=lambda line: click.echo(line, err=as_json),
+    )  # fmt: skip
+    click.echo(words_of(outcome), err=as_json)
+    if as_json:
+        click.echo(json.dumps({"schema": "ichiba.swarm.parallel/1", **outcome}))
+    click.get_current_context().exit(1 if outcome["failures"] else 0)
 
 
 def closing_words(outcome: Outcome) -> str:

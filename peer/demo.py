@@ -34,7 +34,7 @@ from protocol.network import load
 if TYPE_CHECKING:
     from worker.prepare import Prepared
 
-__all__ = ["DemoFailed", "Outcome", "Plan", "Screen", "run_demo"]
+__all__ = ["DemoFailed", "Outcome", "Plan", "Screen", "ichiba", "run_demo"]
 
 STEPS_MIN: Final = 10
 CHEAT: Final = "solver-1"  # peer.lan.members makes the cheaper solver cheat: it gets the work

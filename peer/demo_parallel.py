@@ -1,0 +1,169 @@
+"""The demonstration of a parallel job: a small GPT, cut into units that as many solvers train together.
+
+What it says at the end was asked of the daemons: who was placed where, how long a step took, what was re-executed, who
+was paid, and that the money adds up. Starts real daemons (peer/lan.py) and speaks to them as people do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from peer.demo import DemoFailed, ichiba
+from peer.lan import LAN_RULES, SUBMITTER_FREE_MICRO, Lan, Member
+from protocol.credits import credits_of
+from protocol.records import ROLE_SOLVER, ROLE_VERIFIER
+
+__all__ = ["SLOW", "run_parallel_demo", "words_of"]
+
+SLOW: Final = "50ms,100mbit"
+SECONDS_MAX: Final = 1500.0
+LOOK_SECONDS: Final = 1.0
+MODEL: Final = '''\
+"""A small character GPT. The model is in worker/char_gpt.py."""
+
+import numpy as np
+import torch
+
+from worker.capture import Training
+from worker.char_gpt import CharGPT, corpus, loss
+
+
+def build():
+    """Model, loss, optimizer, and one micro-batch."""
+    model = CharGPT(context=32, width=64, heads=4, layers=LAYERS, dropout=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    example = torch.zeros(2, 32, dtype=torch.int64)
+    return Training(model, loss, optimizer, {"x": example, "y": example.clone()})
+
+
+def data():
+    """The text as one array of ASCII codes."""
+    return {"text": np.frombuffer(corpus(), dtype=np.uint8)}
+'''
+JOB: Final = """\
+name = "gpt-parallel"
+model = "model.py:build"
+data = "model.py:data"
+initial = "seed"
+mode = "exact"
+width = 15
+seed = 3
+steps = {steps}
+steps_per_segment = {per_segment}
+budget = "60.00"
+price = 20000
+
+[batch]
+rule = "windows"
+size = 2
+length = 32
+
+[learning_rate]
+kind = "warmup-cosine"
+peak = 0.001
+floor = 0.0001
+warmup_steps = 2
+
+[parallel]
+stages = {stages}
+replicas = {replicas}
+micro_batches = 4
+"""
+
+
+def run_parallel_demo(
+    *, stages: int, replicas: int, steps: int, slow: bool, path: Path | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Start a submitter and a solver for each unit, train, and stop them. Returns the figures, `failures` among them:
+    what was not as it should be. slow: links of SLOW, by an in-process shaper at both ends. Raises IchibaError."""
+    place = path or Path(tempfile.mkdtemp(prefix="ichiba-parallel-"))
+    both = ROLE_SOLVER | ROLE_VERIFIER  # each also checks the units of others, when its own is done
+    wanted = [Member(name="submitter", roles=0, free_micro=SUBMITTER_FREE_MICRO)]
+    solvers = range(1, stages * replicas + 1)
+    wanted += [Member(name=f"solver-{n}", roles=both, unit_price=1200 + 10 * n) for n in solvers]
+    lan = Lan.create(place / "swarm", wanted, rules=msgspec.structs.replace(LAN_RULES, proposal_ms=15_000))
+    if slow:
+        os.environ["ICHIBA_SHAPE"] = SLOW
+    try:
+        lan.start(lambda name: say(f"{name} runs"))
+        lan.meet(seconds=180)
+        return _train(lan, place, stages, replicas, steps, say) | {"slow": slow}
+    finally:
+        os.environ.pop("ICHIBA_SHAPE", None)
+        lan.stop()
+        if path is None:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _train(
+    lan: Lan, place: Path, stages: int, replicas: int, steps: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    job_dir = place / "job"
+    job_dir.mkdir(parents=True)
+    (job_dir / "model.py").write_text(MODEL.replace("LAYERS", str(max(2, stages))))
+    terms = {"steps": steps, "per_segment": max(1, steps // 4), "stages": stages, "replicas": replicas}
+    (job_dir / "job.toml").write_text(JOB.format(**terms))
+    submitter = lan.of("submitter")
+    began = time.monotonic()
+    made = ichiba(["submit", str(job_dir), "--detach", "--json", "--data", submitter.data])
+    job, client = json.loads(made.splitlines()[-1])["job"], submitter.client()
+    offered, seen, launched_s, first_s = time.monotonic(), "", 0.0, 0.0
+    while True:
+        found = client.job(job)
+        units = found["run"]["units"]
+        now = ", ".join(f"{u['unit']}: {u['segments_done']} {u['deal'] or u['state']}" for u in units)
+        if now != seen:
+            say(f"{time.monotonic() - offered:5.1f} s  {now}")
+            seen = now
+        launched_s = launched_s or (time.monotonic() - offered if found["run"]["epoch"] else 0.0)
+        first_s = first_s or (time.monotonic() - offered if found["segments_done"] else 0.0)
+        if found["state"] in ("done", "failed", "cancelled"):
+            break
+        if time.monotonic() - offered > SECONDS_MAX:
+            raise DemoFailed(f"the run is not over after {SECONDS_MAX:g} s", next_step="ichiba why JOB")
+        time.sleep(LOOK_SECONDS)
+    seconds = time.monotonic() - began
+    failures = [] if found["state"] == "done" else [f"the run {found['state']}: {found['reason']}"]
+    proofs = 0
+    if not failures:
+        ichiba(["job", "get", job, "-o", str(place / "result"), "--data", submitter.data])
+        proofs = len(units)
+    wallet = client.command("wallet", all=True)
+    unpaid = [d["solver"] for d in found["deals"] if d["paid_micro"] != d["vouchers_micro"]]
+    failures += [f"{name} was not paid all its vouchers" for name in unpaid]
+    return {
+        "job": job, "stages": stages, "replicas": replicas, "steps": steps, "segments": found["segments"],
+        "placed": {d["solver"]: lan.name_of(d["solver"]) for d in found["deals"]},
+        "launched_s": launched_s, "first_segment_s": first_s, "seconds": seconds, "proofs": proofs,
+        "checked": sum(len(d["drawn"]) for d in found["deals"]), "paid_micro": found["paid_micro"],
+        "spent_micro": found["spent_micro"], "total_micro": wallet["total_micro"], "failures": failures,
+    }  # fmt: skip
+
+
+def words_of(outcome: dict[str, Any]) -> str:
+    """What happened, in plain sentences."""
+    if outcome["failures"]:
+        return "This went wrong: " + "; ".join(outcome["failures"]) + "."
+    units = outcome["stages"] * outcome["replicas"]
+    links = f"links of {SLOW}" if outcome["slow"] else "the links of this machine"
+    return " ".join(
+        (
+            f"Placed: {units} units at {len(outcome['placed'])} solvers, launched {outcome['launched_s']:.0f} s after "
+            "the offer.",
+            f"Trained: {outcome['steps']} steps over {links}, the first segment signed for by all after "
+            f"{outcome['first_segment_s']:.0f} s.",
+            f"Verified: {outcome['checked']} segments of units were re-executed alone from their tapes, each bit the "
+            f"same; {outcome['proofs']} proofs check offline.",
+            f"Paid: {credits_of(outcome['paid_micro'])} credits to the solvers and "
+            f"{credits_of(outcome['spent_micro'] - outcome['paid_micro'])} for checks; all accounts still add up.",
+        )
+    )
