@@ -99,6 +99,7 @@ class Commands:
         self.settler.credit.deals = (self.submitter.deals, self.solver.deals)
         self.reputations = ReputationView(self.settler)
         self.links = LinkReports(self.desk)
+        self.runs.market.table = self.links.table
         self.house_view = HouseView(self.desk, self.settler, self.house, self.bidder, self.prover)
         self.view = MarketView(self.desk, self.settler, self.bidder, self.challenger)
         self.answers = Answers(

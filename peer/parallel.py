@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
-import numpy as np
-
 from market.joint_placement import Candidates, choose_units, fullest
+from market.link_table import LinkTable
 from market.matching import Choice, Refusal, Scored, believed_ns, refuse_bid, transfer_ns
 from market.placement_cost import Links, Traffic
 from peer.deals import Job, JobState, task_of
@@ -23,17 +22,11 @@ from peer.settler import Settler
 from protocol import params
 from protocol.records import Bid, Offer, amount_for
 
-__all__ = ["ParallelDesk", "Wanted", "usual_links"]
+__all__ = ["ParallelDesk", "Wanted"]
 
 _HOUR_S: Final = 3600
 _Bids: TypeAlias = dict[bytes, tuple[Scored, Bid, int]]
 """The bids that may have a unit, by solver, with how long each would take for it, in ns."""
-
-
-def usual_links(peers: Sequence[bytes]) -> Links:
-    """Links between peers of whom nothing is measured: all alike."""
-    shape = (len(peers), len(peers))
-    return Links(np.full(shape, params.LINK_DELAY_MS), np.full(shape, params.LINK_BYTES_PER_SECOND * 8 / 1e9))
 
 
 @dataclass(frozen=True)
@@ -64,13 +57,13 @@ class Standing:
 
 @dataclass
 class ParallelDesk:
-    """See the module docstring. `award(job, offer, bid, choice)` proposes; `links` are measured between these peers."""
+    """See the module docstring. `award(job, offer, bid, choice)` proposes."""
 
     desk: Desk
     settler: Settler
     jobs: JobDesk
     award: Callable[[Job, Offer, Bid, Choice], None] = lambda *_: None
-    links: Callable[[Sequence[bytes]], Links] = usual_links
+    table: LinkTable = field(default_factory=LinkTable)  # what peers reported of their links
     standing: dict[bytes, Standing] = field(default_factory=dict)  # run -> its last round, for `why`
     next_ns: dict[bytes, int] = field(default_factory=dict)
 
@@ -154,12 +147,20 @@ class ParallelDesk:
             stages=wanted.stages,
             replicas=wanted.replicas,
             toll=toll,
-            links=self.links(rows),
+            links=self._links(rows),
             traffic=Traffic(wanted.gradient_bytes / 1e9, wanted.activation_bytes / 1e9),
             work_s=[took.get(peer, 0) / 1e9 / task.steps for peer in rows],
             second_micro=step * task.steps**2 // _HOUR_S,  # of each step, where an hour is worth what the whole costs
         )
         return choose_units(candidates)
+
+    def _links(self, rows: Sequence[bytes]) -> Links:
+        """The links between the devices of the model, as they were reported, or usual. Two of one peer are as near as
+        can be."""
+        found = self.table.matrices(rows)
+        for row, column in [(i, j) for i, a in enumerate(rows) for j, b in enumerate(rows) if a == b]:
+            found.delay_ms[row, column], found.gbps[row, column] = 0.0, params.LINK_SPEED_MAX * 8 / 1e9
+        return Links(found.delay_ms, found.gbps)
 
     def _note(
         self,

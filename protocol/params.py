@@ -496,4 +496,3 @@ HELD_SILENCES_MAX: Final = 4  # times check_silence_ms that a receipt may wait f
 REWINDS_MAX: Final = 8  # in a row that brought a run no further
 UNIT_TAPE_BYTES_MAX: Final = 16 * 1024**3  # what a unit received in one segment: at most as much as a checkpoint
 HANDOVERS_KEPT: Final = 8  # segments of a unit whose ends are kept to be signed again: it waits for receipts before
-LINK_DELAY_MS: Final = 25.0  # one way, across a continent: of a link that was not measured
