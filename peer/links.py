@@ -274,6 +274,15 @@ class Links:
     counters: Counter[str] = field(default_factory=Counter)
     _inbound: Counter[str] = field(default_factory=Counter)
     _half_open: OrderedDict[trio.CancelScope, str] = field(default_factory=OrderedDict)
+    _shaped: dict[ShapedSocket, bytes] = field(default_factory=dict)  # and whom they reach
+
+    def reshape(self, shaper: Shaper) -> None:
+        """From now on links are as slow as `shaper` says, also those there are. Only of a host that was opened with
+        one."""
+        assert self.shaper is not None, "its links have a shaper each"
+        self.shaper = shaper
+        for shaped, peer in self._shaped.items():
+            shaped.shape = shaper.of(peer)
 
     async def listen(self, address: Address) -> Address:
         """Accept connections at `address`; returns it with the real port. Raises CannotListen."""
@@ -385,6 +394,7 @@ class Links:
                 peer, wire = await self._handshake(carrier, expected)
             if shaped is not None and self.shaper is not None:
                 shaped.shape = self.shaper.of(peer)
+                self._shaped[shaped] = peer
             session = Session(wire, initiator=expected is not None)
             link = Link(peer, session, remote.of(peer), inbound=expected is None)
             self._inbound[remote.host] += link.inbound
@@ -400,6 +410,8 @@ class Links:
                     nursery.cancel_scope.deadline = trio.current_time() + 1
             finally:
                 self._forget(link)
+                if shaped is not None:
+                    del self._shaped[shaped]
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + 2):
                     await self.owner.unlinked(link)
 

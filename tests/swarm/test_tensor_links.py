@@ -110,4 +110,7 @@ async def test_a_shaper_delays_whatever_a_host_sends(tmp_path: Path) -> None:
         with one, two:
             await one.send(key(0), (1,), b"x" * PAYLOAD_BYTES)
             assert await two.want(key(0)) == b"x" * PAYLOAD_BYTES
+        for node in (a, b):
+            node.host.links.reshape(parse_shaper("70ms"))
+        assert await a.host.measure(b.host.peer) >= 140
         nursery.cancel_scope.cancel()
