@@ -21,11 +21,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import parallel_faults
-import parallel_placement
-import parallel_throughput
 import torch
-from verification_overhead import processor
+
+HERE = Path(__file__).resolve().parent
+sys.path[:1] = [str(HERE.parent), str(HERE)]  # or market.py, beside this file, is taken for the package
+
+import parallel_faults  # noqa: E402
+import parallel_placement  # noqa: E402
+import parallel_throughput  # noqa: E402
+from verification_overhead import processor  # noqa: E402
 
 PARTS = ("throughput", "kill", "join", "placement", "churn")
 PLACEMENT_REPEATS = 3
@@ -52,9 +56,9 @@ def measure(name: str, folder: Path, options: argparse.Namespace, say: Any) -> d
         return parallel_throughput.measure(folder, repeats=options.repeats, **plain)
     if name == "placement":
         return parallel_placement.measure(folder, repeats=min(PLACEMENT_REPEATS, options.repeats), **plain)
-    return {"kill": parallel_faults.kill, "join": parallel_faults.join, "churn": parallel_faults.churn}[name](
-        folder, **plain
-    )
+    if name == "churn":
+        return parallel_faults.churn(folder, minutes=options.minutes, **plain)
+    return {"kill": parallel_faults.kill, "join": parallel_faults.join}[name](folder, **plain)
 
 
 def main() -> None:
@@ -63,6 +67,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="only the last line")
     parser.add_argument("--only", action="append", choices=PARTS, help="measure this part; may be repeated")
     parser.add_argument("--repeats", type=int, default=5, help="of each figure of throughput")
+    parser.add_argument("--minutes", type=int, default=parallel_faults.CHURN_MINUTES, help="of churn")
     parser.add_argument("--tiny", action="store_true", help="a model too small for the bars, to try the benchmark")
     parser.add_argument("--folder", type=Path, help="where scratch files go, some GB")
     options = parser.parse_args()

@@ -170,7 +170,7 @@ def join(folder: Path, *, tiny: bool, say: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def churn(folder: Path, *, tiny: bool, say: Any, minutes: int = CHURN_MINUTES) -> dict[str, Any]:
+def churn(folder: Path, *, tiny: bool, say: Any, minutes: int) -> dict[str, Any]:
     """A kill or a join each minute: a killed peer is replaced by the spare, and a new spare comes; one that joins takes
     a unit over from a peer that leaves it, at the end of a segment."""
     rng, per_segment = random.Random(7), CHURN_STEPS_PER_SEGMENT

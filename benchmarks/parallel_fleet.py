@@ -123,7 +123,7 @@ class Fleet:
             folder = self.folder / f"peer-{number}"
             seed = (number + 1).to_bytes(32, "big").hex()
             child = subprocess.Popen(
-                [sys.executable, str(CHILD), seed, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                [sys.executable, "-P", str(CHILD), seed, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 text=True, env=environment,
             )  # fmt: skip
             process = Process(number, child, folder)
