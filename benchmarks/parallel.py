@@ -53,7 +53,8 @@ def measure(name: str, folder: Path, options: argparse.Namespace, say: Any) -> d
     """One part."""
     plain: dict[str, Any] = {"tiny": options.tiny, "say": say}
     if name == "throughput":
-        return parallel_throughput.measure(folder, repeats=options.repeats, **plain)
+        sizes = {"local_steps": options.local_steps, "micro_batches": options.micro_batches}
+        return parallel_throughput.measure(folder, repeats=options.repeats, **sizes, **plain)
     if name == "placement":
         return parallel_placement.measure(folder, repeats=min(PLACEMENT_REPEATS, options.repeats), **plain)
     if name == "churn":
@@ -67,6 +68,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="only the last line")
     parser.add_argument("--only", action="append", choices=PARTS, help="measure this part; may be repeated")
     parser.add_argument("--repeats", type=int, default=5, help="of each figure of throughput")
+    parser.add_argument("--local-steps", type=int, default=parallel_throughput.LOCAL_STEPS, help="of throughput")
+    parser.add_argument("--micro-batches", type=int, default=parallel_throughput.MICRO_BATCHES, help="of throughput")
     parser.add_argument("--minutes", type=int, default=parallel_faults.CHURN_MINUTES, help="of churn")
     parser.add_argument("--tiny", action="store_true", help="a model too small for the bars, to try the benchmark")
     parser.add_argument("--folder", type=Path, help="where scratch files go, some GB")

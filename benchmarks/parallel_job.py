@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -205,13 +204,16 @@ def _write(
 
 
 def crossing_bytes(units: list[UnitFiles]) -> tuple[int, int]:
-    """The most that crosses a border one way in a step, and that a replica sends another, both uncompressed."""
+    """What crosses a border one way in a step, both ways and over all borders on average, and the most that a replica
+    sends another; both uncompressed."""
 
-    def size(unit: UnitFiles, flows: set[str]) -> int:
+    def size(unit: UnitFiles, flows: tuple[str, ...]) -> int:
         assert unit.task.stage is not None
         crossings = [crossing for crossing in unit.task.stage.sends if crossing.flow in flows]
         return sum(unit.program.types[crossing.value].size_bytes for crossing in crossings)
 
-    return max(size(unit, {flow}) for unit, flow in itertools.product(units, ("forward", "backward"))), max(
-        size(unit, {"sync"}) for unit in units
-    )
+    stage = units[0].task.stage
+    assert stage is not None
+    ways = 2 * (stage.stages - 1) * stage.replicas
+    across = sum(size(unit, ("forward", "backward")) for unit in units)
+    return across // max(1, ways), max(size(unit, ("sync",)) for unit in units)

@@ -3,7 +3,8 @@
 Eight units, four stages of two replicas, on links between three regions. There is little to compute, and activations
 and gradients are large: it is the model of communication that is tested, on cores that all units share. A plan says
 which device has which unit; here a process stays with its unit and its links get the shapes of the device's, which is
-the same. One micro-batch a step and float32, as the model has it; replicas average in each step.
+the same. One micro-batch a step and float32, as the model has it; replicas average in each step. A random plan has
+random groups in a random order; within them pipelines are paired as the planner pairs them, as the model's cost has it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import numpy as np
 from parallel_fleet import Fleet, Process, Run
 from parallel_job import RAW, Job, crossing_bytes, perceptron
 
-from market.placement import Links, Planner, Traffic, cost_of, model
+from market.placement import Links, Planner, Problem, Traffic, cost_of, model
+from market.placement_cost import bottleneck
 from protocol.keys import peer_name
 
 STAGES, REPLICAS = 4, 2
@@ -68,6 +70,15 @@ def place(processes: list[Process], measured: Links, table: Table) -> None:
         process.tell("shape", words=words)
 
 
+def paired(problem: Problem, table: Table) -> Table:
+    """The same groups with their devices in the columns of pipelines."""
+    rows = [table[0]]
+    for group in table[1:]:
+        _, order = bottleneck(problem.hop[np.ix_(rows[-1], group)])
+        rows.append(group[order])
+    return np.array(rows)
+
+
 def ranks(values: list[float]) -> Table:
     """The place of each in the order of all."""
     return np.argsort(np.argsort(values))
@@ -88,7 +99,8 @@ def measure(folder: Path, *, repeats: int, tiny: bool, say: Any) -> dict[str, An
             pass
         plans = [np.array(planner.plan().assignment)]
         every = list(range(STAGES * REPLICAS))
-        plans += [np.array(rng.sample(every, len(every))).reshape(STAGES, REPLICAS) for _ in range(RANDOM_PLANS)]
+        drawn = [np.array(rng.sample(every, len(every))).reshape(STAGES, REPLICAS) for _ in range(RANDOM_PLANS)]
+        plans += [paired(problem, table) for table in drawn]
         modelled = [cost_of(problem, plan).total_s for plan in plans]
         fleet.segment(run, 0)
         took: list[list[float]] = [[] for _ in plans]

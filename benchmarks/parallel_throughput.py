@@ -29,14 +29,13 @@ MODEL = {"context": CONTEXT, "width": 272, "layers": 6, "heads": 4}  # 5.4 milli
 EXAMPLES = 16  # few, so that every one was seen once when measuring begins
 TINY = {"context": CONTEXT, "width": 64, "layers": 2, "heads": 2}  # to try the benchmark itself
 LOCAL_STEPS = 8
-TINY_LOCAL_STEPS = 4
+MICRO_BATCHES = 8  # of one row
 WARM_SEGMENTS = 2
 CHECK_SEGMENTS = 20  # of the job whose checks are added up
 
 
-def jobs(repeats: int, *, tiny: bool, micro_batches: int = 8) -> dict[str, Job]:
+def jobs(repeats: int, *, tiny: bool, micro_batches: int, local_steps: int) -> dict[str, Job]:
     """The three runs."""
-    local_steps = TINY_LOCAL_STEPS if tiny else LOCAL_STEPS
     plain: dict[str, Any] = {
         "captured": gpt(rows=1, **(TINY if tiny else MODEL)), "arrays": text_rows(EXAMPLES, CONTEXT), "stages": 2,
         "replicas": 2, "micro_batches": micro_batches, "in_flight": 4,
@@ -83,9 +82,9 @@ class Measured:
         return statistics.median(self.rates[name, shape])
 
 
-def measure(folder: Path, *, repeats: int, tiny: bool, say: Any) -> dict[str, Any]:
-    """All of it. tiny: a model that is too small for the bars."""
-    made = jobs(repeats, tiny=tiny)
+def measure(folder: Path, *, repeats: int, tiny: bool, say: Any, **sizes: int) -> dict[str, Any]:
+    """All of it. tiny: a model that is too small for the bars. sizes: as of `jobs`."""
+    made = jobs(repeats, tiny=tiny, **sizes)
     with Fleet(folder) as fleet:
         processes = fleet.start(4)
         runs = {name: fleet.launch(job, processes) for name, job in made.items()}
@@ -124,6 +123,7 @@ def figures(measured: Measured, repeats: int) -> dict[str, Any]:
         "throughput": {
             "parameters": run.job.parameters, "stages": run.job.stages, "replicas": run.job.replicas,
             "tokens_per_step": run.job.rows * CONTEXT * run.job.replicas, "local_steps": run.job.steps_per_segment,
+            "micro_batches": run.job.micro_batches,
             "repeats": repeats, "load": [min(measured.load), max(measured.load)],
             "tokens_per_second": {f"{n} at {s}": round(measured.median(n, s), 1) for n, s in measured.rates},
             "each": {f"{n} at {s}": [round(rate, 1) for rate in rates] for (n, s), rates in measured.rates.items()},
