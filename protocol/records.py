@@ -479,7 +479,7 @@ def _read(data: bytes, network: bytes) -> tuple[Envelope, Record]:
     if signers != sorted(set(signers)):
         raise MalformedRecord("signatures are not in strict order of their keys")
     strangers = set(signers) - (parties(record) or set(signers[:2]))
-    if strangers and not isinstance(record, Agreement):
+    if strangers and not isinstance(record, Agreement | StakeMove):
         raise VerificationFailed(f"{type(record).__name__.lower()} signed by a peer that is no party to it")
     return envelope, record
 
