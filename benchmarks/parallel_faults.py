@@ -90,37 +90,32 @@ def kill(folder: Path, *, tiny: bool, say: Any) -> dict[str, Any]:
         fleet.go(run, end)
         last = first + KILLED_AFTER - 1
         fleet.until(lambda: all_did(run, last), f"step {last} is done")
+        heard = len(fleet.heard)
         killed = fleet.kill(run.at[KILLED_UNIT])
-        known = time.monotonic()
-        fleet.until(lambda: lost(fleet, run, KILLED_UNIT), "its neighbours miss it")
+        fleet.until(lambda: lost(fleet, run, KILLED_UNIT, heard), "its neighbours miss it")
         missed = time.monotonic()
         done = max(step for step in range(end) if all_did(run, step))
         kept.give(KILLED_UNIT, spare, end)
         fleet.until(lambda: all_did(run, done + 1), "the next step is done")
-        following = max(min_after(run.stepped[unit][done + 1]) for unit in range(4)) - killed
-        say(f"killed after step {done}; missed after {missed - known:.2f} s; next step after {following:.1f} s")
+        following = max(run.stepped[unit][done + 1][0] for unit in range(4)) - killed
+        say(f"killed after step {done}; missed after {missed - killed:.2f} s; next step after {following:.1f} s")
         fleet.until(lambda: len(run.ends[KILL_SEGMENTS - 1]) == 4, "the run ends")
         fetched = [event["seconds"] for event in fleet.heard if event["kind"] == "fetched"]
-        return kill_figures(run, calm, following, missed - known, fetched[-1], seconds, end)
+        return kill_figures(run, calm, following, missed - killed, fetched[-1], seconds, end)
 
 
-def min_after(times: list[float]) -> float:
-    """When a unit first did a step."""
-    return min(times)
-
-
-def lost(fleet: Fleet, run: Run, unit: int) -> bool:
-    """Whether a neighbour missed who has the unit now."""
+def lost(fleet: Fleet, run: Run, unit: int, first: int) -> bool:
+    """Whether a neighbour missed who has the unit, of what was heard from `first` on."""
     peer = run.at[unit].peer
     return any(
-        event["kind"] == "lost" and event["run"] == run.name and event["peer"] == peer for event in fleet.heard[-200:]
+        event["kind"] == "lost" and event["run"] == run.name and event["peer"] == peer for event in fleet.heard[first:]
     )
 
 
 def kill_figures(
     run: Run, calm: Run, following: float, missed: float, fetched: float, seconds: list[float], end: int
 ) -> dict[str, Any]:
-    """What a kill cost."""
+    """What a kill cost. Steps lost: that those who lived had to do again; what the new peer replays is told beside."""
     again = {
         unit: sum(len(times) - 1 for times in run.stepped[unit].values()) for unit in range(4) if unit != KILLED_UNIT
     }
@@ -147,7 +142,6 @@ def join(folder: Path, *, tiny: bool, say: Any) -> dict[str, Any]:
         FOUR_EIGHT, steps=1, steps_per_segment=1,
     )  # fmt: skip
     files = whole_files(whole, folder)
-    found = []
     with Fleet(folder) as fleet:
         keeper, joiner = fleet.start(2)
         (kept,) = fleet.ask([keeper], "keep", "kept", path=str(files.told.with_name("whole.base")))
@@ -159,7 +153,6 @@ def join(folder: Path, *, tiny: bool, say: Any) -> dict[str, Any]:
         fleet.until(lambda: any(e["kind"] == "step" for e in fleet.heard), "the first step is done")
         (step,) = (event["t"] - began for event in fleet.heard if event["kind"] == "step")
         (fetched,) = (event["seconds"] for event in fleet.heard if event["kind"] == "fetched")
-        found.append(step)
     say(f"joined with {whole.parameters} parameters in {step:.1f} s, of which {fetched:.1f} s fetched the state")
     return {
         "join_10m_parameters_100mbps_seconds": round(step, 2),
@@ -200,8 +193,9 @@ def churn(folder: Path, *, tiny: bool, say: Any, minutes: int) -> dict[str, Any]
             fleet.go(run, segment * per_segment + per_segment)
             if act == "kill":
                 fleet.until(lambda now=segment: all_did(run, now * per_segment), "a step is done")
+                heard = len(fleet.heard)
                 fleet.kill(run.at[unit])
-                fleet.until(lambda gone=unit: lost(fleet, run, gone), "its neighbours miss it")
+                fleet.until(lambda gone=unit, since=heard: lost(fleet, run, gone, since), "its neighbours miss it")
                 kept.give(unit, spare, segment * per_segment + per_segment)
             if act:
                 (spare,) = fleet.start(1)

@@ -175,10 +175,10 @@ class Peer:
         told: set[tuple[int, bytes]] = set()
         while True:
             await trio.sleep(POLL_SECONDS)
-            for wait in port.waiting_for():
-                if not wait.linked and (wait.unit, wait.peer) not in told:
-                    told.add((wait.unit, wait.peer))
-                    tell("lost", run=run, unit=unit, neighbour=wait.unit, peer=wait.peer.hex())
+            missing = {(wait.unit, wait.peer) for wait in port.waiting_for() if not wait.linked}
+            for neighbour, peer in sorted(missing - told):
+                tell("lost", run=run, unit=unit, neighbour=neighbour, peer=peer.hex())
+            told = missing
 
     async def _work(self, run: str, unit: int, order: WorkOrder, gate: Gate | None) -> None:
         async def ended(done: SegmentDone) -> None:
