@@ -182,7 +182,8 @@ def churn(folder: Path, *, tiny: bool, say: Any, minutes: int) -> dict[str, Any]
             fleet.segment(run, segment)
             kept.take(segment)
         calm = CHURN_CALM_SEGMENTS / (time.monotonic() - began)
-        began, count, events = time.monotonic(), 0, []
+        events: list[str] = []
+        began, count = time.monotonic(), 0
         while (passed := time.monotonic() - began) < 60 * minutes:
             segment = kept.segment
             due = len(events) < passed / 60
