@@ -49,7 +49,7 @@ class Stakes:
     channels: dict[bytes, Channel]
     sequences: dict[tuple[bytes, int], bytes]
     unbonding: dict[bytes, Unbonding] = field(default_factory=dict)  # by the record that withdraws
-    lost: Counter[bytes] = field(default_factory=Counter)  # micro-credits that penalties took of each owner's stake
+    lost: Counter[bytes] = field(default_factory=Counter)  # micro-credits that penalties took, of what unbonds too
     judged_ns: int = 0  # when notaries last ruled here
     _of: dict[bytes, set[bytes]] = field(default_factory=dict)  # owner -> its withdrawals
     _next_ns: int = 0  # of the next look at windows
@@ -96,7 +96,8 @@ class Stakes:
         if move.kind == "withdraw":
             there = self.free_micro(move.owner)
             owners_view = there + self.lost[move.owner] - move.lost_micro
-            return not self.crowded(move.owner) and there > 0 and owners_view >= move.amount_micro
+            # Of a stake that penalties took whole it takes nothing, but it ends: it must not find what comes later.
+            return not self.crowded(move.owner) and owners_view >= move.amount_micro
         return self.desk.ledger.balance_micro(Account(move.owner, "free")) >= move.amount_micro
 
     def fold(self, move: StakeMove, move_id: bytes, seen_ns: int) -> None:
@@ -136,7 +137,8 @@ class Stakes:
         if not self.desk.post(entry):
             return False
         for account, delta_micro in entry.postings:
-            if account.bucket == "stake" and delta_micro < 0:
+            # Both, so that it is one sum on every peer, whether a withdrawal or the penalty came first.
+            if account.bucket.startswith(("stake", "unbonding:")) and delta_micro < 0:
                 self.lost[account.owner] -= delta_micro
                 self.desk.save("stake-lost", account.owner, self.lost[account.owner].to_bytes(8, "big"))
         return True

@@ -182,6 +182,44 @@ def test_a_withdrawal_waits_for_a_stake_that_is_not_here_yet_and_not_for_one_tha
     assert buckets(peer, "verifier")[2] == 0, "its owner knew of the penalty, and wants more than it has"
 
 
+def test_what_penalties_took_is_one_sum_in_every_order_or_the_next_withdrawal_would_wait_for_ever() -> None:
+    deal, key = Deal(JUDGED_NETWORK, 0, "submitter", "solver"), KEYS["verifier"].public
+    all_of_it = moved(JUDGED_NETWORK, "verifier", "withdraw", STAKE_MICRO)
+    penalty = deal.arbitration("right", "verifier", 5)
+    found = set()
+    for order in permutations((all_of_it, penalty)):
+        peer = Peer(JUDGED_NETWORK)
+        for envelope in (deal.opening, *order):
+            peer.give(envelope)
+        found.add(peer.settler.stakes.lost[key])
+        peer = restarted(peer)
+        assert peer.settler.stakes.lost[key] == WORD
+        peer.give(moved(JUDGED_NETWORK, "verifier", "add", 10**6, sequence=2))
+        peer.give(moved(JUDGED_NETWORK, "verifier", "withdraw", 10**6, sequence=3, lost=WORD))
+        assert not peer.settler.pending
+        assert buckets(peer, "verifier") == (FREE_MICRO - 10**6, 0, STAKE_MICRO + 10**6 - WORD)
+    assert found == {WORD}
+
+
+def test_a_withdrawal_of_a_stake_that_penalties_took_whole_ends_and_takes_nothing_that_comes_later() -> None:
+    opening = Deal(FREE_NETWORK, 0, "submitter", "solver").opening
+    rival = moved(FREE_NETWORK, "submitter", "add", 100_000)
+    fraud = seal(prove(opening, rival, network=FREE_NETWORK.id), KEYS["checker"])
+    keep = moved(FREE_NETWORK, "submitter", "withdraw", STAKE_MICRO - WORD, sequence=8)
+    out, found = moved(FREE_NETWORK, "submitter", "withdraw", WORD, sequence=9), set()
+    for order in permutations((out, fraud)):
+        peer = Peer(FREE_NETWORK)
+        for envelope in (opening, keep, *order):
+            peer.give(envelope)
+        assert not peer.settler.pending
+        peer = restarted(peer)
+        peer.give(moved(FREE_NETWORK, "submitter", "add", 10**6, sequence=10))
+        found.add(buckets(peer, "submitter"))
+        peer.wait(WINDOW_S)
+        peer.ledger.check()
+    assert len(found) == 1, found
+
+
 # --- what strangers send -------------------------------------------------------------------------------------
 def record(**changes: object) -> StakeMove:
     fields: dict[str, object] = {
