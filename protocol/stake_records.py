@@ -27,7 +27,7 @@ class StakeMove(
 
     `sequence` is of the same series as that of the owner's openings of channels: of one number there is one order.
     lost_micro: of a withdrawal, what penalties had taken of the stake, unbonding or not, in the owner's ledger when it
-    signed, so that every peer can tell a stake that is not there yet from one that a penalty reached first; of an add 0.
+    signed, so every peer can tell a stake that is not there yet from one that a penalty reached before; of an add 0.
     """
 
     network: Digest
