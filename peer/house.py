@@ -28,7 +28,14 @@ from protocol import params
 from protocol.bench_card import OpenCard
 from protocol.certificate import takes_certificate
 from protocol.errors import VerificationFailed
-from protocol.house import AVAILABILITY_NS, availability_micro, check_pay, pay_agreement, pay_settlement
+from protocol.house import (
+    AVAILABILITY_NS,
+    availability_micro,
+    check_pay,
+    is_availability,
+    pay_agreement,
+    pay_settlement,
+)
 from protocol.lifecycle import Event, State
 from protocol.network import House as Terms
 from protocol.records import ROLE_SOLVER, Agreement, Ask, Claim, Settlement, add_signature, open_record
@@ -195,13 +202,16 @@ class House:
         return channel is not None and bool(channel.closed)
 
     def _take_back(self, period: int) -> None:
-        """Close what a peer opened and never settled, when its time is over: it was offered both at once."""
-        for pay in self.pays.values():
-            if pay.deal in self.settler.channels and not self._settled(pay) and pay.period + 1 < period:
-                self.desk.attempt(self._claim, pay)
+        """Close what a peer opened and never settled, when its time is over: it was offered both at once. By the
+        channels, not the rows: who opens it when the row is forgotten must not keep the house's money for ever."""
+        for deal, channel in self.settler.channels.items():
+            agreement = channel.agreement
+            ours = agreement.submitter == self.desk.me and is_availability(agreement, self.desk.network)
+            if ours and not channel.closed and agreement.created_ns // AVAILABILITY_NS + 1 < period:
+                self.desk.attempt(self._claim, deal)
 
-    def _claim(self, pay: _Pay) -> None:
-        claim = Claim(network=self.desk.network.id, agreement=pay.deal, author=self.desk.me, voucher=b"", fees=())
+    def _claim(self, deal: bytes) -> None:
+        claim = Claim(network=self.desk.network.id, agreement=deal, author=self.desk.me, voucher=b"", fees=())
         self.settler.accept(self.desk.seal(claim), publish=True)
 
     def _forget(self, period: int) -> None:
@@ -271,7 +281,7 @@ class House:
         settlement, _, second = open_record(message.settlement, network=network.id)
         if not isinstance(agreement, Agreement) or not isinstance(settlement, Settlement):
             raise VerificationFailed("availability pay is an agreement and its settlement")
-        if first != {peer} or second != {peer} or agreement.submitter != peer:
+        if first != {peer} or second != {peer} or agreement.submitter != peer or peer != network.house_key:
             raise VerificationFailed("availability pay comes from the house, with its signature alone")
         known = self.settler.channels.get(deal)
         if known is not None and known.closed:
@@ -292,13 +302,9 @@ class House:
         self.desk.emit("availability", deal=deal, micro=agreement.channel_micro)
 
     def _closing(self, deal: bytes) -> list[bytes]:
-        """The two records of a pay, as the log has them."""
-        found = []
-        for envelope in self.settler.log.values():
-            record, record_id, _ = open_record(envelope, network=self.desk.network.id)
-            if record_id == deal or (isinstance(record, Settlement) and record.agreement == deal):
-                found.append(envelope)
-        return found
+        """The records by which a pay was opened and closed, as the log has them."""
+        log, found = self.settler.log, self.settler.channels[deal].records
+        return [log[record_id] for record_id in found if record_id in log]
 
     def restore(self, rows: Callable[[str], Iterable[tuple[bytes, bytes]]]) -> None:
         """What was signed before a restart, so that nobody is paid twice for one period."""

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from peer.channel import Channel
 from peer.desk import Means
 from peer.events import Emit, MessageIn, Penalise, Post, Save
 from peer.messages import HousePay, pack
@@ -273,6 +274,33 @@ def test_the_house_takes_back_what_a_peer_opens_and_never_settles() -> None:
     simulation.run(seconds=4 * HOUR)
     channel = node(simulation, "house").settler.channels[deal]
     assert (channel.closed, channel.paid_micro) == ("claimed", 0)
+
+
+def test_the_house_takes_back_what_opens_when_it_has_forgotten_the_pay() -> None:
+    simulation = market(2)
+    _, deal, _ = opened_alone(simulation, keep=False)
+    simulation.run(seconds=4 * HOUR)
+    channel = node(simulation, "house").settler.channels[deal]
+    assert (channel.closed, channel.paid_micro) == ("claimed", 0)
+
+
+def test_who_is_not_the_house_makes_nobody_search_its_log_for_a_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation = market(2)
+    simulation.run(seconds=HOUR)
+    (pay, *_) = node(simulation, "house").house.pays.values()
+    stranger, house = simulation.peers["peer0"], node(simulation, "peer1").house
+    terms, _, _ = open_record(pay.agreement, network=simulation.network.id)
+    assert isinstance(terms, Agreement)
+    agreement = msgspec.structs.replace(terms, submitter=stranger.key.public, solver=pay.peer)
+    envelope = seal(agreement, stranger.key)
+    deal = open_record(envelope, network=simulation.network.id)[1]
+    house.settler.channels[deal] = Channel(agreement, closed="settled")
+    searched: list[bytes] = []
+    monkeypatch.setattr(type(house), "_closing", lambda _, found: searched.append(found) or [])
+    settlement = seal(pay_settlement(agreement, deal), stranger.key)
+    with pytest.raises(VerificationFailed):
+        house.on_pay(stranger.key.public, HousePay(envelope, settlement))
+    assert not searched
 
 
 # --- the network file ------------------------------------------------------------------------------------------
