@@ -233,7 +233,7 @@ def test_a_pay_cannot_be_made_without_the_house() -> None:
     assert isinstance(agreement, Agreement)
     forged = msgspec.structs.replace(agreement, sequence=1)
     own = seal(forged, simulation.by_key[pay.peer].key)
-    with pytest.raises(VerificationFailed, match="without both signatures"):
+    with pytest.raises(VerificationFailed, match="without the signature of each party"):
         node(simulation, "house").settler.accept(own)
     assert add_signature(own, simulation.by_key[pay.peer].key, network=simulation.network.id) == own
 

@@ -123,7 +123,7 @@ class Ended:
 def test_deals_that_are_over_are_not_counted_for_each_offer() -> None:
     solver = Solver()
     unused: Any = None
-    side = SolverSide(solver.desk, solver.bidder.settler, solver.bidder, unused, lambda _: None)
+    side = SolverSide(solver.desk, solver.bidder.settler, solver.bidder, unused, unused, lambda _: None)
     deals: dict[bytes, Any] = side.deals
     deals |= {n.to_bytes(32, "big"): Ended() for n in range(500)}
     running: Any = SimpleNamespace(state=State.RUNNING, doubt=False)

@@ -389,6 +389,8 @@ class Court(RuleBasedStateMachine):
         certified = [name for name, signed in self.signed.items() if len(signed) >= NETWORK.notary_quorum]
         terms = {order_of(envelope)[1]: (order_of(envelope)[0], envelope) for envelope in self.ordered}
         outside = Office(SUBMITTERS[0])
+        outside.now_ns = max(office.now_ns for office in self.offices)  # or what was ordered late comes from its future
+        outside.start()
         for name in certified:
             outside.take(attach(terms[name][1], self.signed[name]))
         assert not outside.settler.pending, "two orders spend one balance"
