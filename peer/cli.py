@@ -49,7 +49,7 @@ _COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "drops": ("peer.cli_doctor:drops", "Show what was dropped since the start, why, and whose it was."),
     "doctor": ("peer.cli_doctor:doctor", "Check this machine and peer, and say how to mend what is wrong."),
     "simulate": ("peer.cli_simulate:simulate", "Simulate the market before trusting it with money. Asks no daemon."),
-    "links": ("peer.cli_links:links", "The links between peers: delay one way and speed, of both ends' reports the slower."),
+    "links": ("peer.cli_links:links", "The links between peers: delay and speed, of both ends' reports the slower."),
     "placement": ("peer.cli_placement:placement", "Plan which device holds which part of a model. Asks no daemon."),
     "swarm": (
         "peer.cli_swarm:swarm",

@@ -17,7 +17,7 @@ __all__ = ["links"]
 @click.option("--npz", type=click.Path(dir_okay=False, path_type=Path), help="Write the matrices here.")
 @common
 def links(terminal: Terminal, npz: Path | None) -> None:
-    """The links between peers: delay one way and speed, of both ends' reports the slower.
+    """The links between peers: delay and speed, of both ends' reports the slower.
 
     A file of --npz has delay_ms, gbps and known (N x N), for `ichiba placement plan --links FILE`, and peers (N), whose
     rows they are. Of a link that nobody measured it holds a guess, 50 ms and 10 Mbit/s, and known is 0.
