@@ -12,7 +12,6 @@ import functools
 import math
 from collections.abc import Iterable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from market.placement_anneal import Moves
 from market.placement_cost import Floats, Problem, Table, straight_cost
+from protocol.compiled import Function, compiled_library
 
 __all__ = ["PATIENCE_BITS", "State", "library"]
 
@@ -47,20 +47,12 @@ class _Shared(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled moves, or None where they were not built or are of other sources."""
-    for path in sorted(Path(__file__).parent.glob("_placement*.so")):
-        try:
-            found = ctypes.CDLL(str(path))
-            found.ichiba_placement_version.restype = ctypes.c_int64
-            found.ichiba_placement_version.argtypes = ()
-            found.ichiba_placement_boundary.restype = ctypes.c_int32
-            found.ichiba_placement_boundary.argtypes = (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32)
-            found.ichiba_placement_anneal.restype = None
-            found.ichiba_placement_anneal.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-        except (OSError, AttributeError):  # of another processor or another version of these sources
-            continue
-        if found.ichiba_placement_version() == _VERSION:
-            return found
-    return None
+    functions: dict[str, Function] = {
+        "ichiba_placement_version": (ctypes.c_int64, ()),
+        "ichiba_placement_boundary": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32)),
+        "ichiba_placement_anneal": (None, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)),
+    }
+    return compiled_library(__file__, "_placement", functions, version="ichiba_placement_version", wanted=_VERSION)
 
 
 class State:

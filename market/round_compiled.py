@@ -10,11 +10,12 @@ import ctypes
 import functools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+
+from protocol.compiled import Function, compiled_library
 
 __all__ = ["Auction", "Known", "rounds_library"]
 
@@ -33,26 +34,17 @@ def rounds_library() -> ctypes.CDLL | None:
     """The compiled functions, or None where they were not built, are of other sources, or would read packed bids in
     another order of bytes."""
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
-    built = sorted(Path(__file__).parent.glob("_rounds*.so")) if sys.byteorder == "little" else []
-    for path in built:
-        try:
-            found = ctypes.CDLL(str(path))
-            found.ichiba_rounds_version.restype = whole
-            found.ichiba_rounds_version.argtypes = ()
-            for name, answer, given in (
-                ("rank", whole, (pointer, ctypes.c_char_p, whole, *(pointer,) * 4)),
-                ("most", whole, (pointer, whole, whole, pointer)),
-                ("scale", None, (pointer, whole, whole, whole, ctypes.c_int32, pointer, pointer)),
-                ("worth", None, (pointer, whole, whole, whole)),
-                ("auction", None, (pointer, pointer, whole, whole, ctypes.c_int32, *(pointer,) * 8)),
-            ):
-                function = getattr(found, f"ichiba_rounds_{name}")
-                function.restype, function.argtypes = answer, given
-        except (OSError, AttributeError):  # of another processor or another version of these sources
-            continue
-        if found.ichiba_rounds_version() == _VERSION:
-            return found
-    return None
+    functions: dict[str, Function] = {
+        "ichiba_rounds_version": (whole, ()),
+        "ichiba_rounds_rank": (whole, (pointer, ctypes.c_char_p, whole, *(pointer,) * 4)),
+        "ichiba_rounds_most": (whole, (pointer, whole, whole, pointer)),
+        "ichiba_rounds_scale": (None, (pointer, whole, whole, whole, ctypes.c_int32, pointer, pointer)),
+        "ichiba_rounds_worth": (None, (pointer, whole, whole, whole)),
+        "ichiba_rounds_auction": (None, (pointer, pointer, whole, whole, ctypes.c_int32, *(pointer,) * 8)),
+    }
+    if sys.byteorder != "little":
+        return None
+    return compiled_library(__file__, "_rounds", functions, version="ichiba_rounds_version", wanted=_VERSION)
 
 
 class _Bidders(ctypes.Structure):

@@ -10,11 +10,12 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
 import nacl.bindings
 import nacl.exceptions
+
+from protocol.compiled import Function, compiled_library
 
 __all__ = ["check_many", "make_many", "signatures_library"]
 
@@ -27,31 +28,29 @@ _VERSION: Final = 1  # of protocol/c/signatures.c: a helper of other sources tha
 class _Library:
     """The compiled loops, with the addresses of what they call."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises OSError, AttributeError or ImportError where the helper or PyNaCl is not what these sources know."""
+    def __init__(self, found: ctypes.CDLL) -> None:
+        """Raises AttributeError or ImportError where PyNaCl is not what these sources know."""
         from nacl._sodium import ffi, lib  # type: ignore[import-not-found, unused-ignore]
 
-        found = ctypes.CDLL(str(path))
-        whole, pointer = ctypes.c_int64, ctypes.c_void_p
-        found.ichiba_signatures_version.restype, found.ichiba_signatures_version.argtypes = whole, ()
-        if found.ichiba_signatures_version() != _VERSION:
-            raise OSError(f"{path} is of other sources")
         self.check, self.make = found.ichiba_signatures_check, found.ichiba_signatures_make
-        self.check.restype, self.check.argtypes = None, (pointer, ctypes.c_char_p, whole, pointer)
-        self.make.restype, self.make.argtypes = whole, (pointer, ctypes.c_char_p, ctypes.c_char_p, whole, pointer)
         self.open_address = int(ffi.cast("uintptr_t", ffi.addressof(lib, "crypto_sign_open")))
         self.sign_address = int(ffi.cast("uintptr_t", ffi.addressof(lib, "crypto_sign")))
 
 
 @functools.cache
 def signatures_library() -> _Library | None:
-    """The compiled loops, or None where they were not built."""
-    for path in sorted(Path(__file__).parent.glob("_signatures*.so")):
-        try:
-            return _Library(path)
-        except (OSError, AttributeError, ImportError):  # of another processor, version or libsodium
-            continue
-    return None
+    """The compiled loops, or None where they were not built, or PyNaCl keeps libsodium elsewhere."""
+    whole, pointer = ctypes.c_int64, ctypes.c_void_p
+    functions: dict[str, Function] = {
+        "ichiba_signatures_version": (whole, ()),
+        "ichiba_signatures_check": (None, (pointer, ctypes.c_char_p, whole, pointer)),
+        "ichiba_signatures_make": (whole, (pointer, ctypes.c_char_p, ctypes.c_char_p, whole, pointer)),
+    }
+    found = compiled_library(__file__, "_signatures", functions, version="ichiba_signatures_version", wanted=_VERSION)
+    try:
+        return None if found is None else _Library(found)
+    except (AttributeError, ImportError):
+        return None
 
 
 def check_many(checks: Sequence[bytes]) -> list[bool]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from protocol.compiled import Function, compiled_library
 from worker.exact.compiled import shared_out
 
 __all__ = ["PAIR", "decode_tiles", "encode_tiles", "has_tiles", "tile_scales"]
@@ -20,7 +20,7 @@ __all__ = ["PAIR", "decode_tiles", "encode_tiles", "has_tiles", "tile_scales"]
 PAIR = 64  # values: two tiles, the least that every form packs into whole bytes
 _VERSION = 2  # ICHIBA_TILES_VERSION of tiles.h: a library of other sources than these is not used
 _INT, _LONG, _POINTER, _WORD = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_uint64
-_SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
+_SIGNATURES: dict[str, Function] = {
     "ichiba_tiles_version": (_INT, ()),
     "ichiba_has_tiles": (_INT, ()),
     "ichiba_tile_scales": (_INT, (_POINTER, _LONG, _INT, _POINTER)),
@@ -35,17 +35,8 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    for path in sorted(Path(__file__).parent.glob("_compiled*.so")):
-        try:
-            library = ctypes.CDLL(str(path))
-            for name, (result, arguments) in _SIGNATURES.items():
-                function = getattr(library, name)
-                function.restype, function.argtypes = result, arguments
-        except (OSError, AttributeError):  # of another processor or another version of these sources
-            continue
-        if library.ichiba_tiles_version() == _VERSION and library.ichiba_has_tiles():
-            return library
-    return None
+    library = compiled_library(__file__, "_compiled", _SIGNATURES, version="ichiba_tiles_version", wanted=_VERSION)
+    return library if library is not None and library.ichiba_has_tiles() else None
 
 
 def has_tiles() -> bool:

@@ -15,11 +15,11 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from protocol.compiled import Function, compiled_library
 from worker.exact import elementary, random, reductions
 
 __all__ = [
@@ -32,12 +32,11 @@ __all__ = [
     "uniform",
 ]
 
-_NAME = "_compiled"
 _VERSION = 1  # ICHIBA_VERSION of compiled.h: a helper of other sources than these is not used
 _INT, _LONG, _POINTER, _WORD, _SEED = (
     ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64,
 )  # fmt: skip
-_SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
+_SIGNATURES: dict[str, Function] = {
     "ichiba_version": (_INT, ()),
     "ichiba_has_products": (_INT, ()),
     "ichiba_has_elementwise": (_INT, ()),
@@ -54,17 +53,8 @@ PRODUCT_INNER_MAX = 2**25  # K: at width 15 a sum of more may pass 2**53, where 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The helper, or None where it was not built, is of another build, or this processor lacks what it needs."""
-    for path in sorted(Path(__file__).parent.glob(f"{_NAME}*.so")):
-        try:
-            library = ctypes.CDLL(str(path))
-            for name, (result, arguments) in _SIGNATURES.items():
-                function = getattr(library, name)
-                function.restype, function.argtypes = result, arguments
-        except (OSError, AttributeError):  # of another processor or another version of these sources
-            continue
-        if library.ichiba_version() == _VERSION and library.ichiba_has_elementwise():
-            return library
-    return None
+    library = compiled_library(__file__, "_compiled", _SIGNATURES, version="ichiba_version", wanted=_VERSION)
+    return library if library is not None and library.ichiba_has_elementwise() else None
 
 
 @functools.cache
