@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,9 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from xdist.scheduler import LoadScopeScheduling
 
+    from peer.workshop import Workshop
     from tests.fake_daemon import FakeDaemon
+    from worker.sandbox import SandboxReport
 
 REAL = (
     "attacks/",
@@ -29,6 +31,7 @@ REAL = (
     "test_pause.py",
     "test_sandbox.py",
     "test_script_worker.py",
+    "test_unit_work.py",
     "test_workshop.py",
 )
 LONG = ("test_vectors.py", "test_simulation.py", "test_reference.py", "test_exact_", "test_crash.py")
@@ -57,6 +60,30 @@ def daemon(home: Path) -> Iterator[FakeDaemon]:
 
     with answering(home) as fake:
         yield fake
+
+
+@pytest.fixture(scope="module")
+def report() -> SandboxReport:
+    """What this machine's sandbox proves, once for a module."""
+    import trio
+
+    from worker.sandbox import probe
+
+    return trio.run(probe)
+
+
+@pytest.fixture
+async def workshop(report: SandboxReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Workshop]:
+    """A workshop at the level this machine proves."""
+    import peer.workshop
+
+    async def proven() -> SandboxReport:
+        return report
+
+    monkeypatch.setattr(peer.workshop, "probe", proven)
+    async with peer.workshop.Workshop(tmp_path / "scratch") as open_workshop:
+        yield open_workshop
+    assert not list((tmp_path / "scratch").glob("*.part")), "no half checkpoint is left"
 
 
 def group_of(node: str) -> str:

@@ -6,14 +6,12 @@ one of the notaries that certify its moves.
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
 
 from market.entries import Account
 from peer.simulator import Faults
-from peer.store import Store
 from protocol.records import StakeMove, open_record
 from tests.dispute_swarm import court
 from tests.swarm_scenario import make_swarm
@@ -41,16 +39,7 @@ class _Moving(_MortalRun):
         else:
             raise AssertionError(f"{MOVES_MAX} moves, and each met a new point")
         simulation.run(seconds=360)  # what was given up is certain to stand, or not to
-        assert self.proxy is not None
-        self.proxy.end()
-        peer = simulation.peers[name]
-        with Store.open(self.mortal.directory, simulation.network.id, peer.key.public) as store:
-            tables = [row[0] for row in store._connection.execute("SELECT DISTINCT tbl FROM kv")]
-            peer.rows = {table: dict(store.rows(table)) for table in tables}
-            peer.entries = [entry for _, entry in store.entries()]
-        simulation._load, simulation.check = self.load, self.check  # type: ignore[method-assign]
-        peer.node = self.load(peer, random.Random(0))
-        simulation.check_quiet()
+        self.come_to_rest()
         self.count()
 
     def count(self) -> None:

@@ -143,8 +143,22 @@ class _MortalRun:
             self.proxy = None
             self.simulation.crash(self.mortal.name, for_ns=DOWN_NS)
 
+    def come_to_rest(self) -> SimulatedPeer:
+        """End the mortal's process; what its disk holds takes its place, and is checked as any other peer."""
+        assert self.proxy is not None
+        self.proxy.end()
+        simulation, peer = self.simulation, self.simulation.peers[self.mortal.name]
+        with Store.open(self.mortal.directory, simulation.network.id, peer.key.public) as store:
+            tables = [row[0] for row in store._connection.execute("SELECT DISTINCT tbl FROM kv")]
+            peer.rows = {table: dict(store.rows(table)) for table in tables}
+            peer.entries = [entry for _, entry in store.entries()]
+        simulation._load, simulation.check = self.load, self.check  # type: ignore[method-assign]
+        peer.node = self.load(peer, random.Random(0))
+        simulation.check_quiet()
+        return peer
+
     def finish(self) -> None:
-        simulation, name = self.simulation, self.mortal.name
+        simulation = self.simulation
         simulation.run(seconds=4)
         while simulation.peers["alice"].node is None:
             simulation.run(seconds=3)
@@ -162,16 +176,8 @@ class _MortalRun:
         else:
             raise AssertionError(f"{JOBS_MAX} jobs, and each met a new point")
         simulation.run(seconds=120)
-        assert self.proxy is not None
-        self.proxy.end()
-        peer = simulation.peers[name]
-        with Store.open(self.mortal.directory, simulation.network.id, peer.key.public) as store:
-            tables = [row[0] for row in store._connection.execute("SELECT DISTINCT tbl FROM kv")]
-            peer.rows = {table: dict(store.rows(table)) for table in tables}
-            peer.entries = [entry for _, entry in store.entries()]
-        simulation._load, simulation.check = self.load, self.check  # type: ignore[method-assign]
-        peer.node = self.load(peer, random.Random(0))
-        simulation.check_quiet()
+        peer = self.come_to_rest()
+        assert peer.node is not None
         jobs = simulation.command("alice", "jobs", {}).result["jobs"]
         assert {job["state"] for job in jobs} == {"done"}, [job["reason"] for job in jobs]
         alice, ledger = simulation.peers["alice"].key.public, peer.node.desk.ledger

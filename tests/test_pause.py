@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import AsyncIterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import trio
 import trio.testing
 from torch import nn
 
-import peer.workshop
 from peer.blobs import BlobStore
 from peer.effects import Performer
 from peer.events import Input, Release, SegmentMade, StartWork, StepMade, StopWork, Suspend, WorkEnded
@@ -32,7 +30,6 @@ from worker import checkpoint
 from worker.cage import Cage
 from worker.capture import Training, capture_built
 from worker.frames import Partial
-from worker.sandbox import SandboxReport, probe
 from worker.training import Partial as Stand
 from worker.training import SegmentResult, run_segments
 from worker.training import Suspended as Stopped
@@ -141,21 +138,6 @@ def small_task() -> tuple[TaskSpec, Program, dict[str, bytes], SegmentResult]:
     )
     (result,) = whole(task, program, data, segments=range(1))
     return task, program, data, result
-
-
-@pytest.fixture(scope="module")
-def report() -> SandboxReport:
-    return trio.run(probe)
-
-
-@pytest.fixture
-async def workshop(report: SandboxReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Workshop]:
-    async def proven() -> SandboxReport:
-        return report
-
-    monkeypatch.setattr(peer.workshop, "probe", proven)
-    async with Workshop(tmp_path / "scratch") as open_workshop:
-        yield open_workshop
 
 
 def asking_early(monkeypatch: pytest.MonkeyPatch, ask: Any) -> None:

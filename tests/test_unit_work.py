@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 import torch
 import trio
 
-import peer.workshop
 from peer.unit_exchange import keys_on_tape
 from peer.work_order import SegmentDone, WorkDone
 from peer.workshop import WorkFailed, Workshop
@@ -36,24 +34,7 @@ from tests.unit_scene import (
     whole_program,
 )
 from worker import checkpoint
-from worker.sandbox import SandboxReport, probe
 from worker.training import run_segments
-
-
-@pytest.fixture(scope="module")
-def report() -> SandboxReport:
-    return trio.run(probe)
-
-
-@pytest.fixture
-async def workshop(report: SandboxReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Workshop]:
-    async def proven() -> SandboxReport:
-        return report
-
-    monkeypatch.setattr(peer.workshop, "probe", proven)
-    async with Workshop(tmp_path / "scratch") as open_workshop:
-        yield open_workshop
-    assert not list((tmp_path / "scratch").glob("*.part")), "no half checkpoint is left"
 
 
 @pytest.fixture

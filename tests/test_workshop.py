@@ -7,7 +7,6 @@ import math
 import os
 import struct
 import sys
-from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from protocol.program import Init, Input, Items, Node, Program, Ref, Update, ope
 from protocol.task import ArrayRef, BatchRule, Initial, Schedule, TaskSpec
 from worker.cage import Cage
 from worker.frames import Done, Failed, FalseEnd, Rehearsal, Reply, Root, Segment, Step, frame
-from worker.sandbox import Level, SandboxReport, SandboxTooWeak, probe
+from worker.sandbox import Level, SandboxReport, SandboxTooWeak
 
 GIB = 1024**3
 F32 = "float32"
@@ -52,24 +51,6 @@ def regression() -> Program:
         Node("sub.Tensor", (Ref(0), Ref(10)), F32, (3, 1), ""),  # 11
     )
     return Program(inputs, (), nodes, (Update("w", 11),), 7)
-
-
-@pytest.fixture(scope="module")
-def report() -> SandboxReport:
-    return trio.run(probe)
-
-
-@pytest.fixture
-async def workshop(report: SandboxReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Workshop]:
-    """A workshop at the level this machine proves; the proof itself is made once for the module."""
-
-    async def proven() -> SandboxReport:
-        return report
-
-    monkeypatch.setattr(peer.workshop, "probe", proven)
-    async with Workshop(tmp_path / "scratch") as open_workshop:
-        yield open_workshop
-    assert not list((tmp_path / "scratch").glob("*.part")), "no half checkpoint is left"
 
 
 @pytest.fixture
