@@ -15,11 +15,11 @@ from protocol.codec import decode
 from protocol.dispute import Game
 from protocol.dispute_terms import Terms
 from protocol.task import TaskSpec
-from tests.test_workshop import Heard, changed, order, regression, rehearsing, report, said, workshop
+from tests.test_workshop import Heard, changed, order, regression, rehearsing, said
 from worker.frames import Answered, Done, Handed, Reply, Segment
 from worker.tracing import inspect
 
-__all__ = ["order", "report", "workshop"]  # fixtures
+__all__ = ["order"]  # a fixture
 
 
 async def asked(workshop: Workshop, order: WorkOrder, question: bytes, base: Path | None, **fields: Any) -> Answer:

@@ -32,7 +32,8 @@ def test_a_doubt_names_the_segment_that_is_farthest_off() -> None:
     doubts = [data for data in told(stage, "alice", "verdict") if data["finding"] == "unsure"]
     assert doubts
     (first,) = [name for name in stage.peers if stage.public(name) == doubts[0]["checker"]]
-    measured = {data["segment"]: data["distance"] for data in told(stage, first, "checked")}
+    # The first six only: the job is trained again by another, whose honest segments it checks afterwards.
+    measured = {data["segment"]: data["distance"] for data in told(stage, first, "checked")[:6]}
     assert len(measured) == len(doubts[0]["segments"]) == 6
     (job,) = [one for one in stage.node("alice").jobs.jobs.values() if not one.parent]
     opened = open_profiles(job.profiles, network=stage.network.id, task=task_id(task_of(job.task)))

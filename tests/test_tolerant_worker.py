@@ -20,10 +20,10 @@ from protocol.dispute_wire import Question, ShowDissent, ShowState, ShowStates, 
 from protocol.profile import Gauge, Tolerance
 from protocol.task import TaskSpec
 from tests.test_dispute_worker import asked
-from tests.test_workshop import Heard, order, regression, report, retasked, workshop
+from tests.test_workshop import Heard, order, regression, retasked
 from worker.tracing import inspect
 
-__all__ = ["order", "report", "workshop"]  # fixtures
+__all__ = ["order"]  # a fixture
 
 SEGMENT, STEP = 1, 1  # a stubborn cheat jumps to its end in the last step
 

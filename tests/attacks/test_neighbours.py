@@ -15,12 +15,12 @@ import trio
 from peer.workshop import WorkFailed, WorkOrder, Workshop
 from protocol import params
 from tests.attacks.harness import MEMORY_BYTES, START, hostile_code
-from tests.test_workshop import Heard, changed, order, report, retasked, workshop
+from tests.test_workshop import Heard, changed, order, retasked
 from worker.cage import Cage, CageFailed, Level
 from worker.frames import Attempted, Frames, Ready, Rehearsal
 from worker.seccomp import Tier
 
-__all__ = ["order", "report", "workshop"]  # fixtures
+__all__ = ["order"]  # a fixture
 
 MARK = f"kin{os.getpid()}"
 
