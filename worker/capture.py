@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import Tensor, fx, nn
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -378,7 +380,10 @@ class _Replay(fx.Interpreter):
 
 
 def _trace(step: Callable[..., list[Tensor]], tensors: list[Tensor]) -> fx.GraphModule:
-    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng(devices=[]):
+    # The tracer describes each value in the fake mode at hand; without one it makes one for each value, each with the
+    # stack at that moment: a fifth of a capture.
+    shapes = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng(devices=[]), tracing(shapes):
         warnings.simplefilter("ignore")
         try:
             with (
