@@ -141,6 +141,7 @@ class Simulation:
         self.peers = {name: SimulatedPeer(name, keys[name], means) for name, means in peers.items()}
         self.by_key = {peer.key.public: peer for peer in self.peers.values()}
         self.replies: dict[int, Reply] = {}
+        self.tick_ns = TICK_NS  # longer where hours pass in which little happens
         self.log: list[tuple[int, str, str, dict[str, Any]]] = []
         self.penalties: list[tuple[str, str, str]] = []
         self.roots: dict[bytes, bytes] = {}  # checkpoint blob -> state root
@@ -230,7 +231,7 @@ class Simulation:
     def _handle(self, peer: SimulatedPeer, event: Input) -> None:
         assert peer.node is not None
         if isinstance(event, Tick):
-            self.at(TICK_NS, peer, event)
+            self.at(self.tick_ns, peer, event)
         if (
             isinstance(event, ScriptSaid | StepMade | SegmentMade | ProfileMade | WorkEnded)
             and event.work not in peer.working

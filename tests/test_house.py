@@ -45,7 +45,9 @@ def market(
         )
         for name in names
     }  # fmt: skip
-    return Simulation(seed=seed, keys=keys, peers=means, network=network, faults=faults)
+    simulation = Simulation(seed=seed, keys=keys, peers=means, network=network, faults=faults)
+    simulation.tick_ns = SECOND
+    return simulation
 
 
 def node(simulation: Simulation, name: str) -> Node:

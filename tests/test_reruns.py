@@ -57,6 +57,7 @@ def market(
         for name in names
     }  # fmt: skip
     simulation = Simulation(seed=seed, keys=keys, peers=means, network=network, faults=faults)
+    simulation.tick_ns = SECOND
     simulation.run(seconds=2)
     if work:
         finish_a_job(simulation)
