@@ -303,6 +303,7 @@ class BlobStore:
         )
 
     async def _download(self, stream: Stream, blob: bytes, size_max: int, progress: Progress, access: bytes) -> None:
+        stream.widen(params.BLOB_STREAM_WINDOW_BYTES)
         with trio.fail_after(params.BLOB_IDLE_SECONDS_MAX):
             await stream.send_all(locator_of(access) if access else blob)
             reply = await stream.receive_frame(MANIFEST_BYTES_MAX + 1) or bytes([ABSENT])

@@ -236,6 +236,7 @@ STANDINGS_MAX: Final = 10_000  # peers whose penalties are remembered; the oldes
 
 # --- blobs on the wire -------------------------------------------------------------------------------------
 BLOB_PIPELINE_CHUNKS: Final = 8  # chunks asked for ahead: 8 MiB in flight
+BLOB_STREAM_WINDOW_BYTES: Final = 4 * 1024**2  # of the muxer, for a download we asked for: 40 MB/s at 100 ms
 BLOB_STREAMS_PER_PEER_MAX: Final = 4  # downloads one peer may run here at once
 BLOB_STREAMS_MAX: Final = 32  # of all peers
 BLOB_IDLE_SECONDS_MAX: Final = 30.0  # a download that moves no byte for so long goes to another peer

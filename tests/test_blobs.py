@@ -19,6 +19,7 @@ from protocol import params
 from protocol.blob import BlobManifest, blob_id, manifest_of
 from protocol.codec import encode
 from protocol.errors import CorruptStore, LimitExceeded, MalformedRecord, NotFound, VerificationFailed
+from tests.test_yamux import two_sessions
 
 CHUNK = params.BLOB_CHUNK_BYTES
 GOOD, BAD, DEAD = b"g" * 32, b"b" * 32, b"d" * 32
@@ -424,4 +425,21 @@ async def test_a_full_disk_during_a_download_keeps_what_came(tmp_path: Path, mon
             await own.fetch(host, blob, [GOOD], size_max=len(data))
         assert host.penalties == []
         assert (await own.fetch(host, blob, [GOOD], size_max=len(data))).read_bytes() == data
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_download_has_more_on_its_way_than_other_streams_may(tmp_path: Path) -> None:
+    """A megabyte a round trip is 10 MB/s at 100 ms: a checkpoint on a quick but long link took twice its time."""
+    own, servers, blob = await stores(tmp_path, random_bytes(12 * CHUNK))
+    async with two_sessions() as (one, other), trio.open_nursery() as nursery:
+        ours = await one.open_stream()
+        theirs = await other.accept_stream()
+
+        class Muxed(Peers):
+            async def open_stream(self, peer: bytes, protocol_name: str, *, bytes_max: int | None = None) -> Stream:
+                self.nursery.start_soon(servers[peer].serve, peer, Stream(theirs))
+                return Stream(ours)
+
+        await own.fetch(Muxed(nursery, servers), blob, [GOOD], size_max=12 * CHUNK)
+        assert params.MUX_WINDOW_BYTES_MAX < ours.receive_window <= params.BLOB_STREAM_WINDOW_BYTES
         nursery.cancel_scope.cancel()
