@@ -17,6 +17,7 @@ from market.reputation import Reputation
 from protocol import params
 from protocol.codec import blake
 from protocol.credits import credits_of
+from protocol.forced import NO_ERRORS
 from protocol.params import SANDBOX_LEVELS as LEVELS
 from protocol.profile import EXACT
 from protocol.records import Bid, Offer, amount_for
@@ -273,6 +274,8 @@ def refuse_bid(
         return refusal
     if refusal := refuse_time(offer, now_ns=now_ns, takes_ns=takes_ns):
         return refusal
+    if offer.units and bid.forced_commitment != NO_ERRORS:
+        return Refusal("mode", "would have an error ordered in a unit of a parallel job, where none is")
     if bid.lock_micro < offer.lock_micro:
         return Refusal("lock", f"locks {bid.lock_micro}, {offer.lock_micro} micro-credits are asked")
     if free_stake_micro < stake_min_micro:

@@ -20,6 +20,7 @@ from peer.settler import Settler
 from protocol import params
 from protocol.credit_records import NO_CREDIT
 from protocol.errors import IchibaError
+from protocol.forced import NO_ERRORS
 from protocol.house import is_rerun, takes_rerun
 from protocol.incentives import check_rate, lock_needed
 from protocol.profile import EXACT
@@ -104,7 +105,7 @@ class Bidder:
             eta_ns=eta_ns(offer, self.speed()),
             sandbox=means.sandbox,
             seed_commitment=commitment(seed, agreement_salt=self.desk.me),
-            forced_commitment=commitment(secret, agreement_salt=self.desk.me),
+            forced_commitment=NO_ERRORS if offer.units else commitment(secret, agreement_salt=self.desk.me),
             nonce=self.desk.now_ns,
             created_ns=now,
             expires_ns=expires,

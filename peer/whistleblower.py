@@ -22,9 +22,9 @@ from peer.disputant import request_of
 from peer.messages import CaseAsk, CaseGiven
 from peer.settler import Settler
 from protocol import params
+from protocol.forced import may_order
 from protocol.network import Rules
 from protocol.outcomes import LOCK, jackpot_micro
-from protocol.profile import EXACT
 from protocol.records import ROLE_WHISTLEBLOWER, Agreement, Verdict, amount_for, open_record
 
 __all__ = ["Prospect", "Whistleblower", "prospect_of"]
@@ -66,8 +66,8 @@ def prospect_of(
     bounty = agreement.lock_micro * LOCK.winner // 1000
     fraud = bounty * (wrong + 1) // (right + wrong + params.RECHECK_PRIOR_DEALS)
     ordered = jackpot_micro(agreement, rules, pool_micro) * rules.forced_ppm // (1_000_000 * segments)
-    if agreement.tolerance != EXACT:
-        ordered = 0  # protocol.forced.orders_errors
+    if not may_order(agreement):
+        ordered = 0
     return Prospect(cost, (fraud + ordered) // (1 + others))
 
 

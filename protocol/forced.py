@@ -10,6 +10,7 @@ message; one in league with a solver could try several.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from protocol import params
 from protocol.codec import blake, decode
@@ -20,15 +21,20 @@ from protocol.records import Agreement, Beacon, Envelope, Forced, decode_body, o
 from protocol.sampling import commitment
 
 __all__ = [
+    "NO_ERRORS",
     "beacon_subject",
     "check_forced",
     "draws_from",
     "forced_of",
     "forced_segment",
     "givers",
+    "may_order",
     "open_beacon",
     "orders_errors",
 ]
+
+NO_ERRORS: Final = bytes(32)
+"""The commitment of a bid on work in which no error is ordered: nobody knows a secret that opens it."""
 
 
 def givers(network: Network, agreement: Agreement) -> tuple[bytes, ...]:
@@ -42,10 +48,16 @@ def draws_from(network: Network, agreement: Agreement) -> bool:
     return bool(givers(network, agreement)) and agreement.check_permille > 0
 
 
+def may_order(agreement: Agreement) -> bool:
+    """Whether an agreement lets an error be ordered. Never in tolerant work: that it lies above what honest machines
+    may differ by, its solver alone could measure, and a checker near it would be to blame for a right verdict.
+    Never in a unit of a parallel job, by NO_ERRORS: its neighbours would go on from what it sent, and all be undone."""
+    return agreement.tolerance == EXACT and agreement.forced_commitment != NO_ERRORS
+
+
 def orders_errors(network: Network, agreement: Agreement) -> bool:
-    """Whether an error may be ordered in this deal. Never in tolerant work: that it lies above what honest machines may
-    differ by, its solver alone could measure, and a checker that is near it would be to blame for a right verdict."""
-    return draws_from(network, agreement) and network.rules.forced_ppm > 0 and agreement.tolerance == EXACT
+    """Whether an error may be ordered in this deal: `may_order`, where notaries give randomness for its checks."""
+    return draws_from(network, agreement) and network.rules.forced_ppm > 0 and may_order(agreement)
 
 
 def beacon_subject(target: bytes, notaries: Sequence[bytes]) -> bytes:
@@ -106,8 +118,8 @@ def check_forced(
         raise VerificationFailed("the secret is not the one its solver committed to", why="the error was not ordered")
     if not agreement.check_permille:
         raise VerificationFailed("an ordered error in a script", why="nothing of it is re-executed")
-    if agreement.tolerance != EXACT:
-        raise VerificationFailed("an ordered error in tolerant work", why="none is ordered there")
+    if not may_order(agreement):
+        raise VerificationFailed("an ordered error in tolerant work, or a unit's", why="none is ordered there")
     ordered = forced_segment(
         record.secret,
         open_beacon(shares, target=agreement_id, agreement=agreement, network=network),

@@ -17,6 +17,7 @@ from peer.node import Node
 from peer.simulator import SECOND, Faults, Simulation
 from peer.whistleblower import Prospect, Whistleblower, prospect_of
 from protocol.codec import blake
+from protocol.forced import NO_ERRORS
 from protocol.keys import SigningKey
 from protocol.network import Rules
 from protocol.records import Agreement, Move, Ruling, Verdict, seal
@@ -254,7 +255,7 @@ def agreement(**fields: Any) -> Agreement:
     numbers = {
         "unit_price": 1000, "first_segment": 0, "last_segment": 6, "operations": 60 * 10**9, "lock_micro": 300_000,
         "sequence": 1, "channel_micro": 110_000, "check_permille": 200, "accept_before_ns": 1, "segment_deadline_ns": 1,
-        "created_ns": 1,
+        "created_ns": 1, "forced_commitment": b"c" * 32,
     }  # fmt: skip
     return Agreement(**{**known, **numbers, **fields})
 
@@ -279,6 +280,8 @@ def test_whistleblowers_enter_for_what_they_can_expect_and_leave_when_it_is_less
     assert prospect(pool_micro=10**9, rules=Rules(forced_ppm=0)).expected_micro == 7_500
     tolerant = agreement(tolerance=b"t" * 32)
     assert prospect(tolerant, pool_micro=10**9).expected_micro == 7_500, "no error is ordered in tolerant work"
+    unit = agreement(forced_commitment=NO_ERRORS)
+    assert prospect(unit, pool_micro=10**9).expected_micro == 7_500, "nor in a unit of a parallel job"
 
 
 def test_a_whistleblower_finds_what_lying_verifiers_covered() -> None:

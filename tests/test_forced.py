@@ -16,11 +16,13 @@ from protocol import safetensors
 from protocol.codec import blake
 from protocol.errors import LocalProtocolError, VerificationFailed
 from protocol.forced import (
+    NO_ERRORS,
     beacon_subject,
     check_forced,
     draws_from,
     forced_segment,
     givers,
+    may_order,
     open_beacon,
     orders_errors,
 )
@@ -147,6 +149,18 @@ def test_no_error_is_ordered_in_tolerant_work() -> None:
     exact.check()
     with pytest.raises(VerificationFailed, match="tolerant"):
         tolerant.check()
+
+
+def test_a_bid_can_rule_errors_out_and_then_no_secret_orders_one() -> None:
+    network = network_of()
+    assert orders_errors(network, agreement_of(network))
+    unit = agreement_of(network, forced_commitment=NO_ERRORS)
+    assert not may_order(unit) and not orders_errors(network, unit)
+    deal = deal_of()
+    deal.check()
+    deal.agreement = msgspec.structs.replace(deal.agreement, forced_commitment=NO_ERRORS)
+    with pytest.raises(VerificationFailed):
+        deal.check()
 
 
 def test_only_what_was_ordered_excuses() -> None:
