@@ -41,6 +41,7 @@ from protocol import params
 from protocol.codec import blake
 from protocol.dispute import SIDES, Side
 from protocol.errors import VerificationFailed
+from protocol.jury import Word, cause_of
 from protocol.records import Challenge, Ruling, Verdict, open_record
 
 __all__ = ["Arbiter"]
@@ -55,7 +56,7 @@ class Arbiter:
     rulings: Rulings
     ordered: Callable[[DisputeFile], bool] = lambda _: False  # whether the segment's error was ordered (Forced)
     hearings: dict[bytes, Hearing] = field(default_factory=dict)
-    juries: dict[bytes, Jury] = field(default_factory=dict)  # of the hearings about float work
+    juries: dict[bytes, Jury] = field(default_factory=dict)  # of the hearings that have no game
 
     @property
     def sits(self) -> bool:
@@ -392,8 +393,8 @@ class Arbiter:
         for jury in list(self.juries.values()):
             jury.on_verdict(verdict)
 
-    def _found_by_jury(self, hearing: Hearing, finding: str) -> None:
-        self._rule(hearing, finding, "segment", "jury", 0, bytes(32))
+    def _found_by_jury(self, hearing: Hearing, word: Word) -> None:
+        self._rule(hearing, word.finding, "segment", cause_of(word, hearing.file.challenge), 0, bytes(32))
 
     # --- ruling ----------------------------------------------------------------------------------------------
     def _rule(self, hearing: Hearing, finding: Any, level: Any, cause: Any, operations: int, transcript: bytes) -> None:

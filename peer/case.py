@@ -10,7 +10,7 @@ from peer.messages import CheckRequest
 from protocol.certificate import check_certified
 from protocol.codec import blake
 from protocol.errors import VerificationFailed
-from protocol.forced import check_forced
+from protocol.forced import check_forced, may_order
 from protocol.merkle import merkle_root
 from protocol.network import Network
 from protocol.profile import Tolerance
@@ -46,13 +46,15 @@ class Case:
     operations: int = 0
     work: bytes = b""
     answered: bool = False
-    tape: bytes = b""  # of a unit of a run: the blob of what it received in the segment being re-executed
+    unit: bool = False  # whether the work is a unit's of a parallel job
+    tape: bytes = b""  # of a unit: the blob of what it received in the segment being re-executed
     asked_ns: int = 0
     held: bool = False  # until the end of a pause
     failures: int = 0
     forced: Forced | None = None  # an ordered error: what is checked is the work without it
     tolerance: Tolerance | None = None  # None of exact work, whose end must be the same
     asked: Literal["first", "second", "juror"] = "first"
+    challenger: bytes = b""  # of a juror's: who has all that it takes too, and every reason to give it
     doubter: bytes = b""  # the first verifier, whose unsure verdict a second one decides on
     farthest: tuple[int, int] = (0, 0)  # L1 and L2 in ppb, of the segments of tolerant work re-executed so far
     # How far off the farthest of the unsure segments is, which one, and its roots claimed and found.
@@ -64,9 +66,14 @@ class Case:
         return "juror" if self.asked == "juror" else self.request.role
 
     @property
-    def unit(self) -> bool:
-        """Whether the work is a unit's of a parallel job."""
-        return TaskSpec.from_bytes(self.task, network=self.agreement.network).stage is not None
+    def by_jury(self) -> bool:
+        """Whether a dispute about it has no game, but jurors who execute the segment again (protocol/jury.py)."""
+        return self.unit or self.tolerance is not None
+
+    @property
+    def sources(self) -> tuple[bytes, ...]:
+        """Who is asked for the blobs it takes."""
+        return tuple(peer for peer in (self.submitter, self.agreement.solver, self.challenger) if peer)
 
     @property
     def segment(self) -> int:
@@ -128,7 +135,8 @@ def open_evidence(request: CheckRequest, *, network: Network) -> Case:
 
     The agreement is certified; the receipts form one chain from its base root, each with both signatures; the proof is
     over their roots; the seeds match their commitments, the notaries' randomness is for them; the segments have
-    receipts. With an ordered error the case is about the work without it, and its verdict is on that, not the proof.
+    receipts; in a unit no error may be ordered. With an ordered error the case is about the work without it, and its
+    verdict is on that, not the proof.
     """
     agreement, agreement_id, signers = open_record(request.agreement, network=network.id)
     if not isinstance(agreement, Agreement):
@@ -137,6 +145,8 @@ def open_evidence(request: CheckRequest, *, network: Network) -> Case:
     task = TaskSpec.from_bytes(request.task, network=network.id)
     if task_id(task) != agreement.task:
         raise VerificationFailed("the case is about another task than the agreement")
+    if task.stage is not None and may_order(agreement):
+        raise VerificationFailed("a unit of a parallel job in whose deal an error may be ordered")
     receipts, last_id = _open_chain(request, agreement, agreement_id, network.id, task.salt)
     if any(r.operations != task.operations_per_step * len(task.steps_of(r.segment)) for r in receipts):
         raise VerificationFailed("a receipt counts other operations than the task has")
@@ -173,6 +183,7 @@ def open_evidence(request: CheckRequest, *, network: Network) -> Case:
     return Case(
         case_id, agreement.submitter, agreement_id, agreement, proof_id, request.task, request, receipts, drawn=drawn,
         random=random, forced=forced, tolerance=tolerance, asked="second" if doubter else "first", doubter=doubter,
+        unit=task.stage is not None,
     )  # fmt: skip
 
 

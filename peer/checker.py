@@ -80,7 +80,7 @@ class Checker:
         self._next()
 
     def on_jury(self, peer: bytes, message: JuryAsk) -> None:
-        """A notary has drawn this peer: measure the disputed segment, whatever role it has, and tell all notaries.
+        """A notary has drawn this peer: execute the disputed segment, whatever role it has, and tell all notaries.
 
         Raises RemoteProtocolError for forged evidence, or if this peer is no juror of this dispute.
         """
@@ -89,16 +89,17 @@ class Checker:
             raise VerificationFailed("a juror is asked by a notary")
         challenge, _, _ = open_record(message.challenge, network=network.id)
         case = open_evidence(message.case, network=network)
-        if not isinstance(challenge, Challenge) or case.tolerance is None:
-            raise VerificationFailed("a jury is asked about a challenge of tolerant work")
+        if not isinstance(challenge, Challenge) or not case.by_jury:
+            raise VerificationFailed("a jury is asked about a challenge of tolerant work, or of a unit's")
         if (challenge.agreement, challenge.proof, (challenge.segment,)) != (
             case.agreement_id, case.proof_id, message.case.segments,
         ):  # fmt: skip
-            raise VerificationFailed("the challenge is of other work than is to be measured")
+            raise VerificationFailed("the challenge is of other work than is to be executed")
         parties = frozenset((case.agreement.submitter, case.agreement.solver, challenge.challenger))
         if me not in jury_of(case.random, challenge.segment, network, parties=parties):
             raise VerificationFailed("this peer is no juror of that dispute")
-        segment = challenge.segment.to_bytes(8, "little")  # measured once, however often and by whom it is asked for
+        segment = challenge.segment.to_bytes(8, "little")  # executed once, however often and by whom it is asked for
+        case.challenger = challenge.challenger
         case.id, case.asked = blake("ichiba/jury-case", case.agreement_id, case.proof_id, segment), "juror"
         if case.id in self.verdicts:
             self.desk.send(peer, Records((self.verdicts[case.id],)))
@@ -122,7 +123,7 @@ class Checker:
         case.started, case.held = True, False
         task = task_of(case.task)
         wanted = blobs_of(task)
-        sources = (case.submitter, case.agreement.solver)
+        sources = case.sources
         case.missing, case.tape = set(wanted), b""
         for blob, size in wanted.items():
             self.desk.add(Fetch(blob, case.id, sources, size))
@@ -148,8 +149,7 @@ class Checker:
         if event.ends is not None and not case.tape:
             case.tape = event.ends.tape
             case.missing.add(case.tape)
-            sources = (case.submitter, case.agreement.solver)
-            self.desk.add(Fetch(case.tape, case.id, sources, params.UNIT_TAPE_BYTES_MAX))
+            self.desk.add(Fetch(case.tape, case.id, case.sources, params.UNIT_TAPE_BYTES_MAX))
         if not case.missing:
             self._run(case)
 

@@ -11,6 +11,7 @@ import click
 
 from peer.cli_money import read_evidence, trusted_network
 from peer.cli_output import Terminal, ago, common, short_id, size_of, write_whole
+from protocol.keys import peer_name
 
 __all__ = ["dispute"]
 
@@ -22,6 +23,8 @@ _ENDS = {
 }
 _CAUSES = {
     "leaf": "by the referee's own result at the leaf",
+    "jury": "by the words of its jurors",
+    "both": "though its challenger was wrong as well",
     "silence": "by silence: its clock ran out",
     "withheld": "by withholding data",
     "malformed": "by an answer that contradicts its own",
@@ -34,7 +37,8 @@ def dispute() -> None:
     """List disputes about work, draw how one was decided, check it offline.
 
     A checker that finds work wrong challenges it. Solver and challenger then answer the same questions, and the
-    notaries follow the first difference of their answers down to one operation, which they repeat themselves.
+    notaries follow the first difference of their answers down to one operation, which they repeat themselves. Of
+    tolerant work, and of a unit of a parallel job, jurors execute the segment again instead.
     """
 
 
@@ -106,8 +110,7 @@ def show(terminal: Terminal, dispute_id: str) -> None:
         if result["what"]:
             terminal.say(f"  {result['what']}")
     for one in found.get("jurors", []):
-        far = f"{one['l1_ppb'] / 1e9:.1e} (L2 {one['l2_ppb'] / 1e9:.1e})"
-        terminal.say(f"juror {one['juror'][-8:]} finds it {one['finding']}: {far} of an update from its own end")
+        terminal.say(f"juror {one['juror'][-8:]} finds it {one['finding']}{_measure(one)}")
     for ruling in found["rulings"]:
         terminal.say(f"notary {ruling['notary'][-8:]} rules {ruling['finding']} ({ruling['level']}, {ruling['cause']})")
 
@@ -130,15 +133,11 @@ def export(terminal: Terminal, dispute_id: str, file: Path) -> None:
 
     home = Home(terminal.data_dir)
     with terminal.client() as client, tempfile.TemporaryDirectory() as folder:
-        found = client.dispute_bundle(dispute_id)
-        graph = Path(folder) / "program"
-        client.get_blob(bytes.fromhex(found["program"]), graph)
-        bundle = {
-            "schema": SCHEMA,
-            "network": home.network_file.read_text(),
-            **found,
-            "program": graph.read_bytes().hex(),
-        }
+        bundle = {"schema": SCHEMA, "network": home.network_file.read_text(), **client.dispute_bundle(dispute_id)}
+        if bundle["program"]:  # a dispute that jurors decided has none
+            graph = Path(folder) / "program"
+            client.get_blob(bytes.fromhex(bundle["program"]), graph)
+            bundle["program"] = graph.read_bytes().hex()
     report = verify(bundle, home.network().id)
     write_whole(file, json.dumps(bundle, indent=1).encode() + b"\n")
     terminal.record("ichiba.dispute-export/1", {"file": str(file), "dispute": report.dispute.hex()})
@@ -150,7 +149,8 @@ def export(terminal: Terminal, dispute_id: str, file: Path) -> None:
 @trusted_network
 @common
 def verify(terminal: Terminal, file: Path, network_file: Path | None) -> None:
-    """Check a dispute that `ichiba dispute export` wrote: signatures, every move, and the last operation again.
+    """Check a dispute that `ichiba dispute export` wrote: signatures, every move, and the last operation again; or that
+    its jurors were those who were drawn, and a quorum of them of one word.
 
     Needs no daemon and asks nobody.
 
@@ -162,9 +162,10 @@ def verify(terminal: Terminal, file: Path, network_file: Path | None) -> None:
     from peer.home import Home
 
     report = verify(read_evidence(file), Home(terminal.data_dir).network(network_file).id)
-    told = asdict(report) | {"dispute": report.dispute.hex()}
+    told = asdict(report) | {"dispute": report.dispute.hex(), "jurors": [peer_name(one) for one in report.jurors]}
     terminal.record("ichiba.dispute-report/1", told)
-    terminal.say(f"dispute {short_id(told['dispute'])} of segment {report.segment}, {report.rounds} rounds")
+    how = f"{len(report.jurors)} jurors" if report.jurors else f"{report.rounds} rounds"
+    terminal.say(f"dispute {short_id(told['dispute'])} of segment {report.segment}, {how}")
     terminal.say(f"  the {report.loser} loses {_CAUSES.get(report.cause, report.cause)}, at level {report.level}")
     if report.what:
         terminal.say(f"  {report.what}")
@@ -174,10 +175,21 @@ def verify(terminal: Terminal, file: Path, network_file: Path | None) -> None:
     terminal.say(f"  {said}")
 
 
+def _measure(word: dict[str, Any]) -> str:
+    """What a juror goes by: of float work the distance, of exact work the root that it found."""
+    if word["l1_ppb"] or word["l2_ppb"]:
+        return f": {word['l1_ppb'] / 1e9:.1e} (L2 {word['l2_ppb'] / 1e9:.1e}) of an update from its own end"
+    if not word["found_root"]:
+        return ""
+    if not int(word["found_root"], 16):
+        return ": what was received is not what the segment asks for"
+    return f": it ends at {short_id(word['found_root'])}"
+
+
 def _game(found: dict[str, Any]) -> str:
     """How long the game was, in words."""
     if found.get("jury"):
-        return "none: jurors measure the segment again"
+        return "none: jurors execute the segment again"
     if "rounds" not in found or "message_bytes" not in found:
         return "not begun here"
     moves = f"{found['rounds']} rounds, {size_of(found['message_bytes'])} of moves"

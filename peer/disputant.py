@@ -140,7 +140,18 @@ class Disputant:
             operations=min(case.operations, 2**62),
             created_ns=self.desk.wall_ns,
         )
-        self._begin(open_file(self.desk.seal(challenge), case.request, desk=self.desk, part="challenger"))
+        file = open_file(self.desk.seal(challenge), case.request, desk=self.desk, part="challenger")
+        self._begin(file)
+        if file.by_jury:
+            self._lend(file, case)
+
+    def _lend(self, file: DisputeFile, case: Case) -> None:
+        """Keep what this peer executed the segment from, for jurors: who is accused may give it to nobody any more."""
+        sizes = dict.fromkeys((case.base(case.segment), case.end(case.segment)), params.BLOB_BYTES_MAX)
+        sizes |= {case.tape: params.UNIT_TAPE_BYTES_MAX, **blobs_of(file.task)}
+        for blob, size in sizes.items():
+            if blob:
+                self.desk.add(Fetch(blob, file.id, (), size))  # it is here: this keeps it here
 
     def on_challenge(self, challenge: Challenge, dispute: bytes, envelope: bytes) -> None:
         """A challenge in gossip: if it is about a deal of this peer, defend it, or look on."""

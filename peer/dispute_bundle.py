@@ -2,7 +2,8 @@
 
 Promises: `verify` believes none of it. It checks every signature, plays the game again from the moves, executes the one
 operation that is left itself, and says whether that is what the notaries found. What a file cannot show, that a player
-was silent, is the notaries' word, and the report says so. Refuses to know the network and the store.
+was silent, is the notaries' word, and the report says so. A dispute that has no game has the verdicts of its jurors
+instead: `verify` draws them again, and counts. Refuses to know the network and the store.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from peer.messages import CheckRequest
 from protocol import params
 from protocol.arbitration import open_arbitration
 from protocol.codec import decode
-from protocol.dispute import Result
 from protocol.errors import LocalProtocolError, NotFound, VerificationFailed
+from protocol.jury import Word, cause_of, decided, open_word
+from protocol.keys import short
 from protocol.network import Network, load_trusted
 from protocol.program import program_id
-from protocol.records import Arbitration, open_record
+from protocol.records import Arbitration, Verdict, open_record
 
 __all__ = ["SCHEMA", "DisputeReport", "make", "verify"]
 
@@ -32,7 +34,8 @@ _Hex32 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class _Bundle(msgspec.Struct, forbid_unknown_fields=True):
-    """The file as decoded JSON; bytes in hex. rounds: ids of the moves each round closed with, solver's first."""
+    """The file as decoded JSON; bytes in hex. rounds: ids of the moves each round closed with, solver's first. jurors:
+    the verdicts of a dispute that has no game, and so no moves, operands and Program either."""
 
     schema: str
     network: Annotated[str, msgspec.Meta(max_length=params.NETWORK_FILE_BYTES_MAX)]
@@ -43,12 +46,14 @@ class _Bundle(msgspec.Struct, forbid_unknown_fields=True):
     opening: Annotated[str, msgspec.Meta(max_length=4 * params.MESSAGE_BYTES_MAX, pattern="^([0-9a-f]{2})*$")]
     arbitration: _Hex
     program: Annotated[str, msgspec.Meta(max_length=2 * params.PROGRAM_BYTES_MAX, pattern="^([0-9a-f]{2})*$")] = ""
+    jurors: Annotated[list[_Hex], msgspec.Meta(max_length=params.JURORS_MAX)] = []
 
 
 @dataclass(frozen=True)
 class DisputeReport:
-    """What a dispute's file proves. loser: "solver" or "challenger", by the game played again. finding: the notaries'
-    ("" where they have not ruled). by_word: the game was ended by a silence, which is their word. rounds: played."""
+    """What a dispute's file proves. loser: "solver" or "challenger", by the game played again, or by its jurors' words.
+    finding: the notaries' ("" where they have not ruled). by_word: the game was ended by a silence, which is their
+    word. rounds: played. jurors: who decided, of a dispute that has no game."""
 
     dispute: bytes
     segment: int
@@ -59,28 +64,30 @@ class DisputeReport:
     finding: str
     rounds: int
     by_word: bool
+    jurors: tuple[bytes, ...] = ()
 
 
 def make(file: DisputeFile, arbitration: bytes) -> dict[str, Any]:
     """The bundle of a dispute, without network file and Program, which its owner adds. Bytes stay bytes.
 
-    Raises NotFound for a dispute whose moves are not kept (any more), or that jurors decided.
+    Raises NotFound for a dispute whose moves, or whose jurors' words, are not kept here (any more).
     """
     moves, rounds, opening = file.transcript()
-    if not rounds:
+    if not rounds and not file.kept.words:
         raise NotFound(
-            f"no moves of dispute {file.id.hex()[:12]} are kept here",
-            why="jurors decided it" if file.by_jury else "it has not begun, or is older than what is kept",
+            f"no {'words of jurors' if file.by_jury else 'moves'} of dispute {file.id.hex()[:12]} are kept here",
+            why="it has not begun, or is older than what is kept",
             next_step="ask a notary, `ichiba dispute list` there",
         )
     return {
+        "jurors": file.kept.words,
         "challenge": file.kept.challenge,
         "case": file.kept.case,
         "moves": moves,
         "rounds": [list(seen) for seen in rounds],
         "opening": opening,
         "arbitration": arbitration,
-        "program": file.task.program,
+        "program": b"" if file.by_jury else file.task.program,
     }
 
 
@@ -99,7 +106,9 @@ def verify(bundle: Any, network_id: bytes) -> DisputeReport:
     kept = Kept(challenge=envelope, case=case, part="observer", opened_ns=0)
     file = open_dispute(envelope, request, network=network, kept=kept)
     if file.by_jury:
-        raise VerificationFailed("a dispute about float work has jurors, and no moves")
+        return _by_jury(given, file, network)
+    if given.jurors:
+        raise VerificationFailed("a dispute about one operation has moves, and no jurors")
     program = bytes.fromhex(given.program)
     if program_id(program) != file.task.program:
         raise VerificationFailed("the Program in the file is not the task's")
@@ -119,7 +128,7 @@ def verify(bundle: Any, network_id: bytes) -> DisputeReport:
     assert game is not None, "the Program is here"
     if game.result is None:
         raise VerificationFailed(f"the game is not over: it stands at level {game.level} after {game.number} rounds")
-    finding = _finding(given, file, network, game.result)
+    finding = _finding(given, file, network, game.result.loser)
     by_word = any(SILENT in seen or WITHHELD in seen for seen in file.rounds)
     result = game.result
     return DisputeReport(
@@ -141,8 +150,36 @@ def _network(given: _Bundle, network_id: bytes) -> Network:
     return load_trusted(given.network, network_id, what="a dispute")
 
 
-def _finding(given: _Bundle, file: DisputeFile, network: Network, result: Result) -> str:
-    """What the notaries found, which must be what the game comes to. Empty without an Arbitration."""
+def _by_jury(given: _Bundle, file: DisputeFile, network: Network) -> DisputeReport:
+    """A dispute that jurors decided: they are those of the draw, and a quorum of them says one word."""
+    if given.moves or given.rounds or given.opening or given.program:
+        raise VerificationFailed("a dispute that jurors decide has no moves, no operands and no Program")
+    drawn, words = file.jurors(network), dict[bytes, set[Word]]()
+    for number, envelope in enumerate(given.jurors):
+        verdict, _, _ = open_record(bytes.fromhex(envelope), network=network.id)
+        if not isinstance(verdict, Verdict) or verdict.checker not in drawn:
+            raise VerificationFailed(f"word {number} is no verdict, or of a peer that was not drawn as a juror")
+        if verdict.checker in words:
+            raise VerificationFailed(f"two words of juror {short(verdict.checker)}")
+        words[verdict.checker] = {open_word(verdict, file.challenge, file.case.tolerance)}
+    word = decided(words, network.rules.tolerant_quorum)
+    if word is None:
+        raise VerificationFailed(
+            f"the words of {len(words)} jurors decide nothing", why=f"{network.rules.tolerant_quorum} of one word do"
+        )
+    loser, cause = "solver" if word.finding == "wrong" else "challenger", cause_of(word, file.challenge)
+    for_it = tuple(juror for juror in drawn if words.get(juror) == {word})
+    what = f"{len(for_it)} jurors executed the segment again and found it {word.finding}"
+    if cause == "both":
+        what += ", and its end another than the challenger's as well"
+    finding = _finding(given, file, network, loser)
+    return DisputeReport(
+        file.id, file.challenge.segment, loser, cause, "segment", what, finding, 0, by_word=False, jurors=for_it
+    )
+
+
+def _finding(given: _Bundle, file: DisputeFile, network: Network, loser: str) -> str:
+    """What the notaries found, which must be what the game, or the jury, comes to. Empty without an Arbitration."""
     if not given.arbitration:
         return ""
     record, _, _ = open_record(bytes.fromhex(given.arbitration), network=network.id)
@@ -151,8 +188,7 @@ def _finding(given: _Bundle, file: DisputeFile, network: Network, result: Result
     judged = open_arbitration(record, file.case.agreement, network)
     if judged.dispute != file.id:
         raise VerificationFailed("the arbitration is of another dispute")
-    if judged.finding in ("wrong", "right") and (judged.finding == "wrong") != (result.loser == "solver"):
-        raise VerificationFailed(
-            f"the notaries found the work {judged.finding}, the game says the {result.loser} loses"
-        )
+    if judged.finding in ("wrong", "right") and (judged.finding == "wrong") != (loser == "solver"):
+        said = "its jurors say" if file.by_jury else "the game says"
+        raise VerificationFailed(f"the notaries found the work {judged.finding}, {said} the {loser} loses")
     return judged.finding

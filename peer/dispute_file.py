@@ -21,10 +21,10 @@ from peer.messages import CheckRequest, OpeningOffer
 from protocol import params
 from protocol.dispute import SIDES, Game, Side, Terms
 from protocol.errors import VerificationFailed
-from protocol.jury import jury_of
+from protocol.jury import jury_of, open_word
 from protocol.network import Network
 from protocol.program import Program
-from protocol.records import Challenge, Move, open_record
+from protocol.records import Challenge, Move, Verdict, open_record
 from protocol.task import TaskSpec
 
 __all__ = ["SILENT", "WITHHELD", "DisputeFile", "Kept", "Parts", "open_dispute", "open_file", "parts_of", "story_of"]
@@ -46,7 +46,7 @@ class Kept(msgspec.Struct, kw_only=True):
     ended_ns: int = 0
     rulings: list[tuple[bytes, str, str, str]] = msgspec.field(default_factory=list)  # notary, finding, level, cause
     story: bytes = b""  # the descent as JSON, when the game is over
-    jurors: list[tuple[bytes, str, int, int]] = msgspec.field(default_factory=list)  # finding and distances of each
+    words: list[bytes] = msgspec.field(default_factory=list)  # the first verdict of each juror
     transcript: bytes = b""  # moves, rounds and opening of a game that is over, for `ichiba dispute export`
 
 
@@ -98,14 +98,30 @@ class DisputeFile:
 
     @property
     def by_jury(self) -> bool:
-        """Whether it is about float work: no game is played, jurors measure it (peer/jury.py)."""
-        return self.case.tolerance is not None
+        """Whether no game is played, but jurors execute the segment again (peer/jury.py)."""
+        return self.case.by_jury
 
     def jurors(self, network: Network) -> tuple[bytes, ...]:
-        """Who may be asked to measure it, in order. Drawn once: anybody may send verdicts that are held against it."""
+        """Who may be asked to execute it, in order. Drawn once: anybody may send verdicts that are held against it."""
         if self.drawn is None:
             self.drawn = jury_of(self.case.random, self.challenge.segment, network, parties=self.parties)
         return self.drawn
+
+    def words(self, *, network: bytes) -> dict[bytes, Verdict]:
+        """The verdicts of jurors that are kept, by juror, as they came."""
+        opened = [open_record(envelope, network=network)[0] for envelope in self.kept.words]
+        return {record.checker: record for record in opened if isinstance(record, Verdict)}
+
+    def add_word(self, verdict: Verdict, envelope: bytes, *, network: Network) -> bool:
+        """Keep a juror's verdict on what is disputed here, if it is its first. Whether it was kept."""
+        if verdict.checker not in self.jurors(network) or verdict.checker in self.words(network=network.id):
+            return False
+        try:
+            open_word(verdict, self.challenge, self.case.tolerance)
+        except VerificationFailed:
+            return False
+        self.kept.words.append(envelope)
+        return True
 
     # --- the Program -----------------------------------------------------------------------------------------
     def ask_program(self, desk: Desk) -> None:

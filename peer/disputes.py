@@ -124,17 +124,12 @@ class Disputes:
                 self.disputant.on_base_given(peer, message)
 
     # --- records ---------------------------------------------------------------------------------------------
-    def on_verdict(self, verdict: Verdict) -> None:
+    def on_verdict(self, verdict: Verdict, envelope: bytes) -> None:
         """A verdict in gossip: a deal to check again, or a juror's word, which is also kept for people."""
         self.whistleblower.on_verdict(verdict)
         self.arbiter.on_verdict(verdict)
         for file in self._files().values() if verdict.role == "juror" else ():
-            if (verdict.agreement, verdict.proof, *verdict.segments) != file.root:
-                continue
-            known = {juror for juror, *_ in file.kept.jurors}
-            if verdict.checker in set(file.jurors(self.desk.network)) - known:
-                word = (verdict.checker, verdict.finding, verdict.l1_ppb, verdict.l2_ppb)
-                file.kept.jurors.append(word)
+            if file.by_jury and file.add_word(verdict, envelope, network=self.desk.network):
                 file.save(self.desk)
 
     def challenged(self, challenge: Challenge, dispute: bytes, envelope: bytes) -> None:
@@ -251,10 +246,14 @@ class Disputes:
             {"notary": peer_name(notary), "finding": finding, "level": level, "cause": cause}
             for notary, finding, level, cause in file.kept.rulings
         ]
+        exact = file.case.tolerance is None
         jurors = [
-            {"juror": peer_name(juror), "finding": finding, "l1_ppb": l1, "l2_ppb": l2}
-            for juror, finding, l1, l2 in file.kept.jurors
-        ]
+            {
+                "juror": peer_name(one.checker), "finding": one.finding, "l1_ppb": one.l1_ppb, "l2_ppb": one.l2_ppb,
+                "found_root": one.found_root.hex() if exact and one.finding == "wrong" else "",
+            }
+            for one in file.words(network=self.desk.network.id).values()
+        ]  # fmt: skip
         return {
             **self._line(file), **msgspec.json.decode(told), "rulings": rulings, "jury": file.by_jury, "jurors": jurors,
         }  # fmt: skip

@@ -1,4 +1,4 @@
-"""A notary's side of a jury: it asks the jurors of a dispute about float work, counts their verdicts, and rules.
+"""A notary's side of a jury: it asks the jurors of a dispute that has no game, counts their words, and rules.
 
 As many jurors are asked as are still needed for a quorum of one word; who stays silent is replaced by the next in the
 order of the draw. A juror's first verdict counts, and none of one who signed two. Every notary asks for itself and
@@ -16,6 +16,8 @@ from peer.desk import Desk
 from peer.hearing import Hearing
 from peer.messages import JuryAsk
 from protocol import params
+from protocol.errors import VerificationFailed
+from protocol.jury import Word, decided, heaviest, open_word
 from protocol.records import Verdict
 
 __all__ = ["Jury"]
@@ -23,13 +25,13 @@ __all__ = ["Jury"]
 
 @dataclass
 class Jury:
-    """The jurors of one hearing. `rule(hearing, finding)` ends it."""
+    """The jurors of one hearing. `rule(hearing, word)` ends it."""
 
     desk: Desk
     hearing: Hearing
-    rule: Callable[[Hearing, str], None]
+    rule: Callable[[Hearing, Word], None]
     asked: dict[bytes, int] = field(default_factory=dict)  # juror -> when it was first asked
-    words: dict[bytes, set[str]] = field(default_factory=dict)  # juror -> its findings: of an honest one there is one
+    words: dict[bytes, set[Word]] = field(default_factory=dict)  # juror -> what it said: of an honest one there is one
     next_ns: int = 0
 
     @property
@@ -46,7 +48,8 @@ class Jury:
         patience_ns = rules.dispute_replay_ms * 10**6 // 2
         silent = {juror for juror, at in self.asked.items() if juror not in self.words and now - at > patience_ns}
         due = {juror for juror in self.asked if juror not in self.words} - silent
-        most = max(self._count("wrong"), self._count("right"))
+        heard = heaviest(self.words.values())
+        most = heard[1] if heard is not None else 0
         for juror in self.jurors:
             if most + len(due) >= rules.tolerant_quorum:
                 break
@@ -62,19 +65,16 @@ class Jury:
 
     def on_verdict(self, verdict: Verdict) -> None:
         """A juror's verdict, from itself or in gossip; one of another peer, or on other work, is not for us."""
-        challenge, file = self.hearing.file.challenge, self.hearing.file
-        about = (verdict.agreement, verdict.proof, verdict.segments)
-        if about != (challenge.agreement, challenge.proof, (challenge.segment,)) or verdict.role != "juror":
+        file = self.hearing.file
+        if file.over or verdict.checker not in self.jurors:
             return
-        if verdict.checker not in self.jurors or verdict.finding == "unsure" or file.over:
+        try:
+            word = open_word(verdict, file.challenge, file.case.tolerance)
+        except VerificationFailed:
             return
-        self.words.setdefault(verdict.checker, set()).add(verdict.finding)
-        self.desk.emit("juror", dispute=file.id, juror=verdict.checker, finding=verdict.finding,
+        self.words.setdefault(verdict.checker, set()).add(word)
+        self.desk.emit("juror", dispute=file.id, juror=verdict.checker, finding=word.finding,
                        l1_ppb=verdict.l1_ppb, l2_ppb=verdict.l2_ppb)  # fmt: skip
-        for finding in ("wrong", "right"):
-            if self._count(finding) >= self.desk.network.rules.tolerant_quorum:
-                self.rule(self.hearing, finding)
-                return
-
-    def _count(self, finding: str) -> int:
-        return sum(words == {finding} for words in self.words.values())
+        found = decided(self.words, self.desk.network.rules.tolerant_quorum)
+        if found is not None:
+            self.rule(self.hearing, found)

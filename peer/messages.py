@@ -134,7 +134,7 @@ class CheckRequest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 
 
 class JuryAsk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="jury"):
-    """A notary asks a juror to measure the disputed segment of tolerant work."""
+    """A notary asks a juror to execute the disputed segment of tolerant work, or of a unit of a parallel job."""
 
     challenge: Sealed
     case: CheckRequest

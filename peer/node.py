@@ -358,7 +358,7 @@ class Node:
                 deal = self.submitter.deals.get(record.agreement)
                 if deal is not None:
                     self.checks.on_verdict(deal, record, envelope)
-                self.disputes.on_verdict(record)
+                self.disputes.on_verdict(record, envelope)
             case Challenge():
                 self.settler.judgement.challenged(record, record_id)
                 self.disputes.challenged(record, record_id, envelope)

@@ -85,13 +85,6 @@ def submit_run(runs: RunDesk, arguments: dict[str, Any]) -> Job:
         encoded = [bytes.fromhex(unit.task) for unit in given.units]
     except (msgspec.ValidationError, ValueError) as error:
         raise BadArguments(f"submit-run: {error}") from None
-    if desk.network.notaries:
-        raise BadArguments(
-            "a parallel job in a network with notaries",
-            why="its units read what their neighbours sent, which a referee cannot derive: a quorum of checkers "
-            "decides about them, and here only notaries do",
-            next_step="submit it in a network without notaries, or without [parallel]",
-        )
     if given.budget_micro <= 0 or given.unit_price_max <= 0:
         raise BadArguments("budget and price limit must be positive")
     if given.activation_bytes < 0 or given.gradient_bytes < 0:

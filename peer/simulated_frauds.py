@@ -26,7 +26,7 @@ from protocol.profile import Gauge, put_back
 from protocol.reference_movement import Array
 from protocol.task import TaskSpec
 
-__all__ = ["FRAUDS", "STEERED", "WRONG_END", "WRONG_PRODUCT", "answer_of", "work_of"]
+__all__ = ["FRAUDS", "STEERED", "UNIT_FRAUDS", "WRONG_END", "WRONG_PRODUCT", "answer_of", "work_of"]
 
 # Of a simulated liar, in every segment: one element of one product; or the truth up to the last value of the last step.
 WRONG_PRODUCT: Final = "wrong-product"
@@ -137,6 +137,9 @@ def _claim(cheat: str, task: TaskSpec, segment: int, roots: list[bytes]) -> byte
     """The end that a cheat claims; roots: of the states at the start of its run and after each segment."""
     if cheat == "skip-step":
         return kept(honest(task, segment, roots[-1]).states[-2])
+    if cheat == "garbage-activations":  # its state holds what it sent, for which the table stands here
+        end = honest(task, segment, roots[-1]).states[-1]
+        return kept({**end, "table": np.asarray(end["table"] + 1, end["table"].dtype)})
     if cheat == "stale-gradient":
         return _stale_gradient(task, segment, roots[-1])
     if cheat == "unproven-base":
@@ -146,21 +149,23 @@ def _claim(cheat: str, task: TaskSpec, segment: int, roots: list[bytes]) -> byte
         return kept({name: _moved(now[name], before[name], now[name]) for name in now})
     if cheat == "extrapolated-checkpoint":
         return kept(honest(task, segment, roots[-1]).states[-1])
-    return roots[-1]  # stale-checkpoint
+    return roots[-1]  # stale-checkpoint; and a unit that skips its backward pass learns nothing
 
 
 FRAUDS: Final = (
     *(name for name in _ALTERS if name != WRONG_PRODUCT), "skip-step", "stale-gradient", "unproven-base",
     "extrapolated-checkpoint", "stale-checkpoint", "copied-proof",
 )  # fmt: skip
+UNIT_FRAUDS: Final = ("garbage-activations", "skip-backward")
 
 
 # --- the worker ------------------------------------------------------------------------------------------------
 def work_of(
     task: TaskSpec, segments: range, in_root: bytes, cheat: str, gauges: Sequence[Gauge] = ()
 ) -> Iterator[tuple[bytes, bytes]]:
-    """The root before and after each segment of a run. cheat: of FRAUDS, a lie, or nothing. gauges: of a tolerant task,
-    which every segment ends with as it began, a fraud's too. Raises ValueError for a STEERED without a number."""
+    """The root before and after each segment of a run. cheat: of FRAUDS, of UNIT_FRAUDS for a unit, a lie, or nothing.
+    gauges: of a tolerant task, which every segment ends with as it began, a fraud's too. Raises ValueError for a
+    STEERED without a number."""
     task, roots = plain(task), [in_root]
     if cheat == "copied-proof":
         task = msgspec.structs.replace(task, seed=task.seed ^ 1)

@@ -46,6 +46,7 @@ class SimulatedUnits:
     simulation: Simulation
     ends: dict[bytes, LinkEnds] = field(default_factory=dict)  # of each unit's checkpoint
     made: set[tuple[bytes, int, int]] = field(default_factory=set)  # run, unit, segment: what it sent is on its disk
+    bad_tapes: set[bytes] = field(default_factory=set)
 
     def start(self, peer: SimulatedPeer, order: StartWork, root: bytes) -> None:
         """A worker of a launched unit begins, in the state with this root."""
@@ -58,12 +59,19 @@ class SimulatedUnits:
             blob = blake("sim/unit", out, stage.run, bytes([stage.unit, segment]))
             self.simulation.roots[blob] = out
             self.ends[blob] = self._ends(stage, segment, lies=peer.link_lie)
+            if peer.bad_tape:
+                self.bad_tapes.add(tape := blake("sim/bad-tape", self.ends[blob].tape))
+                self.ends[blob] = replace(self.ends[blob], tape=tape)
             at = (index + 1) * _SEGMENT_NS
             first = order.task.steps_of(segment).start
             self.simulation.at(at - _SEGMENT_NS // 2, peer, StepMade(order.work, first, 1.0 / (1 + first)))
             made = SegmentMade(order.work, segment, before, out, (1.0 / (1 + segment),), 1, blob, 1000)
             self.simulation.at(at, peer, replace(made, ends=self.ends[blob]))
         self.simulation.at(len(segments) * _SEGMENT_NS + 1, peer, WorkEnded(order.work))
+
+    def lacks(self, order: StartWork) -> bool:
+        """Whether a tape that a checker's worker is given is no tape of its segment."""
+        return not self.bad_tapes.isdisjoint(order.tapes)
 
     def relink(self, peer: SimulatedPeer, work: bytes, order: RunOrder) -> None:
         """A running unit's neighbours moved."""

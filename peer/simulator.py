@@ -110,6 +110,7 @@ class SimulatedPeer:
     lie: str = WRONG_PRODUCT  # how, if it does: a lie of peer/simulated_frauds.py
     withholds: set[str] = field(default_factory=set)  # names of peers that it serves no blob to
     link_lie: bool = False  # its units' states say that they sent what they did not
+    bad_tape: bool = False  # its units' states name tapes that lack what they ask for
     silent: bool = False  # it answers no question of a dispute
     noise_ppb: int = 1000  # of the distances that its profiles find: as much to three times as much
     gauges: tuple[Gauge, ...] = ()  # that its profiles name
@@ -358,6 +359,9 @@ class Simulation:
         segments = range(order.first_segment, order.last_segment)
         if order.run is not None:
             self.units.start(peer, order, root)
+            return
+        if self.units.lacks(order):
+            self.at(SEGMENT_NS, peer, WorkEnded(order.work, "bad-tape: an entry that a step asks for is not there"))
             return
         ends = work_of(order.task, segments, root, peer.lie if peer.liar else order.cheat, order.gauges)
         for index, (segment, (root, out)) in enumerate(zip(segments, ends, strict=True)):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from protocol.errors import VerificationFailed
 from protocol.network import Network
 from protocol.outcomes import referee_fee_micro
+from protocol.profile import EXACT
 from protocol.records import Agreement, Arbitration, Challenge, Ruling, Verdict, open_record
 
 __all__ = ["Judged", "check_challenge", "found_by", "open_arbitration", "refutes"]
@@ -16,8 +17,9 @@ __all__ = ["Judged", "check_challenge", "found_by", "open_arbitration", "refutes
 class Judged:
     """What a quorum of notaries found. dispute: the id of the challenge; fees: micro-credits for each notary.
 
-    basis: "leaf", they executed the operation in dispute; "both", and neither side's value is right; "ordered"; "jury",
-    jurors measured float work again; or "forfeit", one side gave up, so nothing is known of the work.
+    basis: "leaf", they executed the operation in dispute; "both", neither side is right; "ordered"; "jury", jurors
+    measured float work again; "repeated", jurors executed exact work again, to the bit; or "forfeit", one side gave up,
+    so nothing is known of the work.
     """
 
     dispute: bytes
@@ -57,6 +59,8 @@ def open_arbitration(record: Arbitration, agreement: Agreement, network: Network
             why=f"a dispute ends by one finding of {network.notary_quorum} distinct notaries",
         )
     finding, basis, operations = findings.pop()
+    if basis == "jury" and agreement.tolerance == EXACT:
+        basis = "repeated"
     fee_micro = referee_fee_micro(operations, agreement)
     fees = tuple((notary, fee_micro) for notary in sorted(network.notary_keys - parties) if fee_micro)
     return Judged(dispute, challenge, finding, basis, fees)
@@ -65,8 +69,8 @@ def open_arbitration(record: Arbitration, agreement: Agreement, network: Network
 def refutes(judged: Judged, verdict: Verdict) -> bool:
     """Whether notaries saw that what a right verdict covers is wrong, or an error that was ordered.
 
-    A solver that merely gave up refutes nobody: its work may be right. Nor does a jury: near the threshold an honest
-    checker may have measured a little less.
+    A solver that merely gave up refutes nobody: its work may be right. Nor does a jury of float work: near the
+    threshold an honest checker may have measured a little less.
     """
     return (
         verdict.finding == "right"

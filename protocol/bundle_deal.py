@@ -15,7 +15,7 @@ from protocol.bundle_tolerance import check_distances, cleared_by, open_deal_tol
 from protocol.certificate import check_certified
 from protocol.credit_records import NO_CREDIT
 from protocol.errors import RemoteProtocolError, VerificationFailed
-from protocol.forced import draws_from, open_beacon
+from protocol.forced import draws_from, may_order, open_beacon
 from protocol.incentives import lock_needed
 from protocol.keys import short
 from protocol.merkle import merkle_root
@@ -42,6 +42,8 @@ def check_deal(deal: Deal, *, number: int, task: AnyTask, task_id: bytes, networ
         what = "work on credit" if on_credit else "a script"
         raise case.refuse("agreement-checks", f"{what} was to be re-executed, or judged: nothing of it can be")
     _check_terms(case, task_id)
+    if isinstance(task, TaskSpec) and task.stage is not None and may_order(agreement):
+        raise case.refuse("agreement-errors", "a unit of a parallel job in whose deal an error may be ordered")
     open_stakes(case, deal.stakes)
     open_deal_tolerance(case, deal.profiles)
     _check_receipts(case, deal.receipts)
@@ -278,7 +280,8 @@ def _accusing(case: Case) -> list[Verdict]:
 
 
 def _check_disputes(case: Case, records: list[Arbitration]) -> None:
-    """What notaries found on this deal's proof and receipts."""
+    """What notaries found on this deal's proof and receipts, in the way that such work is judged: of a unit of a
+    parallel job and of float work no operation was executed, and no jury sat on any other."""
     try:
         case.disputes = open_disputes(
             records,
@@ -289,3 +292,8 @@ def _check_disputes(case: Case, records: list[Arbitration]) -> None:
         )
     except RemoteProtocolError as error:
         raise case.refuse("arbitration", error.what, why=error.why) from None
+    unit = isinstance(case.task, TaskSpec) and case.task.stage is not None
+    bases = {"repeated", "both"} if unit else {"jury"} if case.tolerance else {"leaf", "both", "forfeit", "ordered"}
+    for judged in case.disputes:
+        if judged.basis not in bases:
+            raise case.refuse("arbitration", f"a finding by {judged.basis} on work that is not judged so")

@@ -68,9 +68,10 @@ def faulty_checker(record: Fault, disputes: Sequence[Judged], network: Network) 
 
 _BASIS_WORDS = {
     "leaf": "executed the operation in dispute",
-    "both": "executed the operation in dispute, where its challenger was wrong as well,",
+    "both": "executed, or had jurors execute, what is in dispute, where its challenger was wrong as well,",
     "forfeit": "saw one side give up",
     "jury": "had jurors, drawn by their stakes, re-execute it",
+    "repeated": "had jurors, drawn by their stakes, re-execute it to the bit",
 }
 
 

@@ -72,7 +72,7 @@ class Rules(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     forced_ppm: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 2_000  # deals in which an error is ordered
     jackpot_permille: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 2_000  # of the deal's price / forced_ppm
     pool_permille: Permille = 100  # of a solver's pay, into the pool that jackpots come from
-    tolerant_quorum: Annotated[int, msgspec.Meta(ge=1, le=8)] = 3  # jurors of one word, on work judged by its distance
+    tolerant_quorum: Annotated[int, msgspec.Meta(ge=1, le=8)] = 3  # jurors of one word, on work that has no game
 
 
 class House(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True):

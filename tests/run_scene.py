@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,10 @@ from peer.simulator import Faults, Simulation
 from protocol.codec import blake, encode
 from protocol.keys import SigningKey, peer_name
 from protocol.network import Deposit, Network, Rules
-from protocol.stage import Codec, Stage
+from protocol.stage import Codec
+from protocol.stage import Stage as Place
 from protocol.task import Initial, TaskSpec
+from tests.adversaries.stage import Stage, Strategy
 from tests.swarm_scenario import RULES, make_task
 
 __all__ = ["make_run_swarm", "run_state", "run_until", "submit_run", "until_over"]
@@ -26,11 +28,13 @@ OVER = ("done", "failed", "cancelled")
 
 
 def make_run_swarm(
-    seed: int, *, solvers: int, faults: Faults | None = None, rules: Rules = RULES, **changed: Any
-) -> Simulation:
-    """alice, who submits; solvers s0, s1, ..., each a little dearer; verifiers victor and vera, whistleblower wendy.
+    seed: int, *, solvers: int, faults: Faults | None = None, rules: Rules = RULES, notaries: int = 0,
+    cast: Mapping[str, Strategy] | None = None, **changed: Any,
+) -> Stage:  # fmt: skip
+    """alice, who submits; solvers s0, s1, ..., each a little dearer; verifiers victor and vera, whistleblower wendy;
+    notary0, notary1, ..., if any.
 
-    changed: fields of the Means of single peers, by their names.
+    cast: the strategy of each dishonest peer. changed: fields of the Means of single peers, by their names.
     """
     rng = random.Random(seed)
     means = {"alice": Means(sandbox=4, memory_bytes=2**30)}
@@ -40,19 +44,21 @@ def make_run_swarm(
     }
     means |= {name: Means(roles=2, unit_price=1000, memory_bytes=2**30, sandbox=4) for name in ("victor", "vera")}
     means["wendy"] = Means(roles=4, unit_price=1000, memory_bytes=2**30, sandbox=4)
+    means |= {f"notary{number}": Means(memory_bytes=2**30, sandbox=4) for number in range(notaries)}
     means |= {name: replace(means[name], **fields) for name, fields in changed.items()}
     keys = {name: SigningKey.from_seed(rng.randbytes(32)) for name in means}
     deposits = tuple(
         Deposit(peer_name(keys[name].public), 100_000_000 if name == "alice" else 0, 50_000_000) for name in means
     )
-    network = Network("test", rules, deposits)
-    return Simulation(seed=seed, keys=keys, peers=means, network=network, faults=faults or Faults(until_ns=0))
+    court = tuple(peer_name(keys[name].public) for name in means if name.startswith("notary"))
+    network = Network("test", rules, deposits, notaries=court)
+    return Stage(cast or {}, seed=seed, keys=keys, peers=means, network=network, faults=faults or Faults(until_ns=0))
 
 
 def unit_task(network: Network, *, stage: int, stages: int, replica: int, replicas: int, segments: int) -> TaskSpec:
     """The task of one unit; what it computes is its own, by its seed."""
     seed = 7 + stage * replicas + replica
-    place = Stage(
+    place = Place(
         run=bytes(32), stage=stage, stages=stages, replica=replica, replicas=replicas, micro_batches=1,
         forward=FLOAT32, backward=FLOAT32, sync="none" if replicas == 1 else "local", shared=FLOAT32,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The jury of tolerant work: nobody chooses it, nobody votes twice, and silence only brings the next juror."""
+"""The jury of work that has no game: nobody chooses it, nobody votes twice, silence only brings the next juror."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 from peer.jury import Jury
 from peer.messages import CheckRequest, JuryAsk
 from protocol.codec import blake
-from protocol.jury import jury_of
+from protocol.jury import Word, cause_of, jury_of
 from protocol.keys import SigningKey, peer_name
 from protocol.network import Deposit, Network, Rules
+from protocol.profile import Tolerance
 from protocol.records import Verdict
 
 QUORUM = 3
@@ -25,6 +26,9 @@ KEYS = {name: SigningKey.from_seed(blake("test/jury", name.encode())).public for
 )}  # fmt: skip
 PARTIES = frozenset(KEYS[name] for name in ("alice", "bob", "victor"))
 SECOND = 10**9
+PPB = 1000
+TOLERANCE = Tolerance(PPB, PPB, ())
+CLAIMED, FOUND, OTHER = (blake("test/root", name) for name in (b"claimed", b"found", b"other"))
 
 
 def network_of(**stakes: int) -> Network:
@@ -60,31 +64,36 @@ def test_the_deals_own_randomness_and_the_segment_decide_and_nobodys_list() -> N
 
 # --- what they say -------------------------------------------------------------------------------------------
 class Bench:
-    """A jury before one notary, the clock in hand, and what it sent and ruled."""
+    """A jury before one notary, the clock in hand, and what it sent and ruled. Its work is float, or exact."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, exact: bool = False) -> None:
         self.sent: list[tuple[bytes, JuryAsk]] = []
         self.ruled: list[str] = []
+        self.causes: list[str] = []
         self.desk: Any = SimpleNamespace(
             now_ns=SECOND, network=network_of(), emit=lambda *_, **__: None,
             send=lambda peer, message: self.sent.append((peer, message)),
         )  # fmt: skip
-        challenge = SimpleNamespace(segment=2, agreement=bytes(32), proof=bytes(32))
+        self.exact = exact
+        challenge = SimpleNamespace(
+            segment=2, agreement=bytes(32), proof=bytes(32), claimed_root=CLAIMED, found_root=FOUND
+        )
         request = CheckRequest(
             agreement=b"a", task=b"t", base_blob=b"", receipts=(b"r",), proof=b"p", reveals=(b"s",), segments=(1, 2),
             role="verifier", doubt=b"d",
         )  # fmt: skip
-        case = SimpleNamespace(random=RANDOM, request=request)
+        case = SimpleNamespace(random=RANDOM, request=request, tolerance=None if exact else TOLERANCE)
         self.file: Any = SimpleNamespace(
             challenge=challenge, case=case, parties=PARTIES, over=False, id=bytes(32),
             kept=SimpleNamespace(challenge=b"challenge"),
             jurors=lambda network: jury_of(RANDOM, 2, network, parties=PARTIES),
         )  # fmt: skip
         hearing: Any = SimpleNamespace(file=self.file)
-        self.jury = Jury(self.desk, hearing, lambda _, finding: self._rule(finding))
+        self.jury = Jury(self.desk, hearing, lambda _, word: self._rule(word))
 
-    def _rule(self, finding: str) -> None:
-        self.ruled.append(finding)
+    def _rule(self, word: Word) -> None:
+        self.ruled.append(word.finding)
+        self.causes.append(cause_of(word, self.file.challenge))
         self.file.over = True
 
     def tick(self, seconds: int) -> list[bytes]:
@@ -97,8 +106,8 @@ class Bench:
     def says(self, juror: bytes, word: str, **fields: Any) -> None:
         verdict = Verdict(
             network=self.desk.network.id, agreement=bytes(32), proof=bytes(32), checker=juror, role="juror",
-            segments=(2,), finding=word, wrong_segment=2, claimed_root=bytes(32), found_root=bytes(32), operations=1,
-            done_ns=1,
+            segments=(2,), finding=word, wrong_segment=2, claimed_root=CLAIMED, found_root=FOUND, operations=1,
+            done_ns=1, l1_ppb=3 * PPB if word == "wrong" and not self.exact else 0,
         )  # type: ignore[arg-type]  # fmt: skip
         self.jury.on_verdict(msgspec.structs.replace(verdict, **fields))
 
@@ -151,8 +160,58 @@ def test_no_other_word_counts() -> None:
     bench.says(outsider, "wrong")
     bench.says(KEYS["victor"], "wrong")
     for fields in ({"role": "verifier"}, {"segments": (1,)}, {"segments": (1, 2)}, {"proof": b"p" * 32},
-                   {"agreement": b"a" * 32}, {"finding": "unsure"}):  # fmt: skip
+                   {"agreement": b"a" * 32}, {"finding": "unsure"}, {"wrong_segment": 1}, {"claimed_root": OTHER},
+                   {"found_root": CLAIMED}, {"l1_ppb": PPB}, {"finding": "right"}):  # fmt: skip
         bench.says(order[2], "wrong", **fields)
     assert bench.ruled == []
     bench.says(order[2], "wrong")
     assert bench.ruled == ["wrong"]
+
+
+# --- exact work ----------------------------------------------------------------------------------------------
+def test_of_exact_work_only_equal_roots_count_together() -> None:
+    bench = Bench(exact=True)
+    order = bench.jury.jurors
+    for juror, root in zip(order, (FOUND, OTHER, FOUND, OTHER), strict=False):
+        bench.says(juror, "wrong", found_root=root)
+    bench.says(order[4], "right")
+    assert bench.ruled == [], "four say wrong, and no three the same"
+    bench.says(order[5], "wrong")
+    assert (bench.ruled, bench.causes) == (["wrong"], ["jury"])
+
+
+def test_two_roots_are_two_words() -> None:
+    bench = Bench(exact=True)
+    order = bench.jury.jurors
+    for root in (FOUND, OTHER):
+        bench.says(order[0], "wrong", found_root=root)
+    for juror in order[1:3]:
+        bench.says(juror, "wrong")
+    assert bench.ruled == []
+    bench.says(order[3], "wrong")
+    assert bench.ruled == ["wrong"]
+
+
+def test_who_accuses_without_having_computed_it_was_wrong_as_well() -> None:
+    bench = Bench(exact=True)
+    for juror in bench.jury.jurors[:QUORUM]:
+        bench.says(juror, "wrong", found_root=OTHER)
+    assert (bench.ruled, bench.causes) == (["wrong"], ["both"])
+    floats = Bench()
+    for juror in floats.jury.jurors[:QUORUM]:
+        floats.says(juror, "wrong", found_root=OTHER)
+    assert (floats.ruled, floats.causes) == (["wrong"], ["jury"]), "float work has another root on each machine"
+
+
+def test_what_was_received_not_being_what_is_asked_for_is_one_word_of_all() -> None:
+    bench = Bench(exact=True)
+    for juror in bench.jury.jurors[:QUORUM]:
+        bench.says(juror, "wrong", found_root=bytes(32))
+    assert bench.ruled == ["wrong"]
+
+
+def test_of_exact_work_nobody_measures_a_distance() -> None:
+    bench = Bench(exact=True)
+    for juror in bench.jury.jurors[:QUORUM]:
+        bench.says(juror, "wrong", l2_ppb=1)
+    assert bench.ruled == []

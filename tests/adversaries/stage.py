@@ -102,7 +102,7 @@ class Stage(Simulation):
         network: Network, faults: Faults,
     ) -> None:  # fmt: skip
         self.cast, self.gone = dict(cast), set[str]()  # gone: who left for good
-        means = {name: replace(mine, cheat=cast[name].cheat if name in cast else "") for name, mine in peers.items()}
+        means = {name: replace(mine, cheat=cast[name].cheat) if name in cast else mine for name, mine in peers.items()}
         super().__init__(seed=seed, keys=keys, peers=means, network=network, faults=faults)
         for name, strategy in cast.items():
             peer = self.peers[name]
