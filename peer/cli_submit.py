@@ -15,7 +15,9 @@ from protocol.errors import IchibaError
 
 if TYPE_CHECKING:
     from peer.client import Client
+    from worker.job_file import JobFile
     from worker.prepare import Prepared
+    from worker.prepare_parallel import PreparedUnit
 
 __all__ = ["prepare_job", "quote", "submit"]
 
@@ -82,7 +84,7 @@ def submit(
         if isinstance(written, JobFile) and written.parallel is not None:
             if sealed or credit or written.sealed:
                 raise click.UsageError("A parallel job can be neither sealed nor on credit.")
-            run = prepare_units(terminal, client, job, network)
+            run = prepare_units(terminal, client, written, network, required, price)
         graph = prepare_job(terminal, client, job, network) if isinstance(written, JobFile) and run is None else None
         budget_micro = budget if budget is not None else written.budget_micro
         unit_price_max = price if price is not None else written.unit_price_max
@@ -224,17 +226,17 @@ def quote(
         raise click.UsageError("Give a JOB or --operations, one of them.")
     from worker.require import Require
 
-    sandbox, segments, per_segment = 2, 0, 0  # FILTERED, what any graph needs
+    sandbox, segments, per_segment, units = 2, 0, 0, 0  # FILTERED, what any graph needs
     required = Require()
     with terminal.client() as client:
         if job is not None:
-            prepared = prepare_job(terminal, client, job, bytes.fromhex(client.status()["network_id"]))
-            required = prepared.job.require
-            memory = max(prepared.memory_bytes, required.memory_bytes)
-            operations, sandbox = prepared.operations, prepared.job.sandbox
-            price = price if price is not None else prepared.job.unit_price_max
-            segments = -(-prepared.job.steps // prepared.job.steps_per_segment)
-            per_segment = prepared.operations_per_step * prepared.job.steps_per_segment
+            written, known, units = _known_of(terminal, client, job, device, vram, price)
+            required = written.require
+            memory = max(known.memory_bytes, required.memory_bytes)
+            operations, sandbox = known.operations_per_step * written.steps, written.sandbox
+            price = price if price is not None else written.unit_price_max
+            segments = -(-written.steps // written.steps_per_segment)
+            per_segment = known.operations_per_step * written.steps_per_segment
         assert operations is not None
         required = required.overridden(device=device, device_memory_bytes=vram, deadline=None)
         found = client.quote(
@@ -242,8 +244,27 @@ def quote(
             segments=segments, operations_per_segment=per_segment,
             device=required.device, device_memory_bytes=required.device_memory_bytes,
         )  # fmt: skip
-    terminal.record("ichiba.quote/1", {**found, "unit_price_max": price, "memory_bytes": memory})
+    of_units = {"units": units} if units else {}
+    terminal.record("ichiba.quote/1", {**found, **of_units, "unit_price_max": price, "memory_bytes": memory})
+    if units:
+        terminal.note(f"the figures are of one of {units} units, the largest; each has a solver of its own")
     _show_quote(terminal, found, price)
+
+
+def _known_of(
+    terminal: Terminal, client: Client, job: Path, device: str | None, vram: int | None, price: int | None
+) -> tuple[JobFile, Prepared | PreparedUnit, int]:
+    """A job, what is known of its work, and 0; of a parallel one what is known of its largest unit, and how many it
+    has."""
+    from worker.job_file import read_job_file
+
+    network = bytes.fromhex(client.status()["network_id"])
+    written = read_job_file(job)
+    if written.parallel is None:
+        return written, prepare_job(terminal, client, job, network), 0
+    required = written.require.overridden(device=device, device_memory_bytes=vram, deadline=None)
+    units = prepare_units(terminal, client, written, network, required, price).units
+    return written, max(units, key=lambda unit: unit.operations_per_step), len(units)
 
 
 def _show_quote(terminal: Terminal, found: dict[str, Any], price: int | None) -> None:

@@ -35,6 +35,7 @@ from peer.profiles import Profiles
 from peer.prover import Prover
 from peer.reputations import ReputationView
 from peer.run_commands import BadArguments, check_terms, submit_run
+from peer.run_planning import RunPlanning
 from peer.runs import RunDesk
 from peer.sealing import Sealing
 from peer.settler import Settler
@@ -101,6 +102,7 @@ class Commands:
         self.links = LinkReports(self.desk)
         self.runs.market.table = self.links.table
         self.house_view = HouseView(self.desk, self.settler, self.house, self.bidder, self.prover)
+        self.planning = RunPlanning(self.desk, self.bidder, self.challenger, self.links.table)
         self.view = MarketView(self.desk, self.settler, self.bidder, self.challenger)
         self.answers = Answers(
             self.desk, self.settler, self.jobs, self.submitter, self.bidder, self.solver, self.prover, self.view,
@@ -112,6 +114,7 @@ class Commands:
         verbs: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "status": self.status,
             "submit": self.submit,
+            "plan-run": self.planning.plan,
             "submit-run": lambda arguments: self._job(submit_run(self.runs, arguments)),
             "cancel": self.cancel,
             "jobs": self.list_jobs,

@@ -10,6 +10,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 
 from protocol import params
+from protocol.run_sizes import RunSizes
 
 __all__ = ["VERBS"]
 
@@ -87,8 +88,19 @@ class _SubmitRun(msgspec.Struct, forbid_unknown_fields=True):
     device: Literal["any", "cpu", "gpu"] = "any"
     device_memory_bytes: _Count = 0
     deadline_ns: _Count = 0
-    activation_bytes: _Count = 0
-    gradient_bytes: _Count = 0
+    border_bytes: Annotated[list[tuple[_Count, _Count]], msgspec.Meta(max_length=params.PARALLEL_UNITS_MAX)] = []
+    shared_bytes: Annotated[list[_Count], msgspec.Meta(max_length=params.PARALLEL_UNITS_MAX)] = []
+
+
+class _PlanRun(msgspec.Struct, forbid_unknown_fields=True):
+    """Of plan-run: what a parallel job would send by each way that is open, and what its solvers must have."""
+
+    sizes: RunSizes
+    unit_price_max: _Count = 0
+    memory_bytes: _Count = 0
+    sandbox: _Level = 2
+    device: Literal["any", "cpu", "gpu"] = "any"
+    device_memory_bytes: _Count = 0
 
 
 class _CreditGive(msgspec.Struct, forbid_unknown_fields=True):
@@ -195,6 +207,7 @@ VERBS: Final[dict[str, type[msgspec.Struct]]] = {
     "bundle": _OneJob,
     "matches": _OneJob,
     "submit": _Submit,
+    "plan-run": _PlanRun,
     "submit-run": _SubmitRun,
     "quote": _Quote,
     "wallet": _Wallet,

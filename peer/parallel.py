@@ -14,7 +14,8 @@ from typing import Final, TypeAlias
 from market.joint_placement import Candidates, choose_units, fullest
 from market.link_table import LinkTable
 from market.matching import Choice, Refusal, Scored, believed_ns, refuse_bid, transfer_ns
-from market.placement_cost import Links, Traffic
+from market.placement_cost import Links
+from market.step_time import Volume
 from peer.deals import Job, JobState, task_of
 from peer.desk import Desk
 from peer.jobs import JobDesk
@@ -32,15 +33,14 @@ _Bids: TypeAlias = dict[bytes, tuple[Scored, Bid, int]]
 @dataclass(frozen=True)
 class Wanted:
     """A run that lacks solvers. jobs: of all its units. solvers: of those that have one, this peer itself for those it
-    keeps. activation_bytes, gradient_bytes: that cross a border between stages, or replicas, in a step."""
+    keeps. volume: what a step sends."""
 
     run: bytes
     stages: int
     replicas: int
     jobs: Sequence[Job]
     solvers: Mapping[int, bytes]
-    activation_bytes: int
-    gradient_bytes: int
+    volume: Volume
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class ParallelDesk:
             replicas=wanted.replicas,
             toll=toll,
             links=self._links(rows),
-            traffic=Traffic(wanted.gradient_bytes / 1e9, wanted.activation_bytes / 1e9),
+            volume=wanted.volume,
             work_s=[took.get(peer, 0) / 1e9 / task.steps for peer in rows],
             second_micro=step * task.steps**2 // _HOUR_S,  # of each step, where an hour is worth what the whole costs
         )

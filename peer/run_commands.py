@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
 import msgspec
 
 from peer.deals import Job, JobState
 from peer.runs import RunDesk
 from protocol import params
-from protocol.codec import blake, encode
+from protocol.codec import Uint, blake, encode
 from protocol.errors import LocalProtocolError
 from protocol.stage import Stage
 from protocol.task import TaskSpec
 
 __all__ = ["BadArguments", "RunArguments", "UnitArguments", "check_terms", "submit_run"]
+
+
+_Pair: TypeAlias = tuple[Uint, Uint]
 
 
 class BadArguments(LocalProtocolError):
@@ -36,7 +39,8 @@ class UnitArguments(msgspec.Struct, forbid_unknown_fields=True):
 class RunArguments(msgspec.Struct, forbid_unknown_fields=True):
     """Of `submit-run`: the units in the order of their numbers, and the money. All ids hex, all money micro-credits.
 
-    activation_bytes, gradient_bytes: that cross a border between stages, or replicas, in a step, as they travel.
+    For the placing, as it travels: border_bytes, of each border between stages what crosses it forward and backward in
+    a step; shared_bytes, of each stage what a replica sends each other one in an exchange. Empty: not known.
     """
 
     units: Annotated[list[UnitArguments], msgspec.Meta(min_length=1, max_length=params.PARALLEL_UNITS_MAX)]
@@ -46,8 +50,8 @@ class RunArguments(msgspec.Struct, forbid_unknown_fields=True):
     device: Literal["any", "cpu", "gpu"] = "any"
     device_memory_bytes: int = 0
     deadline_ns: int = 0
-    activation_bytes: int = 0
-    gradient_bytes: int = 0
+    border_bytes: Annotated[list[_Pair], msgspec.Meta(max_length=params.PARALLEL_UNITS_MAX)] = []
+    shared_bytes: Annotated[list[Uint], msgspec.Meta(max_length=params.PARALLEL_UNITS_MAX)] = []
 
 
 class Terms(Protocol):
@@ -87,8 +91,6 @@ def submit_run(runs: RunDesk, arguments: dict[str, Any]) -> Job:
         raise BadArguments(f"submit-run: {error}") from None
     if given.budget_micro <= 0 or given.unit_price_max <= 0:
         raise BadArguments("budget and price limit must be positive")
-    if given.activation_bytes < 0 or given.gradient_bytes < 0:
-        raise BadArguments("fewer than no bytes cross a border")
     check_terms(given, now_ns=desk.wall_ns)
     kept = sum(unit.kept for unit in given.units)
     if kept and not desk.means.sandbox:
@@ -97,6 +99,7 @@ def submit_run(runs: RunDesk, arguments: dict[str, Any]) -> Job:
             next_step="see `ichiba doctor`, or take `keep` out of [privacy] in job.toml",
         )
     tasks = _tasks([TaskSpec.from_bytes(one, network=desk.network.id) for one in encoded])
+    _check_sizes(given, _stages(tasks)[0])
     run = blake("ichiba/run", desk.me, *encoded, desk.now_ns.to_bytes(8, "big"))
     parent = _job(run, given, tasks[0], JobState.PLACING, desk.wall_ns)
     parent.budget_micro = given.budget_micro
@@ -107,7 +110,17 @@ def submit_run(runs: RunDesk, arguments: dict[str, Any]) -> Job:
         child.parent, child.unit, child.kept = run, number, unit.kept
         child.checkpoint_bytes, child.memory_bytes = unit.checkpoint_bytes, unit.memory_bytes
         children.append(child)
-    return runs.submit(parent, children, activation_bytes=given.activation_bytes, gradient_bytes=given.gradient_bytes)
+    return runs.submit(parent, children, border_bytes=given.border_bytes, shared_bytes=given.shared_bytes)
+
+
+def _check_sizes(given: RunArguments, stage: Stage) -> None:
+    """Raises BadArguments."""
+    for what, found, due in (
+        ("borders between stages", given.border_bytes, stage.stages - 1),
+        ("stages that share", given.shared_bytes, stage.stages if stage.replicas > 1 else 0),
+    ):
+        if found and len(found) != due:
+            raise BadArguments(f"the bytes of {len(found)} {what}, there are {due}")
 
 
 def _tasks(tasks: list[TaskSpec]) -> list[TaskSpec]:

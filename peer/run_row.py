@@ -8,13 +8,14 @@ __all__ = ["Run"]
 
 
 class Run(msgspec.Struct, kw_only=True):
-    """A row of the store. segment: so many are signed for by all. lineage: the deals that this state rests on and that
-    are not found right yet. cuts: segment -> root and blob of each unit's state before it, where one of those began."""
+    """A row of the store. border_bytes, shared_bytes: as in `submit-run`. segment: so many are signed for by all.
+    lineage: the deals that this state rests on and that are not found right yet. cuts: segment -> root and blob of each
+    unit's state before it, where one of those began."""
 
     id: bytes
     units: list[bytes]
-    activation_bytes: int
-    gradient_bytes: int
+    border_bytes: list[tuple[int, int]] = msgspec.field(default_factory=list)
+    shared_bytes: list[int] = msgspec.field(default_factory=list)
     epoch: int = 0
     peers: list[bytes] = msgspec.field(default_factory=list)
     since: list[int] = msgspec.field(default_factory=list)  # the epoch in which each of them was given its unit

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import msgspec
 
 from market.reasons import Reason
+from market.step_time import Volume
 from peer.deals import Deal, Job, JobState, agreement_of, move, task_of
 from peer.desk import Desk
 from peer.events import Fetch, Release
@@ -39,6 +41,7 @@ from protocol.stage import Stage, links_in
 __all__ = ["RunDesk"]
 
 _TABLE = "runs"
+Borders: TypeAlias = list[tuple[int, int]]
 
 
 @dataclass
@@ -64,7 +67,7 @@ class RunDesk:
         self.submitter.receiving.deliver, self.submitter.receiving.held = self.deliver, self.held
 
     # --- a run begins --------------------------------------------------------------------------------------
-    def submit(self, parent: Job, children: Sequence[Job], *, activation_bytes: int, gradient_bytes: int) -> Job:
+    def submit(self, parent: Job, children: Sequence[Job], *, border_bytes: Borders, shared_bytes: list[int]) -> Job:
         """Open a run: its job, and those of its units in their order. Raises InsufficientFunds or LimitExceeded before
         anything is journalled."""
         sold = [child for child in children if not child.kept]
@@ -87,7 +90,7 @@ class RunDesk:
         self.jobs.jobs[parent.id] = parent
         self.jobs.jobs.update({child.id: child for child in children})
         run = self.runs[parent.id] = Run(
-            id=parent.id, units=parent.units, activation_bytes=activation_bytes, gradient_bytes=gradient_bytes
+            id=parent.id, units=parent.units, border_bytes=border_bytes, shared_bytes=shared_bytes
         )
         self.jobs.save(parent)
         self._offer_units(run)
@@ -229,9 +232,10 @@ class RunDesk:
         for child in children:
             if (deal := self._deal(child)) is not None:
                 solvers[child.unit] = self.submitter.solver_of(deal)
-        self.market.round(
-            Wanted(run.id, stage.stages, stage.replicas, children, solvers, run.activation_bytes, run.gradient_bytes)
-        )
+        every = task_of(children[0].task).steps_per_segment if stage.sync == "local" else 1
+        borders = run.border_bytes or [(0, 0)] * (stage.stages - 1)
+        volume = Volume(stage.micro_batches, borders, run.shared_bytes, every)
+        self.market.round(Wanted(run.id, stage.stages, stage.replicas, children, solvers, volume))
 
     # --- launching -----------------------------------------------------------------------------------------
     def _launch(self, run: Run, children: list[Job]) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "Crossing",
     "Flow",
     "Link",
+    "Side",
     "Stage",
     "check_stage",
     "links_in",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 Flow: TypeAlias = Literal["forward", "backward", "sync", "outer"]
+Side: TypeAlias = Literal["send", "recv"]
 FLOWS: Final[tuple[Flow, ...]] = ("forward", "backward", "sync", "outer")
 
 IN_PREFIX: Final = "ichiba.in."
@@ -82,7 +84,9 @@ class Stage(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
     sync: `step`, gradients are averaged over the replicas in each step; `local`, each replica trains a segment alone,
     then the mean of what they changed is an outer gradient for Nesterov momentum (DiLoCo, arXiv 2311.08105); `none`,
-    there is one replica. outer_rate_nano, outer_momentum_nano: of that, in units of 1e-9.
+    there is one replica. outer_rate_nano, outer_momentum_nano: of that, in units of 1e-9. forward, backward: the codecs
+    of what it sends, and of what it receives too, but for forward_in (from the stage before) and backward_in (from the
+    one after), where the borders before and behind a stage differ.
     """
 
     run: Digest
@@ -99,6 +103,8 @@ class Stage(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     outer_momentum_nano: Uint = 0
     sends: Annotated[tuple[Crossing, ...], msgspec.Meta(max_length=params.CROSSINGS_MAX)] = ()
     receives: Annotated[tuple[Crossing, ...], msgspec.Meta(max_length=params.CROSSINGS_MAX)] = ()
+    forward_in: Codec | None = None
+    backward_in: Codec | None = None
 
     @property
     def unit(self) -> int:
@@ -109,9 +115,13 @@ class Stage(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
         """The number of a unit."""
         return stage * self.replicas + replica
 
-    def codec_of(self, flow: Flow) -> Codec:
-        """How tensors of `flow` travel."""
-        return {"forward": self.forward, "backward": self.backward, "sync": self.shared, "outer": self.shared}[flow]
+    def codec_of(self, flow: Flow, side: Side) -> Codec:
+        """How tensors of `flow` travel that this unit sends, or receives."""
+        if flow == "forward":
+            return self.forward_in or self.forward if side == "recv" else self.forward
+        if flow == "backward":
+            return self.backward_in or self.backward if side == "recv" else self.backward
+        return self.shared
 
 
 class Link(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, order=True):
@@ -166,8 +176,17 @@ def check_stage(stage: Stage) -> None:
         )
     if (stage.sync == "none") != (stage.replicas == 1):
         raise MalformedRecord(f"sync {stage.sync!r} with {stage.replicas} replicas")
-    for codec, flows in ((stage.forward, "forward"), (stage.backward, "backward"), (stage.shared, "shared")):
-        _check_codec(codec, flows, local=stage.sync == "local")
+    for codec, flows in (
+        (stage.forward, "forward"), (stage.backward, "backward"), (stage.shared, "shared"),
+        (stage.forward_in, "forward"), (stage.backward_in, "backward"),
+    ):  # fmt: skip
+        if codec is not None:
+            _check_codec(codec, flows, local=stage.sync == "local")
+    first, last = stage.stage == 0, stage.stage == stage.stages - 1
+    if (first and stage.forward_in is not None) or (last and stage.backward_in is not None):
+        raise MalformedRecord(f"stage {stage.stage} of {stage.stages} with a codec for a border that it does not have")
+    if stage.forward_in == stage.forward or stage.backward_in == stage.backward:
+        raise MalformedRecord("a codec of what comes in that is that of what goes out", why="it is said once then")
     out, into = {link.flow for link in links_out(stage)}, {link.flow for link in links_in(stage)}
     for crossings, flows_of, what in ((stage.sends, out, "sends"), (stage.receives, into, "receives")):
         keys = [(c.flow, c.replica, c.micro_batch, c.index) for c in crossings]

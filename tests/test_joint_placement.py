@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from market.joint_placement import Candidates, choose_units, fullest
-from market.placement_cost import Links, Traffic
+from market.placement_cost import Links
+from market.step_time import Volume
 
 
 def candidates(toll: list[dict[int, int]], *, seed: int = 0, devices: int = 5, second: int = 10**6) -> Candidates:
     rng = np.random.default_rng(seed)
     delay, gbps = rng.uniform(1, 100, (devices, devices)), rng.uniform(0.01, 1, (devices, devices))
-    links, traffic = Links(delay, gbps), Traffic(0.01, 0.01)
-    return Candidates(2, 2, toll, links, traffic, [0.1] * devices, second)
+    volume = Volume(4, [(6e6, 4e6)], [5e6, 2e6])
+    return Candidates(2, 2, toll, Links(delay, gbps), volume, [0.1] * devices, second)
 
 
 def test_units_are_matched_so_that_as_many_as_can_have_a_device_of_their_own() -> None:
@@ -41,11 +42,10 @@ def test_the_choice_of_four_among_five_is_the_best_of_all(seed: int) -> None:
     rng = np.random.default_rng(seed)
     toll = [{device: int(rng.integers(0, 10**5)) for device in range(5)} for _ in range(4)]
     made = candidates(toll, seed=seed)
-    problem = made.problem(range(5))
-    best = min(made.cost_micro(problem, order) for order in permutations(range(5), 4))
+    best = min(made.cost_micro(order) for order in permutations(range(5), 4))
     chosen = choose_units(made)
     assert chosen is not None and len(set(chosen)) == 4
-    assert made.cost_micro(problem, chosen) == best
+    assert made.cost_micro(chosen) == best
     assert choose_units(made) == chosen
 
 
@@ -54,11 +54,10 @@ def test_the_choice_of_four_among_nine_is_far_better_than_a_usual_one(seed: int)
     rng = np.random.default_rng(seed)
     toll = [{device: int(rng.integers(0, 10**5)) for device in range(9)} for _ in range(4)]
     made = candidates(toll, seed=seed, devices=9)
-    problem = made.problem(range(9))
-    costs = sorted(made.cost_micro(problem, order) for order in permutations(range(9), 4))
+    costs = sorted(made.cost_micro(order) for order in permutations(range(9), 4))
     chosen = choose_units(made)
     assert chosen is not None
-    assert made.cost_micro(problem, chosen) <= costs[len(costs) // 100]  # one in a hundred is as good
+    assert made.cost_micro(chosen) <= costs[len(costs) // 100]  # one in a hundred is as good
 
 
 @settings(max_examples=40, deadline=None)

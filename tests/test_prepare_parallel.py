@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from protocol.codec import encode
+from protocol.errors import LocalProtocolError
 from protocol.program import Program, program_id
+from protocol.run_sizes import RunChoice, RunSizes, Share, check_sizes
 from protocol.stage import KEPT_PREFIX, OUTER_PREFIX, Codec
 from protocol.task import TaskSpec
 from tests.models import EXAMPLES
@@ -210,6 +212,78 @@ def test_examples_that_come_again_are_kept(job: Write) -> None:
     assert torch.equal(kept, checkpoint.load(last[-1].checkpoint)[names[1][0]])
     tiled = prepare_run(job(('compress = "none"', 'compress = "tile 2/4"'), *changes), NETWORK)
     assert tiled.units[0].stage.forward == Codec("tile", 2)
+
+
+def test_what_a_way_of_travel_would_send_is_what_the_units_send(job: Write) -> None:
+    """The sizes that a choice is made from, for each choice."""
+    path = job(("stages = 2", "stages = 3"), ("replicas = 1", "replicas = 2"), ('compress = "none"', ""))
+    seen: list[RunSizes] = []
+
+    def choose(sizes: RunSizes) -> RunChoice:
+        seen.append(sizes)
+        way = len(seen) - 1
+        return RunChoice([way % 4, (way + 1) % 4], way)
+
+    assert len(_options(path)) == 6
+    for way in range(6):
+        run, sizes = prepare_run(path, NETWORK, choose=choose), seen[-1]
+        check_sizes(sizes)
+        borders = [sizes.border_bytes[0][way % 4], sizes.border_bytes[1][(way + 1) % 4]]
+        assert list(run.border_bytes) == borders
+        assert list(run.shared_bytes) == [stage[way] for stage in sizes.shared_bytes]
+        assert run.units[0].stage.sync == sizes.shares[way].sync
+        assert run.units[0].stage.shared == sizes.shares[way].codec
+    assert (sizes.stages, sizes.replicas, sizes.micro_batches, sizes.steps_per_segment) == (3, 2, 3, 2)
+    counted = [unit.operations_per_step for unit in run.units[::2]]
+    assert sizes.operations == pytest.approx(counted, rel=0.25), "but for what each stage makes for itself"
+
+
+def _options(path: Path) -> list[Share]:
+    found: list[Share] = []
+    prepare_run(path, NETWORK, choose=lambda sizes: (found.extend(sizes.shares), sizes.usual())[1])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("said", "compressions", "shares"),
+    [
+        ("", ["none", "8/8", "4/8", "2/4"], ["step none", "step tile 8", "local none", "local tile 8", "local tile 4",
+                                             "local sparse"]),
+        ('compress = "3/8"\nshare = "tile 6"', ["3/8"], ["step tile 6", "local tile 6"]),
+        ('compress = "none"\nsync = "step"', ["none"], ["step none", "step tile 8"]),
+        ('sync = "local"\nshare = "none"', ["none", "8/8", "4/8", "2/4"], ["local none"]),
+        ('share = "sparse"', ["none", "8/8", "4/8", "2/4"], ["local sparse"]),
+    ],
+)  # fmt: skip
+def test_what_job_toml_says_is_not_open_any_more(
+    job: Write, said: str, compressions: list[str], shares: list[str]
+) -> None:
+    found: list[RunSizes] = []
+    path = job(("replicas = 1", "replicas = 2"), ('compress = "none"', said))
+    prepare_run(path, NETWORK, choose=lambda sizes: (found.append(sizes), sizes.usual())[1])
+    assert [str(way) for way in found[0].compressions] == compressions
+    assert [f"{share.sync} {share}" for share in found[0].shares] == shares
+
+
+def test_a_choice_that_is_not_open_is_refused(job: Write) -> None:
+    with pytest.raises(LocalProtocolError):
+        prepare_run(job(), NETWORK, choose=lambda _: RunChoice([1]))
+
+
+def test_borders_that_travel_each_in_its_way_train_and_remember_where_they_must(job: Write) -> None:
+    changes = (("steps = 4", "steps = 8"), ("stages = 2", "stages = 3"), ('compress = "none"', ""))
+    run = prepare_run(job(*changes), NETWORK, choose=lambda _: RunChoice([0, 2], in_flight=3))
+    raw, change, eight = Codec("float32"), Codec("change", 4), Codec("tile", 8)
+    stages = [unit.stage for unit in run.units]
+    assert [(s.forward, s.forward_in, s.backward, s.backward_in) for s in stages] == [
+        (raw, None, raw, None), (change, raw, raw, eight), (change, None, eight, None),
+    ]  # fmt: skip
+    kept = [sorted(n for n in checkpoint.load(unit.state) if n.startswith(KEPT_PREFIX)) for unit in run.units]
+    assert kept == [[], [f"{KEPT_PREFIX}send.forward.0"], [f"{KEPT_PREFIX}recv.forward.0"]]
+    before, sent, came = (checkpoint.load(results[-1].checkpoint) for results in segments_of(run))
+    assert sent[kept[1][0]].any(), "examples went over the second border"
+    assert torch.equal(sent[kept[1][0]], came[kept[2][0]])
+    assert not any(name.startswith(KEPT_PREFIX) for name in before)
 
 
 def test_auto_takes_as_few_stages_as_memory_asks_for(job: Write) -> None:

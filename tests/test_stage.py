@@ -40,6 +40,15 @@ def test_one_replica_shares_nothing_and_draws_the_batches_of_the_whole() -> None
     assert all(0 <= replica_seed(7, replica) < 2**63 for replica in range(50))
 
 
+def test_what_comes_in_may_come_by_another_codec_than_goes_out() -> None:
+    eight, four = Codec("tile", 8), Codec("change", 4)
+    one = unit(1, 0, forward=four, backward=eight, backward_in=RAW, shared=eight)
+    check_stage(one)
+    assert (one.codec_of("forward", "send"), one.codec_of("forward", "recv")) == (four, four)
+    assert (one.codec_of("backward", "send"), one.codec_of("backward", "recv")) == (eight, RAW)
+    assert one.codec_of("sync", "send") == one.codec_of("sync", "recv") == eight
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -52,6 +61,12 @@ def test_one_replica_shares_nothing_and_draws_the_batches_of_the_whole() -> None
         (unit(0, 0, forward=Codec("float32", 4)), "4 bits"),
         (unit(0, 0, backward=Codec("change", 4)), "cannot carry"),
         (unit(0, 0, shared=Codec("sparse", 2)), "cannot carry"),
+        (unit(1, 0, forward_in=RAW), "said once"),
+        (unit(1, 0, backward_in=RAW), "said once"),
+        (unit(1, 0, forward_in=Codec("tile", 5)), "5 bits"),
+        (unit(1, 0, backward_in=Codec("change", 4)), "cannot carry"),
+        (unit(0, 0, forward_in=Codec("tile", 8)), "a border that it does not have"),
+        (unit(2, 0, backward_in=Codec("tile", 8)), "a border that it does not have"),
         (unit(0, 0, sends=(Crossing("forward", 0, 0, 0, 5), Crossing("forward", 0, 0, 0, 6))), "twice"),
         (unit(0, 0, sends=(Crossing("backward", 0, 0, 0, 5),)), "no such link"),
         (unit(0, 0, sends=(Crossing("forward", 0, 4, 0, 5),)), "micro-batch 4"),

@@ -59,7 +59,8 @@ def planned(
 
 @dataclass(frozen=True)
 class Cut:
-    """A step, and the places where it is cut."""
+    """A step, and the places where it is cut. kept_rows: examples that are kept of what crosses forward, over
+    kept_borders (all where None): the numbers of the stages before them."""
 
     places: Places
     cuts: tuple[int, ...]
@@ -67,6 +68,7 @@ class Cut:
     replicas: int
     sync: Sync
     kept_rows: int = 0
+    kept_borders: frozenset[int] | None = None
 
     @property
     def parts(self) -> StepParts:

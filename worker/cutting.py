@@ -345,6 +345,8 @@ class _Unit:
             sides = [("send", stage)] if stage + 1 < whole.stages else []
             sides += [("recv", stage - 1)] if stage else []
             for side, border in sides:
+                if whole.kept_borders is not None and border not in whole.kept_borders:
+                    continue
                 for index, (number, rows) in enumerate(whole.ahead[border]):
                     shape = whole.example_of(number) if rows else None
                     if shape is not None:

@@ -7,6 +7,7 @@ since a step changes a few rows of it: so its tensors must be nobody else's, and
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import numpy as np
 import torch
@@ -18,13 +19,16 @@ from protocol.operations import TensorType
 from protocol.payload import PayloadKey
 from protocol.payload_size import noise_seed, stream_number
 from protocol.program import Program
-from protocol.stage import KEPT_PREFIX, OUTER_PREFIX, RESIDUAL_PREFIX, SEEN_PREFIX, Codec
+from protocol.stage import KEPT_PREFIX, OUTER_PREFIX, RESIDUAL_PREFIX, SEEN_PREFIX, Codec, Side
 from protocol.task import TaskSpec
 from worker import compression
 from worker.compression import NotFinite
 from worker.executor import DTYPES, Diverged
 
 __all__ = ["BadPayload", "LinkCodecs", "OuterChange", "check_memory"]
+
+
+_SIDES: Final[tuple[Side, Side]] = ("send", "recv")
 
 
 class BadPayload(MalformedRecord):
@@ -66,8 +70,10 @@ class LinkCodecs:
         assert stage is not None, "only a unit has links"
         self._task, self._stage = task, stage
         ends = [name.removeprefix(KEPT_PREFIX) for name in state if name.startswith(KEPT_PREFIX)]
-        changes = stage.forward.kind == "change"
-        self._memory = {end: (state[KEPT_PREFIX + end], state[SEEN_PREFIX + end]) for end in ends if changes}
+        changes = {side for side in _SIDES if stage.codec_of("forward", side).kind == "change"}
+        self._memory = {
+            end: (state[KEPT_PREFIX + end], state[SEEN_PREFIX + end]) for end in ends if end.split(".")[0] in changes
+        }
         self._before: list[tuple[str, list[int], Tensor, Tensor]] = []
         self._step, self._rows = 0, np.zeros(0, dtype=np.int64)
 
@@ -115,8 +121,8 @@ class LinkCodecs:
         except RemoteProtocolError as error:
             raise BadPayload(f"{key} of unit {key.unit}: {error.what}", why=error.why) from error
 
-    def _codec(self, key: PayloadKey, side: str) -> Codec:
-        codec = self._stage.codec_of(key.flow)
+    def _codec(self, key: PayloadKey, side: Side) -> Codec:
+        codec = self._stage.codec_of(key.flow, side)
         if codec.kind == "change" and f"{side}.{key.flow}.{key.index}" not in self._memory:
             return Codec("float32")  # no tensor of rows, so there is no example to remember
         return codec

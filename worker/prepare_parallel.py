@@ -19,16 +19,18 @@ from protocol import params
 from protocol.codec import encode
 from protocol.payload_size import payload_bytes
 from protocol.program import Program, operations_per_step, peak_bytes, program_id, state_layout
+from protocol.run_sizes import RunSizes
 from protocol.stage import KEPT_PREFIX, OUTER_PREFIX, Codec, Flow, Stage, replica_seed
 from protocol.task import ArrayRef, Initial, TaskSpec
 from worker import checkpoint
 from worker.crossings import check_unit
-from worker.cut_plan import Cut, Sync, planned
+from worker.cut_plan import Cut, planned
 from worker.cutting import StagePart, units_of
 from worker.executor import DTYPES
 from worker.job_file import BadJobFile, JobFile, SettledJob
 from worker.parallel_file import Parallel
 from worker.prepare import Prepared, explained, prepare
+from worker.run_options import Choose, RunOptions, Travel
 from worker.training import Batches, check_task, initial_state
 
 __all__ = ["PreparedRun", "PreparedUnit", "prepare_run"]
@@ -100,14 +102,16 @@ def prepare_run(
     progress: Callable[[str], None] = lambda stage: None,
     settled: Callable[[SettledJob], Path] | None = None,
     *,
+    choose: Choose = RunSizes.usual,
     peers: int = PEERS,
     unit_memory_bytes: int = UNIT_MEMORY_BYTES,
     speeds: tuple[float, ...] = (),
 ) -> PreparedRun:
     """Read a job.toml that has [parallel], prepare it, and cut its step into units.
 
-    peers, unit_memory_bytes: what `auto` counts on. speeds: of the devices of each stage, in any unit; else all alike.
-    Raises as `prepare`, and NotParallel for a step that does not split.
+    choose: how tensors travel, of what the job leaves open, by who knows the links. peers, unit_memory_bytes: what
+    `auto` counts on. speeds: of the devices of each stage, in any unit; else all alike. Raises as `prepare`, and
+    NotParallel for a step that does not split.
     """
     whole = prepare(job_toml, network, progress, settled)
     job = whole.job
@@ -126,13 +130,16 @@ def prepare_run(
         raise BadJobFile(f"you keep all {stages} stages", next_step=f"stages = {stages + 1} or more in [parallel]")
     plan = planned(
         program, stages=stages, micro_batches=given.micro_batches, in_flight=given.in_flight, replicas=replicas,
-        sync=_sync(given, replicas), keep=keep, speeds=speeds,
+        keep=keep, speeds=speeds,
     )  # fmt: skip
-    forward, backward, kept_rows = _codecs(given, whole, plan)
-    parts = units_of(replace(plan, kept_rows=kept_rows))
+    options = _options(given, whole, plan, keep)
+    sizes = options.sizes()
+    choice = choose(sizes)
+    travel = options.travel(choice)
+    parts = _parts(options.plan_of(choice), choice.in_flight, unit_memory_bytes)
     progress("computing the first state of each")
     state = _first_state(whole, program)
-    stage_of = _Stages(given, plan, forward, backward)
+    stage_of = _Stages(given, plan, travel)
     units = tuple(_unit(whole, part, stage_of(part), state, kept=part.stage in keep) for part in parts)
     for unit in units:
         _check(whole, unit)
@@ -140,8 +147,8 @@ def prepare_run(
     first = [part for part in parts if part.replica == 0]
     operations = sum(unit.operations_per_step for unit in units) * job.steps
     borders = tuple(
-        (_crossing(before, "forward", forward), _crossing(after, "backward", backward))
-        for before, after in itertools.pairwise(first)
+        (_crossing(before, "forward", ahead), _crossing(after, "backward", back))
+        for (before, after), (ahead, back) in zip(itertools.pairwise(first), travel.borders, strict=True)
     )
     shared = tuple(_shared(part, stage_of(part)) for part in first)
     return PreparedRun(whole, units, borders, shared, operations)
@@ -159,29 +166,26 @@ def _counts(given: Parallel, whole: Prepared, *, peers: int, unit_memory_bytes: 
     return stages, replicas
 
 
-def _sync(given: Parallel, replicas: int) -> Sync:
-    """Replicas are strangers on links of home users: they train alone for a segment unless the job says otherwise."""
-    if replicas == 1:
-        return "none"
-    return "step" if given.sync == "step" else "local"
-
-
-def _codecs(given: Parallel, whole: Prepared, plan: Cut) -> tuple[Codec, Codec, int]:
-    """How tensors travel forward and backward, and the examples that are kept for it.
-
-    `auto` is 4 bits forward and 8 backward (AQ-SGD, arXiv 2206.01299). Examples are kept where each is read twice at
-    least and a stage's fit in params.KEPT_BYTES_MAX.
-    """
-    wanted = given.compress
-    ahead, back, keeps = (4, 8, True) if wanted is None else (wanted.forward_bits, wanted.backward_bits, wanted.keeps)
-    if not ahead or plan.stages == 1:
-        return _RAW, _RAW, 0
+def _options(given: Parallel, whole: Prepared, plan: Cut, keep: tuple[int, ...]) -> RunOptions:
     job, (first, *_) = whole.job, whole.arrays
-    examples = first.shape[0] - job.batch.length if job.batch.rule == "windows" else first.shape[0]
-    read = job.steps * job.batch.size * given.micro_batches
-    size = max(examples * plan.example_bytes(stage) for stage in range(plan.stages))
-    kept_rows = examples if keeps and read >= 2 * examples and size <= params.KEPT_BYTES_MAX else 0
-    return Codec("change" if kept_rows else "tile", ahead), Codec("tile", back), kept_rows
+    return RunOptions(
+        given,
+        plan,
+        steps=job.steps,
+        steps_per_segment=job.steps_per_segment,
+        examples=first.shape[0] - job.batch.length if job.batch.rule == "windows" else first.shape[0],
+        reads=job.steps * job.batch.size * given.micro_batches,
+        kept=keep,
+    )
+
+
+def _parts(plan: Cut, in_flight: int, unit_memory_bytes: int) -> list[StagePart]:
+    """The units, with so many micro-batches in flight (0: as the plan has it) if their memory allows."""
+    if in_flight and in_flight != plan.in_flight:
+        parts = units_of(replace(plan, in_flight=in_flight))
+        if max(peak_bytes(part.program) for part in parts) + params.WORKER_BASE_BYTES <= unit_memory_bytes:
+            return parts
+    return units_of(plan)
 
 
 @dataclass(frozen=True)
@@ -190,16 +194,11 @@ class _Stages:
 
     given: Parallel
     plan: Cut
-    forward: Codec
-    backward: Codec
+    travel: Travel
 
     def __call__(self, part: StagePart) -> Stage:
-        plan, local = self.plan, self.plan.sync == "local"
-        shared = _RAW
-        if plan.sync != "none":
-            shared = self.given.share or Codec("tile", 4 if local else 8)
-        if shared.kind == "sparse" and not local:
-            raise BadJobFile('share = "sparse" where replicas do not train alone', next_step='share = "tile 8"')
+        plan, travel, local = self.plan, self.travel, self.travel.sync == "local"
+        ahead, forward_in, back, backward_in = travel.at(part.stage)
         return Stage(
             run=bytes(32),
             stage=part.stage,
@@ -207,14 +206,16 @@ class _Stages:
             replica=part.replica,
             replicas=plan.replicas,
             micro_batches=plan.places.micro_batches,
-            forward=self.forward,
-            backward=self.backward,
-            sync=plan.sync,
-            shared=shared,
+            forward=ahead,
+            backward=back,
+            sync=travel.sync,
+            shared=travel.shared,
             outer_rate_nano=self.given.outer_rate_nano if local else 0,
             outer_momentum_nano=self.given.outer_momentum_nano if local else 0,
             sends=part.sends,
             receives=part.receives,
+            forward_in=forward_in,
+            backward_in=backward_in,
         )
 
 

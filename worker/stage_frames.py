@@ -17,7 +17,7 @@ from protocol import params
 from protocol.errors import MalformedRecord
 from protocol.payload import PayloadKey, payload_bytes_max, received_key, sent_key
 from protocol.program import Program
-from protocol.stage import OUTER_PREFIX, Crossing, Stage, links_in
+from protocol.stage import OUTER_PREFIX, Crossing, Side, Stage, links_in
 
 __all__ = ["FEED", "CrossingTalk", "Need", "Sent", "outer_parameters"]
 
@@ -65,8 +65,9 @@ class CrossingTalk:
         if any(crossing.value >= known for crossing in (*stage.sends, *stage.receives)):
             raise MalformedRecord(f"a crossing of a value that the program, of {known} values, does not have")
 
-        def most(crossing: Crossing) -> int:
-            return payload_bytes_max(program.types[crossing.value], stage.codec_of(crossing.flow), crossing.flow)
+        def most(crossing: Crossing, side: Side) -> int:
+            codec = stage.codec_of(crossing.flow, side)
+            return payload_bytes_max(program.types[crossing.value], codec, crossing.flow)
 
         types = {item.name: item.type for item in program.inputs}
         if any(name not in types for name in outer_parameters(program)):
@@ -74,8 +75,8 @@ class CrossingTalk:
         changed = [payload_bytes_max(types[name], stage.shared, "outer") for name in outer_parameters(program)]
         others = [link.other for link in links_in(stage) if link.flow == "outer"]
         return cls(
-            {received_key(stage, crossing, 0): most(crossing) for crossing in stage.receives},
-            {sent_key(stage, crossing, 0): most(crossing) for crossing in stage.sends},
+            {received_key(stage, crossing, 0): most(crossing, "recv") for crossing in stage.receives},
+            {sent_key(stage, crossing, 0): most(crossing, "send") for crossing in stage.sends},
             {PayloadKey(0, "outer", 0, i, unit): size for unit in others for i, size in enumerate(changed)},
             {PayloadKey(0, "outer", 0, i, stage.unit): size for i, size in enumerate(changed) if others},
         )
