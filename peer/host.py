@@ -48,6 +48,7 @@ from noise.exceptions import (  # type: ignore[import-untyped]
 from peer.addresses import Address
 from peer.events import GossipIn, MessageIn, PeerDown, PeerUp
 from peer.links import Link, PeerUnreachable, Stream
+from peer.noise_wire import NoiseWire
 from peer.swarm import Host, HostConfig, HostEvent
 from peer.yamux import Wire
 from protocol import params
@@ -81,48 +82,6 @@ PEER_FAULTS: Final = (
 # --- Noise ------------------------------------------------------------------------------------------------------
 
 
-class _NoiseWire:
-    """Noise transport messages: 2 bytes length, big-endian, then ciphertext of at most 65,519 plain bytes."""
-
-    def __init__(self, raw: Stream, noise: Any) -> None:
-        self._raw, self._noise = raw, noise
-        self._received, self._at = b"", 0  # what the socket gave, and how much of it is used
-
-    async def receive(self) -> bytes:
-        while True:
-            start = self._at + 2
-            end = start + int.from_bytes(self._received[self._at : start], "big")
-            if start <= len(self._received) >= end:
-                self._at = end
-                try:
-                    plain: bytes = self._noise.decrypt(self._received[start:end])
-                except PEER_FAULTS as fault:
-                    raise trio.BrokenResourceError(f"not decrypted: {type(fault).__name__}") from None
-                if plain:
-                    return plain
-                continue
-            try:
-                data = await self._raw.receive_some(256 * 1024)
-            except PeerUnreachable as fault:
-                raise trio.BrokenResourceError(str(fault)) from None
-            if not data:
-                return b""
-            self._received, self._at = self._received[self._at :] + data, 0
-
-    async def send(self, data: bytes, *more: bytes) -> None:
-        pieces: list[bytes] = []
-        for message in (data, *more):
-            sealed = self._noise.encrypt(message)
-            pieces += (len(sealed).to_bytes(2, "big"), sealed)
-        try:
-            await self._raw.send_all(b"".join(pieces))
-        except PeerUnreachable as fault:
-            raise trio.BrokenResourceError(str(fault)) from None
-
-    async def aclose(self) -> None:
-        await self._raw.aclose()
-
-
 class _NoiseFace:
     """A Stream as the raw connection py-libp2p's handshake reads and writes."""
 
@@ -151,7 +110,8 @@ async def _secure(noise: Any, raw: Stream, initiator: bool, expected: bytes | No
     peer = _key(session.get_remote_peer().to_bytes())
     if expected is not None and peer != expected:
         raise VerificationFailed(f"{short(peer)} answers instead of {short(expected)}")
-    return peer, _NoiseWire(raw, session.conn.noise_state)
+    ciphers = session.conn.noise_state.noise_protocol
+    return peer, NoiseWire(raw, seal=ciphers.cipher_state_encrypt.k, open=ciphers.cipher_state_decrypt.k)
 
 
 def _key(identity: bytes) -> bytes:

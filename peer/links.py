@@ -91,6 +91,23 @@ class Stream:
         except CARRIER_FAULTS as fault:
             raise PeerUnreachable("the stream broke", why=str(fault)) from None
 
+    def view_here(self, bytes_max: int) -> memoryview | None:
+        """What `receive_view` would return at once; None where it may wait, or raise."""
+        if self._left is not None or not isinstance(self._carrier, MuxStream):
+            return None
+        return self._carrier.view_here(bytes_max)
+
+    async def receive_into(self, buffer: memoryview) -> int:
+        """As `receive_some`, into `buffer`: how many bytes, 0 at the end."""
+        if self._left is None and isinstance(self._carrier, trio.SocketStream):
+            try:
+                return await self._carrier.socket.recv_into(buffer)
+            except (OSError, trio.ClosedResourceError) as fault:
+                raise PeerUnreachable("the connection broke", why=str(fault)) from None
+        data = await self.receive_some(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
     def widen(self, window_bytes_max: int) -> None:
         """Let up to so many bytes be on their way to us: for a peer that is owed them."""
         if isinstance(self._carrier, MuxStream):
@@ -233,13 +250,13 @@ class _WireCarrier:
         return data[:bytes_max]
 
     async def send_all(self, data: bytes | memoryview) -> None:
-        await self._wire.send(bytes(data))
+        await self._wire.send(data)
 
     async def receive(self) -> bytes:
         data, self._rest = self._rest, b""
         return data or await self._wire.receive()
 
-    async def send(self, data: bytes, *more: bytes) -> None:
+    async def send(self, data: bytes | memoryview, *more: bytes | memoryview) -> None:
         await self._wire.send(data, *more)
 
     async def aclose(self) -> None:

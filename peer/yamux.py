@@ -34,8 +34,8 @@ class Wire(Protocol):
     async def receive(self) -> bytes:
         """The next bytes, empty at the end."""
 
-    async def send(self, data: bytes, *more: bytes) -> None:
-        """Send all of `data` and what follows it, each at most one message."""
+    async def send(self, data: bytes | memoryview, *more: bytes | memoryview) -> None:
+        """Send all of `data` and what follows it."""
 
     async def aclose(self) -> None:
         """Close now."""
@@ -67,6 +67,14 @@ class MuxStream:
             if self.fin_received or self.discarding:
                 return memoryview(b"")
             await self._readable.park()
+        chunk = self.view_here(bytes_max)
+        assert chunk is not None
+        return chunk
+
+    def view_here(self, bytes_max: int) -> memoryview | None:
+        """1 to `bytes_max` bytes that have come, as `receive_view`; None if it would wait."""
+        if not self._chunks:
+            return None
         chunk = self._chunks[0]
         if len(chunk) > bytes_max:
             self._chunks[0] = chunk[bytes_max:]
@@ -87,17 +95,22 @@ class MuxStream:
             self.session.control(WINDOW, 0, self.number, increment)
 
     async def send_all(self, data: bytes | memoryview) -> None:
-        """Queue all of `data`, waiting for credit and room. Raises trio.BrokenResourceError."""
+        """Queue all of `data`, waiting for credit and room. Raises trio.BrokenResourceError.
+
+        Only bytes that nobody can change any more are not copied: `bytes`, or a view of some.
+        """
         await trio.lowlevel.checkpoint_if_cancelled()
         view = memoryview(data)
+        lasting = isinstance(view.obj, bytes)
         while len(view):
             while not self.send_window and not self.broken and not self.fin_sent:
                 await self._writable.park()
             if self.broken or self.fin_sent:
                 raise trio.BrokenResourceError(self.session.reason or "the stream is closed for sending")
-            take = min(len(view), self.send_window, params.MUX_FRAME_BYTES_MAX)
+            take = min(len(view), self.send_window, self.session.frame_bytes_max)
             self.send_window -= take
-            await self.session.enqueue(HEADER.pack(0, DATA, 0, self.number, take) + view[:take])
+            body = view[:take]
+            await self.session.enqueue(HEADER.pack(0, DATA, 0, self.number, take), body if lasting else bytes(body))
             view = view[take:]
 
     def close_write(self) -> None:
@@ -167,8 +180,9 @@ class Session:
         self._next = 1 if initiator else 2
         self._accepted, self._incoming = trio.open_memory_channel[MuxStream](params.MUX_STREAMS_INBOUND_MAX)
         self._control: deque[bytes] = deque()
-        self._outbox: deque[bytes] = deque()
+        self._outbox: deque[tuple[bytes, bytes | memoryview]] = deque()  # headers and what follows them
         self._outbox_bytes = 0
+        self.frame_bytes_max = params.MUX_FRAME_BYTES_MAX  # of data, by how quick the wire is
         self._wake, self._room = trio.lowlevel.ParkingLot(), trio.lowlevel.ParkingLot()
         self._pings: dict[int, trio.Event] = {}
         self._ping_number = 0
@@ -262,54 +276,55 @@ class Session:
             self._control.append(HEADER.pack(0, kind, flags, number, length))
             self._wake.unpark_all()
 
-    async def enqueue(self, frame: bytes) -> None:
+    async def enqueue(self, header: bytes, body: bytes | memoryview) -> None:
         """Queue a frame of data; wait while the outbox is full."""
         while self._outbox_bytes >= params.MUX_OUTBOX_BYTES_MAX and not self.ended.is_set():
             await self._room.park()
-        self.enqueue_last(frame)
+        self.enqueue_last(header, body)
 
-    def enqueue_last(self, frame: bytes) -> None:
-        """Queue a short frame that must follow the data before it: SYN, FIN, GO_AWAY."""
-        self._outbox.append(frame)
-        self._outbox_bytes += len(frame)
+    def enqueue_last(self, header: bytes, body: bytes | memoryview = b"") -> None:
+        """Queue a frame that must follow the data before it and is too short to wait: SYN, FIN, GO_AWAY."""
+        self._outbox.append((header, body))
+        self._outbox_bytes += len(header) + len(body)
         self._wake.unpark_all()
 
     async def _write(self) -> None:
         while True:
-            at_once = params.MUX_FRAME_BYTES_MAX
             while self._control or self._outbox:
-                frames = self._take(at_once)
+                pieces = self._take(self.frame_bytes_max)
                 started = self._sending_since = trio.current_time()
                 try:
-                    await self.wire.send(*frames)
+                    await self.wire.send(*pieces)
                 except WIRE_FAULTS as fault:
                     return self.abort(f"the connection broke: {fault}")
                 self._sending_since = None
-                self.bytes_out += sum(map(len, frames))
-                # A wire that takes messages at once is given several; on a slow one what is urgent must not wait.
+                self.bytes_out += sum(map(len, pieces))
+                # A wire that takes much at once is given it; on a slow one what is urgent must not wait.
                 quick = trio.current_time() - started < params.MUX_QUICK_SECONDS
-                at_once = min(2 * at_once, params.MUX_AT_ONCE_BYTES_MAX) if quick else params.MUX_FRAME_BYTES_MAX
+                most = min(2 * self.frame_bytes_max, params.MUX_AT_ONCE_BYTES_MAX)
+                self.frame_bytes_max = most if quick else params.MUX_FRAME_BYTES_MAX
                 if self._outbox_bytes < params.MUX_OUTBOX_BYTES_MAX:
                     self._room.unpark(count=1)
             self._room.unpark_all()
             await self._wake.park()
 
-    def _take(self, bytes_max: int) -> list[bytes]:
-        """Messages to send now: answers, then frames of data up to `bytes_max`, one at least."""
-        messages = []
+    def _take(self, bytes_max: int) -> list[bytes | memoryview]:
+        """What to send now: answers, then frames of data up to `bytes_max`, one at least."""
+        pieces: list[bytes | memoryview] = []
         if self._control:
-            messages.append(b"".join(self._control))
+            pieces.append(b"".join(self._control))
             self._control.clear()
         taken = 0
-        while self._outbox and (not messages or taken + len(self._outbox[0]) <= bytes_max):
-            message = self._outbox.popleft()
-            # Small frames leave together, as long as they make one Noise message.
-            while self._outbox and len(message) + len(self._outbox[0]) <= params.MUX_FRAME_BYTES_MAX:
-                message += self._outbox.popleft()
-            messages.append(message)
-            taken += len(message)
+        while self._outbox:
+            header, body = self._outbox[0]
+            size = len(header) + len(body)
+            if taken > params.MUX_SHORT_BYTES and taken + size > bytes_max:
+                break
+            self._outbox.popleft()
+            pieces += (header, body) if len(body) else (header,)
+            taken += size
         self._outbox_bytes -= taken
-        return messages
+        return pieces
 
     async def _keep_alive(self) -> None:
         while True:

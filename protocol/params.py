@@ -198,10 +198,12 @@ CHECKS_QUEUED_MAX: Final = 4  # a checker takes no more cases than this at a tim
 # --- connections and streams (peer/yamux.py, peer/host.py) -------------------------------------------------
 MUX_WINDOW_BYTES: Final = 256 * 1024  # the yamux specification's initial window of a stream
 MUX_WINDOW_BYTES_MAX: Final = 1024 * 1024  # what a stream whose reader keeps up grows to: 20 MB/s at 50 ms
-MUX_FRAME_BYTES_MAX: Final = 65_507  # with its 12-byte header exactly one Noise message (65,535 - 16)
+MUX_FRAME_BYTES_MAX: Final = 65_507  # on a link that is not quick: what is urgent waits for one frame
+NOISE_BUFFER_BYTES: Final = 288 * 1024  # each way, so that 256 KiB and their headers pass at once and stay in a cache
 MUX_STREAMS_INBOUND_MAX: Final = 64  # open streams one peer may hold: 64 MiB of windows at the very worst
 MUX_STREAMS_OUTBOUND_MAX: Final = 64  # as many as the other side accepts
-MUX_AT_ONCE_BYTES_MAX: Final = 256 * 1024  # given to the socket together where it takes them at once
+MUX_AT_ONCE_BYTES_MAX: Final = 256 * 1024  # one frame, given to the socket as a whole, where it takes that at once
+MUX_SHORT_BYTES: Final = 4 * 1024  # of frames before one of data, which leaves with them
 MUX_QUICK_SECONDS: Final = 0.005  # which is: within this
 MUX_OUTBOX_BYTES_MAX: Final = 512 * 1024  # framed bytes that wait for the socket; senders wait above it
 MUX_CONTROL_FRAMES_MAX: Final = 1024  # answers that wait; who provokes more is flooding

@@ -17,17 +17,21 @@ WINDOW_BYTES = params.MUX_WINDOW_BYTES
 
 
 class MemoryWire:
-    """A Wire in memory. `stalled` makes sending hang, as a full socket does."""
+    """A Wire in memory. `stalled` makes sending hang, as a full socket does, and `seconds` makes it slow."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
-        self.stream, self.stalled = stream, False
+        self.stream, self.stalled, self.seconds = stream, False, 0.0
+        self.longest = 0  # of what was given at once
 
     async def receive(self) -> bytes:
         return bytes(await self.stream.receive_some(70_000))
 
-    async def send(self, data: bytes, *more: bytes) -> None:
+    async def send(self, data: bytes | memoryview, *more: bytes | memoryview) -> None:
         if self.stalled:
             await trio.sleep_forever()
+        if self.seconds:
+            await trio.sleep(self.seconds)
+        self.longest = max(self.longest, len(data) + sum(map(len, more)))
         await self.stream.send_all(b"".join((data, *more)))
 
     async def aclose(self) -> None:
@@ -90,6 +94,34 @@ async def test_bytes_arrive_in_order_both_ways_beyond_the_window() -> None:
         nursery.start_soon(send, theirs)
         assert await read_all(theirs) == data and await read_all(ours) == data
         assert one.streams == {} and other.streams == {}
+
+
+async def test_what_its_owner_changes_afterwards_is_sent_as_it_was() -> None:
+    async with two_sessions() as (one, other):
+        ours, theirs = await streams(one, other)
+        data = bytearray(b"first" * 1000)
+        await ours.send_all(data)
+        data[:] = bytes(len(data))
+        await ours.send_all(memoryview(data)[:3])
+        data[:3] = b"xyz"
+        ours.close_write()
+        assert await read_all(theirs) == b"first" * 1000 + bytes(3)
+
+
+@pytest.mark.parametrize(("seconds", "frame_bytes"), [(0.0, 256 * 1024), (0.01, params.MUX_FRAME_BYTES_MAX)])
+async def test_only_a_quick_wire_is_given_long_frames(
+    seconds: float, frame_bytes: int, autojump_clock: MockClock
+) -> None:
+    async with two_sessions() as (one, other), trio.open_nursery() as nursery:
+        one.wire.seconds = seconds  # type: ignore[attr-defined]
+        ours, theirs = await streams(one, other)
+        theirs.window_max = 4 * frame_bytes
+        nursery.start_soon(ours.send_all, bytes(10**7))
+        left = 10**7
+        while left:
+            left -= len(await theirs.receive_some(left))
+        longest = one.wire.longest  # type: ignore[attr-defined]
+        assert one.frame_bytes_max == frame_bytes <= longest <= frame_bytes + params.MUX_SHORT_BYTES + HEADER.size
 
 
 async def test_half_close_lets_the_answer_through() -> None:
