@@ -4,10 +4,11 @@
 
 Two real processes on loopback, through Noise and the muxer as the daemon has them. Each sends the other its whole
 vector in pieces of 1 MiB, as the flow `sync` does, and takes the mean; a round lasts from the moment both are told to
-begin until both have all of it. `float32` sends values as they are, `int8` by the codec tile of 8 bits, encoding
-included. --hivemind: the interpreter of an environment with hivemind 1.1.12 and numpy below 2.3, whose averager does
-the same between two processes in the same run, timed from the trigger of its all-reduce (finding each other costs it
-seconds more, not counted). Rounds are interleaved; figures are medians, in seconds.
+begin until both have all of it; processor seconds are of both peers together. `float32` sends values as they are,
+`int8` by the codec tile of 8 bits, encoding included. --hivemind: the interpreter of an environment with hivemind
+1.1.12 and numpy below 2.3, whose averager does the same between two processes in the same run, timed from the trigger
+of its all-reduce (finding each other costs it seconds more, not counted). Rounds are interleaved; figures are medians,
+in seconds.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import trio
+from numpy.typing import NDArray
 
 from peer.host import HostConfig, open_host
 from peer.tensor_links import PROTOCOL, Expected, Place, Seat, TensorLinks, TensorPort
@@ -57,9 +60,13 @@ def encoded(codec: Codec, piece: torch.Tensor, step: int, index: int) -> bytes:
     return compression.encode(codec, piece, seed=1, step=step, stream=index)
 
 
-def decoded(codec: Codec, payload: bytes, count: int, step: int, index: int) -> torch.Tensor:
+def decoded(codec: Codec, payload: bytes, count: int, step: int, index: int) -> NDArray[np.float32]:
     """What a payload stands for."""
-    return compression.decode(codec, payload, "float32", (count,), seed=1, step=step, stream=index)
+    if codec.kind == "float32":
+        return np.frombuffer(payload, dtype="<f4", count=count)
+    found = compression.decode(codec, payload, "float32", (count,), seed=1, step=step, stream=index)
+    values: NDArray[np.float32] = found.numpy()
+    return values
 
 
 async def average(port: TensorPort, vector: torch.Tensor, codec: Codec, step: int) -> torch.Tensor:
@@ -70,27 +77,21 @@ async def average(port: TensorPort, vector: torch.Tensor, codec: Codec, step: in
 
     async def send() -> None:
         for index in into:
-            if codec.kind == "float32":
-                payload = pieces[index].numpy().tobytes()
-            else:
-                payload = await trio.to_thread.run_sync(encoded, codec, pieces[index], step, index)
+            payload = encoded(codec, pieces[index], step, index)
             await port.send(PayloadKey(step, "sync", 0, index, me), (other,), payload)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(send)
         for index in into:
             payload = await port.want(PayloadKey(step, "sync", 0, index, other))
-            if codec.kind == "float32":
-                theirs = torch.frombuffer(bytearray(payload), dtype=torch.float32)
-            else:
-                theirs = await trio.to_thread.run_sync(decoded, codec, payload, len(out[index]), step, index)
-            torch.add(pieces[index], theirs, out=out[index])
+            theirs = decoded(codec, payload, len(out[index]), step, index)
+            np.add(pieces[index].numpy(), theirs, out=out[index].numpy())
             out[index].mul_(0.5)
     return mean
 
 
 async def peer_main(unit: int, values: int) -> None:
-    """One of the two: read a codec a line, average, print the seconds."""
+    """One of the two: read a codec, average, print the seconds; read a line, print how far off the mean is."""
     torch.set_num_threads(1)
     vector = torch.linspace(-1, 1, values) * (1 + unit)
     config = HostConfig(SEEDS[unit], ["/ip4/127.0.0.1/tcp/0"], (), False, "benchmark", accept_everything)
@@ -105,11 +106,13 @@ async def peer_main(unit: int, values: int) -> None:
             with links.open(place(unit, -(-values // PIECE)), seats) as port:
                 step = 0
                 while name := (await trio.to_thread.run_sync(sys.stdin.readline)).strip():
-                    begun = time.perf_counter()
+                    begun, used = time.perf_counter(), time.process_time()
                     mean = await average(port, vector, CODECS[name], step)
-                    seconds = time.perf_counter() - begun
+                    seconds, processor = time.perf_counter() - begun, time.process_time() - used
+                    print(json.dumps({"seconds": seconds, "processor": processor}), flush=True)
+                    await trio.to_thread.run_sync(sys.stdin.readline)  # the other one may still be receiving
                     error = float((mean - torch.linspace(-1, 1, values) * 1.5).abs().max())
-                    print(json.dumps({"seconds": seconds, "error": error}), flush=True)
+                    print(json.dumps({"error": error}), flush=True)
                     step += 1
                     port.release(step - 1)
             nursery.cancel_scope.cancel()
@@ -143,11 +146,15 @@ class Pair:
         return line.strip()
 
     def round(self, word: str) -> dict[str, float]:
-        """The slower one's seconds, and the larger error."""
-        for unit in (0, 1):
-            self.say(unit, word)
-        told: list[dict[str, float]] = [json.loads(self.hear(unit)) for unit in (0, 1)]
-        return {name: max(one[name] for one in told) for name in ("seconds", "error")}
+        """The slower one's seconds, the larger error, and the processor seconds of both where they are told."""
+        told: dict[str, list[float]] = {}
+        for line in (word, "check"):
+            for unit in (0, 1):
+                self.say(unit, line)
+            for unit in (0, 1):
+                for name, value in json.loads(self.hear(unit)).items():
+                    told.setdefault(name, []).append(value)
+        return {name: sum(both) if name == "processor" else max(both) for name, both in told.items()}
 
     def end(self) -> None:
         """Kill both, and what they started."""
@@ -171,6 +178,7 @@ def measure(values: int, rounds: int, hivemind: str) -> dict[str, Any]:
     ours = Pair([sys.executable, __file__, "--values", str(values), "--unit"], dict(os.environ))
     theirs = start_hivemind(hivemind, values) if hivemind else None
     seconds: dict[str, list[float]] = {}
+    processor: dict[str, list[float]] = {}
     errors: dict[str, float] = {}
     try:
         first = ours.hear(0)
@@ -182,6 +190,7 @@ def measure(values: int, rounds: int, hivemind: str) -> dict[str, Any]:
                 told = (theirs if name == "hivemind" and theirs else ours).round(name)
                 if number:  # the first one connects and warms up
                     seconds.setdefault(name, []).append(told["seconds"])
+                    processor.setdefault(name, []).append(told.get("processor", 0.0))
                     errors[name] = max(errors.get(name, 0.0), told["error"])
                     print(f"round {number}: {name} {told['seconds']:.3f} s", file=sys.stderr)
     finally:
@@ -197,6 +206,7 @@ def measure(values: int, rounds: int, hivemind: str) -> dict[str, Any]:
         "averaging_int8_s": medians["int8"],
         "hivemind_s": medians.get("hivemind"),
         **ratios,
+        **{f"{name}_processor_s": round(statistics.median(processor[name]), 4) for name in CODECS},
         "all_s": {name: [round(one, 4) for one in all_] for name, all_ in seconds.items()},
         "error_max": {name: float(f"{error:.3g}") for name, error in errors.items()},
         "values": values,

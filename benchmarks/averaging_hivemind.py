@@ -2,7 +2,8 @@
 
     python averaging_hivemind.py VALUES UNIT
 
-Prints its address, reads the other's, and for each line it reads averages once and prints the seconds from the trigger.
+Prints its address, reads the other's; then for each two lines it reads averages once, prints the seconds from the
+trigger, and how far off the mean is.
 """
 
 import json
@@ -47,9 +48,11 @@ def main() -> None:
         control.allow_allreduce()
         control.result(timeout=60)
         seconds = time.perf_counter() - begun
+        print(json.dumps({"seconds": seconds}), flush=True)
+        sys.stdin.readline()
         with averager.get_tensors() as tensors:
             error = float((tensors[0] - torch.linspace(-1, 1, values) * 1.5).abs().max())
-        print(json.dumps({"seconds": seconds, "error": error}), flush=True)
+        print(json.dumps({"error": error}), flush=True)
 
 
 if __name__ == "__main__":
