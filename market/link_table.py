@@ -43,8 +43,9 @@ class LinkTable:
 
     _reports: dict[bytes, LinkReport] = field(default_factory=dict)
     _links: dict[bytes, dict[bytes, MeasuredLink]] = field(default_factory=dict)
+    _envelopes: dict[bytes, bytes] = field(default_factory=dict)  # of the reports, as signed: an audit shows them
 
-    def take(self, report: LinkReport, *, now_ns: int) -> bool:
+    def take(self, report: LinkReport, *, now_ns: int, envelope: bytes = b"") -> bool:
         """Enter a report, verified by its signature already; whether it is news. Raises VerificationFailed."""
         check_report(report, now_ns=now_ns)
         old = self._reports.get(report.peer)
@@ -52,7 +53,7 @@ class LinkTable:
             return False
         if old is None and len(self._reports) >= params.LINK_REPORTS_MAX:
             self._forget(min(self._reports, key=lambda peer: (self._reports[peer].expires_ns, peer)))
-        self._reports[report.peer] = report
+        self._reports[report.peer], self._envelopes[report.peer] = report, envelope
         self._links[report.peer] = {link.peer: link for link in report.links}
         return True
 
@@ -94,8 +95,12 @@ class LinkTable:
                     known[at] = word.said
         return LinkMatrices(delay, gbps, known)
 
+    def envelopes(self, peers: Sequence[bytes]) -> list[bytes]:
+        """The signed reports of `peers`, in order of their keys: what `matrices` of these peers comes from."""
+        return [self._envelopes[peer] for peer in sorted(set(peers)) if self._envelopes.get(peer)]
+
     def __len__(self) -> int:
         return len(self._reports)
 
     def _forget(self, peer: bytes) -> None:
-        del self._reports[peer], self._links[peer]
+        del self._reports[peer], self._links[peer], self._envelopes[peer]

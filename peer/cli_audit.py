@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peer.cli_output import Terminal, common, short_id, write_whole
-from protocol.errors import IchibaError, NotFound
+from protocol.errors import IchibaError, MalformedRecord, NotFound
 
 if TYPE_CHECKING:
-    from market.audit import Audit
+    from market.audit import Audit, Match
+    from market.unit_round import Placing, PlacingAudit
 
 __all__ = ["audit"]
 
@@ -35,31 +36,92 @@ def match_(terminal: Terminal, job: str | None, source: Path | None, export: Pat
     """Make each match of JOB again, and say who ranked where and why others could not win.
 
     Offer, bids and agreement are checked by their signatures. What the submitter knew besides (histories, speeds, who
-    was connected) is its own word: it is shown, so that you can compare it with what your peer knows.
+    was connected) is its own word: it is shown, so that you can compare it with what your peer knows. The units of a
+    parallel job are placed together: of such a job each placing is made again, from the signed offers, bids and reports
+    of links.
 
     \b
     ichiba audit match 3fa2
     ichiba audit match 3fa2 --export match.bin
     ichiba audit match --file match.bin
     """
-    from market.audit import check_match, read_match
+    from market.audit import Match, check_match, read_match
+    from market.unit_round import check_placing, read_placing
 
     if (job is None) == (source is None):
         raise _NothingToAudit(
             "give a JOB of this peer or a --file that was exported", next_step="ichiba audit match --help"
         )
     if source is not None:
-        found = [{"deal": "", "match": source.read_bytes().hex()}]
-    else:
-        with terminal.client() as client:
-            found = client.matches(str(job))["matches"]
-        if not found:
-            raise NotFound("no match of this job is kept here", next_step="ichiba why JOB")
+        made = _read(source.read_bytes())
+        if isinstance(made, Match):
+            _show(terminal, "", check_match(made))
+        else:
+            _show_placing(terminal, [], check_placing(made), made)
+        return
+    with terminal.client() as client:
+        kept = client.matches(str(job))
+    found, placings = kept["matches"], kept["placings"]
+    if not found and not placings:
+        raise NotFound("no match of this job is kept here", next_step="ichiba why JOB")
     for one in found:
         _show(terminal, one["deal"], check_match(read_match(bytes.fromhex(one["match"]))))
+    for one in placings:
+        placing = read_placing(bytes.fromhex(one["placing"]))
+        _show_placing(terminal, one["deals"], check_placing(placing), placing)
     if export is not None:
-        write_whole(export, bytes.fromhex(found[-1]["match"]))
+        write_whole(export, bytes.fromhex(found[-1]["match"] if found else placings[-1]["placing"]))
         terminal.note(f"the last match is in {export}; anybody can check it with `ichiba audit match --file {export}`")
+
+
+def _read(data: bytes) -> Match | Placing:
+    """An export of either kind. Raises MalformedRecord."""
+    from market.audit import read_match
+    from market.unit_round import read_placing
+
+    try:
+        return read_match(data)
+    except MalformedRecord:
+        return read_placing(data)
+
+
+def _show_placing(terminal: Terminal, deals: list[str], made: PlacingAudit, placing: Placing) -> None:
+    played = made.round
+    units: list[dict[str, Any]] = [
+        {
+            "unit": unit,
+            "stage": unit // played.replicas,
+            "replica": unit % played.replicas,
+            "solver": (made.chosen[unit].bid.solver if unit in made.chosen else played.solvers[unit]).hex(),
+            "toll_micro": made.chosen[unit].toll_micro if unit in made.chosen else 0,
+            "bids": len(played.scored.get(unit, ())),
+            "refused": [{"code": r.code, "why": r.why} for r in played.refused.get(unit, ())],
+            "placed": unit in made.chosen,
+        }
+        for unit in range(played.stages * played.replicas)
+    ]
+    terminal.record(
+        "ichiba.placing/1",
+        {
+            "run": placing.run.hex(), "deals": deals, "cost_micro": made.cost_micro, "best_micro": made.best_micro,
+            "reports": len(placing.reports), "same": True, "units": units,
+        },
+    )  # fmt: skip
+    terminal.table(
+        f"placing of run {short_id(placing.run.hex())}",
+        (">unit", "stage", "replica", "solver", ">asks", ">bids", ">refused", ""),
+        [
+            (
+                one["unit"], one["stage"], one["replica"], short_id(one["solver"]), one["toll_micro"], one["bids"],
+                len(one["refused"]), "placed" if one["placed"] else "had it",
+            )
+            for one in units
+        ],
+    )  # fmt: skip
+    terminal.say(
+        f"  made again from the signed bids and {len(placing.reports)} reports of links: no choice costs less than "
+        f"{made.cost_micro} micro-credits, the time of all steps included"
+    )
 
 
 def _show(terminal: Terminal, deal: str, made: Audit) -> None:

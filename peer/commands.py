@@ -129,7 +129,7 @@ class Commands:
             "stake": self.moves.stake,
             "unstake": self.moves.unstake,
             "bundle": self.bundle,
-            "matches": lambda arguments: self.jobs.matches.describe(self._find(arguments).deals),
+            "matches": self._matches,
             "pause": self.pausing.pause,
             "resume": self.pausing.resume,
             "finish": self.pausing.finish,
@@ -252,6 +252,10 @@ class Commands:
                 f"{len(found) or 'no'} jobs match {prefix[:64]!r}", next_step="`ichiba job ls` lists their ids"
             )
         return found[0]
+
+    def _matches(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        job = self._find(arguments)
+        return self.jobs.matches.describe(job.deals, job.id)
 
     def _job(self, job: Job) -> dict[str, Any]:
         task = task_of(job.task)

@@ -34,9 +34,9 @@ class LinkReports:
         old = self._delays_us.get(event.peer, delay_us)
         self._delays_us[event.peer] = delay_us if delay_us < old else (7 * old + delay_us) // 8
 
-    def take(self, report: LinkReport) -> None:
-        """A report of another. Raises VerificationFailed."""
-        self.table.take(report, now_ns=self.desk.wall_ns)
+    def take(self, report: LinkReport, envelope: bytes) -> None:
+        """A report of another, and as it was signed. Raises VerificationFailed."""
+        self.table.take(report, now_ns=self.desk.wall_ns, envelope=envelope)
 
     def tick(self) -> None:
         """Report our own links now and then, and forget the old reports."""
@@ -60,8 +60,9 @@ class LinkReports:
             network=self.desk.network.id, peer=self.desk.me, sequence=self._sequence, links=links,
             created_ns=self.desk.wall_ns, expires_ns=self.desk.wall_ns + params.LINK_REPORT_LIFETIME_NS,
         )  # fmt: skip
-        self.table.take(report, now_ns=self.desk.wall_ns)
-        self.desk.publish(MARKET, self.desk.seal(report))
+        envelope = self.desk.seal(report)
+        self.table.take(report, now_ns=self.desk.wall_ns, envelope=envelope)
+        self.desk.publish(MARKET, envelope)
 
     def describe(self, _: dict[str, Any]) -> dict[str, Any]:
         """Every link that a peer reported."""

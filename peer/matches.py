@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -12,13 +12,26 @@ from market.audit import Known, Match, note_match
 from market.matching import Choice, Proven
 from market.reputation import DAY_NS
 from market.rounds import Candidate
+from market.unit_round import Placing
 from peer.desk import Desk
 from peer.settler import Settler
 from protocol import params
-from protocol.codec import encode
+from protocol.codec import blake, encode
 from protocol.records import Agreement, open_record
 
 __all__ = ["Matches"]
+
+
+_ROW_BYTES: Final = 16 * 1024  # of a row beside the placing: ids of deals
+
+
+class Placed(msgspec.Struct):
+    """A row of the store: a placing, and the proposals that it led to in the order of its units."""
+
+    run: bytes
+    now_ns: int
+    deals: list[bytes]
+    placing: bytes
 
 
 @dataclass
@@ -28,6 +41,7 @@ class Matches:
     desk: Desk
     settler: Settler
     kept: dict[bytes, Match] = field(default_factory=dict)  # proposal -> how it came about
+    placings: dict[bytes, Placed] = field(default_factory=dict)  # by their ids, the oldest first
     _noted: dict[bytes, Match] = field(default_factory=dict)  # offer -> of the round that runs
 
     def note(
@@ -57,7 +71,10 @@ class Matches:
 
     def gather(self, candidates: Iterable[Candidate], proven: Callable[[bytes], Proven]) -> dict[bytes, Known]:
         """What this peer knows now of each who bids on one of these offers."""
-        solvers = {bid.solver for one in candidates for _, bid in one.bids}
+        return self.facts({bid.solver for one in candidates for _, bid in one.bids}, proven)
+
+    def facts(self, solvers: Iterable[bytes], proven: Callable[[bytes], Proven]) -> dict[bytes, Known]:
+        """What this peer knows now of each of these."""
         return {solver: self._known(solver, proven) for solver in sorted(solvers)}
 
     def _known(self, solver: bytes, proven: Callable[[bytes], Proven]) -> Known:
@@ -93,14 +110,35 @@ class Matches:
         self.kept[deal_id] = msgspec.structs.replace(match, agreement=agreement)
         self.desk.save("matches", deal_id, self.kept[deal_id])
 
-    def describe(self, deals: Iterable[bytes]) -> dict[str, Any]:
-        """The matches of these deals, in hex, as `market.audit.read_match` takes them."""
-        return {"matches": [{"deal": i.hex(), "match": encode(self.kept[i]).hex()} for i in deals if i in self.kept]}
+    def placed(self, run: bytes, placing: Placing, deals: Sequence[bytes]) -> None:
+        """A round of a run led to these proposals: journal it, if it is no larger than a row may be."""
+        encoded = encode(placing)
+        if len(encoded) > params.STORE_VALUE_BYTES_MAX - _ROW_BYTES:
+            self.desk.emit("waiting", run, why=f"its placing takes {len(encoded)} bytes and is not kept for an audit")
+            return
+        while len(self.placings) >= params.PLACINGS_KEPT_MAX:
+            oldest = next(iter(self.placings))
+            del self.placings[oldest]
+            self.desk.save("placings", oldest, None)
+        key = blake("ichiba/placing", encoded)
+        self.placings[key] = Placed(placing.run, placing.now_ns, list(deals), encoded)
+        self.desk.save("placings", key, self.placings[key])
+
+    def describe(self, deals: Collection[bytes], run: bytes = b"") -> dict[str, Any]:
+        """The matches of these deals, and the placings of a run or of these deals as its units; in hex, as
+        `market.audit.read_match` and `market.unit_round.read_placing` take them."""
+        placings = [one for one in self.placings.values() if one.run == run or set(one.deals) & set(deals)]
+        return {
+            "matches": [{"deal": i.hex(), "match": encode(self.kept[i]).hex()} for i in deals if i in self.kept],
+            "placings": [{"deals": [i.hex() for i in one.deals], "placing": one.placing.hex()} for one in placings],
+        }
 
     def restore(self, rows: Callable[[str], Iterable[tuple[bytes, bytes]]]) -> None:
         """What was journalled; oldest proposals first."""
         found = [(key, msgspec.msgpack.decode(value, type=Match)) for key, value in rows("matches")]
         self.kept = dict(sorted(found, key=lambda row: self._made_ns(row[1])))
+        placed = [(key, msgspec.msgpack.decode(value, type=Placed)) for key, value in rows("placings")]
+        self.placings = dict(sorted(placed, key=lambda row: (row[1].now_ns, row[0])))
 
     def _made_ns(self, match: Match) -> int:
         agreement, _, _ = open_record(match.agreement, network=self.desk.network.id)

@@ -350,7 +350,7 @@ class Node:
             case BenchCard():
                 self.challenger.on_card(envelope)
             case LinkReport():
-                self.commands.links.take(record)
+                self.commands.links.take(record, envelope)
             case Equivocation():
                 self.certificates.caught(record, envelope)
             case Verdict():

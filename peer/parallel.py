@@ -1,7 +1,7 @@
 """Units of runs on the market: bids are gathered until each unit can have a solver of its own, then all are awarded.
 
 One round a second, like the ordinary ones; a unit whose solver declined is awarded alone beside the others, which stay
-where they are. Sans-IO. What a choice costs is market/joint_placement.py's.
+where they are. A round that awards is journalled as it was played (market/unit_round.py). Sans-IO.
 """
 
 from __future__ import annotations
@@ -9,25 +9,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
 
-from market.joint_placement import Candidates, choose_units, fullest
+from market.joint_placement import fullest
 from market.link_table import LinkTable
-from market.matching import Choice, Refusal, Scored, believed_ns, refuse_bid, transfer_ns
-from market.placement_cost import Links
+from market.matching import Choice, Refusal
 from market.step_time import Volume
+from market.unit_round import OpenUnit, Placing, UnitBids, UnitRound, WeighedBid
 from peer.deals import Job, JobState, task_of
 from peer.desk import Desk
 from peer.jobs import JobDesk
 from peer.settler import Settler
-from protocol import params
 from protocol.records import Bid, Offer, amount_for
 
 __all__ = ["ParallelDesk", "Wanted"]
-
-_HOUR_S: Final = 3600
-_Bids: TypeAlias = dict[bytes, tuple[Scored, Bid, int]]
-"""The bids that may have a unit, by solver, with how long each would take for it, in ns."""
 
 
 @dataclass(frozen=True)
@@ -74,106 +68,92 @@ class ParallelDesk:
         if not open_jobs or now < self.next_ns.setdefault(wanted.run, now + round_ns):
             return
         self.next_ns[wanted.run] = now + round_ns
-        scored: dict[int, _Bids] = {}
-        refused: dict[int, tuple[Refusal, ...]] = {}
         for job in open_jobs:
             if job.offer_id not in self.desk.book.offers:
                 self.jobs.offer(job)  # it ran out
-            scored[job.unit], refused[job.unit] = self._weigh(job, set(wanted.solvers.values()))
-        rows = sorted({peer for bids in scored.values() for peer in bids})  # the devices of the model
-        place = {peer: row for row, peer in enumerate(rows)}
-        toll: list[dict[int, int]] = [{} for _ in wanted.jobs]
-        for unit, bids in scored.items():
-            toll[unit] = {
-                place[peer]: one.price_micro + one.risk_micro + one.transfer_micro for peer, (one, _, _) in bids.items()
-            }
-        for unit, solver in sorted(wanted.solvers.items()):  # this peer stands there once for each unit that it keeps
-            rows.append(solver)
-            toll[unit] = {len(rows) - 1: 0}
-        self._note(wanted, scored, refused, toll)
-        chosen = self._choose(wanted, toll, scored, rows)
+        self.table.expire(now_ns=self.desk.wall_ns)
+        played = self._played(wanted, open_jobs)
+        self._note(wanted, played)
+        chosen = played.choose()
         if chosen is None:
             return
+        placing = self._placing(wanted, played, chosen)
+        deals = []
         for job in open_jobs:
-            one, bid, _ = scored[job.unit][rows[chosen[job.unit]]]
-            every = (other for other, _, _ in scored[job.unit].values())
-            ranked = tuple(sorted(every, key=lambda other: (other != one, other.score_micro, other.bid_id)))
-            self.award(job, self.desk.book.offers[job.offer_id], bid, Choice(one, ranked, ()))
-
-    def _weigh(self, job: Job, taken: set[bytes]) -> tuple[_Bids, tuple[Refusal, ...]]:
-        """The bids that may have a unit, by solver, with how long each takes in ns; and why the others may not."""
-        offer, book = self.desk.book.offers.get(job.offer_id), self.desk.book
-        found: _Bids = {}
-        refused: list[Refusal] = []
-        if offer is None:
-            return found, ()
-        hour_micro = amount_for(offer.operations, offer.unit_price_max)
-        bids, _ = book.round_bids(job.offer_id, now_ns=self.desk.wall_ns)
-        for bid_id, bid in sorted(bids):
-            run_ns = believed_ns(offer.operations, bid.eta_ns, self.jobs.speed_of(bid.solver))
-            moving_ns = transfer_ns(offer, self.desk.link_speed(bid.solver))
-            refusal = refuse_bid(
-                offer,
-                bid,
-                free_stake_micro=self.settler.free_stake(bid.solver),
-                excluded=self.jobs.excluded(job),
-                reachable=bid.solver in self.desk.peers,
-                now_ns=self.desk.wall_ns,
-                takes_ns=run_ns + moving_ns,
-            )
-            if refusal is None and bid.solver in taken:
-                refusal = Refusal("taken", "it has another unit of this run")
-            price = amount_for(offer.operations, bid.unit_price)
-            if refusal is None and not price:
-                refusal = Refusal("price", "at its price the unit comes to less than a micro-credit")
-            if refusal is not None:
-                refused.append(refusal)
+            if job.unit not in chosen:
                 continue
-            risk = price * (1_000_000 - self.settler.reputation(bid.solver).bound_ppm) // 1_000_000
-            wait, moving = (hour_micro * each_ns // (_HOUR_S * 10**9) for each_ns in (run_ns, moving_ns))
-            found[bid.solver] = Scored(bid_id, bid.solver, price, risk, wait, moving), bid, run_ns
-        return found, tuple(refused)
+            won, unit = chosen[job.unit], played.units[job.unit]
+            every = [one.scored for one in played.scored[job.unit].values()]
+            ranked = tuple(sorted(every, key=lambda one: (one != won.scored, one.score_micro, one.bid_id)))
+            self.award(job, unit.offer, won.bid, Choice(won.scored, ranked, ()))
+            deals.append(job.deal)
+        self.jobs.matches.placed(wanted.run, placing, deals)
 
-    def _choose(
-        self, wanted: Wanted, toll: list[dict[int, int]], scored: dict[int, _Bids], rows: list[bytes]
-    ) -> list[int] | None:
-        """The row of each unit, or None while there is no full choice."""
-        if -1 in fullest(toll):
-            return None
-        task = task_of(wanted.jobs[0].task)
-        took = {peer: run_ns for bids in scored.values() for peer, (_, _, run_ns) in bids.items()}
-        step = sum(amount_for(task_of(job.task).operations_per_step, job.unit_price_max) for job in wanted.jobs)
-        candidates = Candidates(
+    def _played(self, wanted: Wanted, open_jobs: Sequence[Job]) -> UnitRound:
+        """The round as it stands now."""
+        book, now_ns = self.desk.book, self.desk.wall_ns
+        units = {
+            job.unit: UnitBids(
+                job.offer_id, offer, sorted(book.round_bids(job.offer_id, now_ns=now_ns)[0]), self.jobs.excluded(job)
+            )
+            for job in open_jobs
+            if (offer := book.offers.get(job.offer_id)) is not None
+        }
+        return UnitRound(
             stages=wanted.stages,
             replicas=wanted.replicas,
-            toll=toll,
-            links=self._links(rows),
             volume=wanted.volume,
-            work_s=[took.get(peer, 0) / 1e9 / task.steps for peer in rows],
-            second_micro=step * task.steps**2 // _HOUR_S,  # of each step, where an hour is worth what the whole costs
+            steps=task_of(wanted.jobs[0].task).steps,
+            step_micro=sum(
+                amount_for(task_of(job.task).operations_per_step, job.unit_price_max) for job in wanted.jobs
+            ),
+            units=units,
+            solvers=wanted.solvers,
+            known=self.jobs.matches.facts(
+                {bid.solver for one in units.values() for _, bid in one.bids}, self.jobs.speed_of
+            ),
+            table=self.table,
+            now_ns=now_ns,
         )
-        return choose_units(candidates)
 
-    def _links(self, rows: Sequence[bytes]) -> Links:
-        """The links between the devices of the model, as they were reported, or usual. Two of one peer are as near as
-        can be."""
-        found = self.table.matrices(rows)
-        for row, column in [(i, j) for i, a in enumerate(rows) for j, b in enumerate(rows) if a == b]:
-            found.delay_ms[row, column], found.gbps[row, column] = 0.0, params.LINK_SPEED_MAX * 8 / 1e9
-        return Links(found.delay_ms, found.gbps)
+    def _placing(self, wanted: Wanted, played: UnitRound, chosen: Mapping[int, WeighedBid]) -> Placing:
+        """The round as it is written down."""
+        envelopes, volume = self.desk.book.envelopes, wanted.volume
+        offers = {job.unit: job.offer for job in wanted.jobs}
+        return Placing(
+            network=self.desk.network.id,
+            run=wanted.run,
+            stages=wanted.stages,
+            replicas=wanted.replicas,
+            micro_batches=volume.micro_batches,
+            borders=tuple((int(ahead), int(back)) for ahead, back in volume.borders),
+            shared=tuple(int(each) for each in volume.shared),
+            every=volume.every,
+            steps=played.steps,
+            step_micro=played.step_micro,
+            units=tuple(
+                OpenUnit(
+                    unit,
+                    offers[unit],
+                    tuple(envelopes[bid_id] for bid_id, _ in one.bids if bid_id in envelopes),
+                    tuple(sorted({bid.solver for _, bid in one.bids} & set(one.excluded))),
+                    chosen[unit].scored.bid_id,
+                )
+                for unit, one in sorted(played.units.items())
+            ),
+            solvers=tuple(sorted(wanted.solvers.items())),
+            known=tuple(fact for _, fact in sorted(played.known.items())),
+            reports=tuple(self.table.envelopes(played.rows)),
+            now_ns=played.now_ns,
+        )
 
-    def _note(
-        self,
-        wanted: Wanted,
-        scored: dict[int, _Bids],
-        refused: dict[int, tuple[Refusal, ...]],
-        toll: list[dict[int, int]],
-    ) -> None:
+    def _note(self, wanted: Wanted, played: UnitRound) -> None:
         """Keep the round for `why`, and say what changed."""
-        given = fullest(toll)
+        scored, given = played.scored, fullest(played.toll)
         left = tuple(unit for unit in scored if given[unit] < 0)
         solvers = len({peer for found in scored.values() for peer in found})
-        told = Standing({u: len(found) for u, found in scored.items()}, refused, left, solvers, len(wanted.jobs))
+        bids = {unit: len(found) for unit, found in scored.items()}
+        told = Standing(bids, played.refused, left, solvers, len(wanted.jobs))
         known, self.standing[wanted.run] = self.standing.get(wanted.run), told
         if left and (known is None or known.left != left):
             self.desk.emit("waiting", wanted.run, why="; ".join(self.why(wanted.run)))

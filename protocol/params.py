@@ -101,6 +101,7 @@ BAR_NS: Final = 24 * 3600 * 10**9  # no business with who signed twice: longer t
 BARRED_MAX: Final = 10_000  # peers barred at a time; a key costs nothing, so the list must be bounded
 ROUND_COLUMNS_MIN: Final = 512  # bids of a round from which columns are faster than records
 ROUND_THREAD_MIN: Final = 8_192  # bids of a round from which it is played in a thread: it takes some 10 ms
+PLACINGS_KEPT_MAX: Final = 100  # of runs, with all their bids and reports of links, some 100 kB each for four units
 MATCHES_KEPT_MAX: Final = 1_000  # with all their bids, some 10 kB each in a market of twenty solvers
 JOBS_OPEN_MAX: Final = 256  # of one submitter's daemon
 PENDING_SETTLEMENT_MAX: Final = 1024  # records that wait for one they depend on
@@ -130,10 +131,9 @@ NEWCOMER_DEALS: Final = 10  # below this many verified deals a solver is a newco
 PROFIT_ASSUMED_PERMILLE: Final = 100  # of a price, what an honest solver keeps: false positives must not eat it
 FALSE_POSITIVES_ASSUMED_PPM: Final = 1_000  # of honest deals: exact mode has none, tolerant mode must stay below
 
+# --- sandboxed worker (DESIGN §12) ----------------------------------------------------------------------------
 # Names of the levels 0 to 4 that offers, asks and bids carry; what each is worth is proven by worker/sandbox.py.
 SANDBOX_LEVELS: Final = ("NONE", "LIMITS", "FILTERED", "NAMESPACED", "CONTAINED")
-
-# --- sandboxed worker (DESIGN §12) ----------------------------------------------------------------------------
 SANDBOX_FRAME_BYTES_MAX: Final = 64 * 1024  # one reply frame; checkpoints follow their header as raw bytes
 SANDBOX_REQUEST_BYTES_MAX: Final = MESSAGE_BYTES_MAX + 64 * 1024  # the task as it travels, plus names and numbers
 SANDBOX_LOSSES_KEPT_MAX: Final = 100_000  # of one segment, for people's curves: a stranger may ask for 10M steps in one
@@ -324,7 +324,7 @@ LINK_DELAY_GUESS_US: Final = 50_000  # one way, of a link that nobody measured: 
 LINK_DELAY_US_MAX: Final = 60 * 10**6  # of a link that is reported
 LINK_SPEED_MAX: Final = 125 * 10**9  # bytes a second: 1 Tbit/s
 LINKS_REPORTED_MAX: Final = 64  # of one peer: a report is 3 KiB
-LINK_REPORTS_MAX: Final = 4_096  # of all peers, some 40 MiB
+LINK_REPORTS_MAX: Final = 4_096  # of all peers, some 50 MiB, and as they were signed
 LINK_REPORT_NS: Final = 60 * 10**9  # between two reports of one peer: 17 records a second of a thousand
 PEERS_TIMED_MAX: Final = 256  # of the connected peers: a ping each
 LINK_TIME_SECONDS: Final = 15.0  # between two round trips that are timed to each peer

@@ -132,7 +132,8 @@ def test_what_one_peer_measured_is_what_another_is_told() -> None:
     assert isinstance(report_, LinkReport)
     assert signers == {one.desk.me}
     two.desk.now_ns = one.desk.now_ns
-    two.take(report_)
+    two.take(report_, envelope)
+    assert two.table.envelopes([other, one.desk.me]) == [envelope], "as it was signed, for an audit"
     word = two.table.link(one.desk.me, other)
     assert (word.bytes_per_second, word.said) == (5_000_000, 1)
     assert 20_000 <= word.delay_us < 24_000, "one that waited in a queue counts for little"
