@@ -100,8 +100,10 @@ def kill(folder: Path, *, tiny: bool, say: Any) -> dict[str, Any]:
         following = max(run.stepped[unit][done + 1][0] for unit in range(4)) - killed
         say(f"killed after step {done}; missed after {missed - killed:.2f} s; next step after {following:.1f} s")
         fleet.until(lambda: len(run.ends[KILL_SEGMENTS - 1]) == 4, "the run ends")
-        fetched = [event["seconds"] for event in fleet.heard if event["kind"] == "fetched"]
-        return kill_figures(run, calm, following, missed - killed, fetched[-1], seconds, end)
+        fetched = [event["t"] - killed for event in fleet.heard if event["kind"] == "fetched"][-1]
+        after = {"missed": missed - killed, "fetched": fetched, "replayed": run.stepped[KILLED_UNIT][done][1] - killed,
+                 "next step": following}  # fmt: skip
+        return kill_figures(run, calm, after, seconds, end)
 
 
 def lost(fleet: Fleet, run: Run, unit: int, first: int) -> bool:
@@ -112,10 +114,9 @@ def lost(fleet: Fleet, run: Run, unit: int, first: int) -> bool:
     )
 
 
-def kill_figures(
-    run: Run, calm: Run, following: float, missed: float, fetched: float, seconds: list[float], end: int
-) -> dict[str, Any]:
-    """What a kill cost. Steps lost: that those who lived had to do again; what the new peer replays is told beside."""
+def kill_figures(run: Run, calm: Run, after: dict[str, float], seconds: list[float], end: int) -> dict[str, Any]:
+    """What a kill cost. after: seconds from it. Steps lost: that those who lived had to do again; what the new peer
+    replays is told beside."""
     again = {
         unit: sum(len(times) - 1 for times in run.stepped[unit].values()) for unit in range(4) if unit != KILLED_UNIT
     }
@@ -123,12 +124,12 @@ def kill_figures(
     ends, others = run.ends[KILL_SEGMENTS - 1], calm.ends[KILL_SEGMENTS - 1]
     final, undisturbed = (sum(one.losses[unit][end - 1] for unit in (2, 3)) / 2 for one in (run, calm))
     return {
-        "kill_next_step_seconds": round(following, 2),
+        "kill_next_step_seconds": round(after["next step"], 2),
         "kill_steps_lost": max(again.values()),
         "kill_final_loss_ratio": round(final / undisturbed, 6),
         "kill": {
             "links": LINKS, "repeats": 1, "same_bits": all(ends[unit]["root"] == others[unit]["root"] for unit in ends),
-            "missed_seconds": round(missed, 2), "fetch_seconds": round(fetched, 2),
+            "seconds_after": {what: round(passed, 2) for what, passed in after.items()},
             "checkpoint_bytes": run.units[KILLED_UNIT].checkpoint_bytes, "steps_replayed_by_the_new_peer": replayed,
             "usual_step_seconds": round(sum(seconds[1:]) / (len(seconds) - 1) / KILL_LOCAL_STEPS, 2),
         },
