@@ -35,7 +35,7 @@ from protocol.blob import MANIFEST_BYTES_MAX, BlobManifest, blob_id, manifest_of
 from protocol.codec import encode
 from protocol.errors import CorruptStore, LimitExceeded, NotFound, RemoteProtocolError
 from protocol.keys import short
-from protocol.sealing import Keys, check_sealable, locator_of, sealed_bytes
+from protocol.sealing import NO_KEYS, Keys, check_sealable, locator_of, sealed_bytes
 
 __all__ = ["PROTOCOL", "BlobHost", "BlobStore", "DiskFull", "Progress"]
 
@@ -160,13 +160,14 @@ class BlobStore:
         return await self._put(lambda: path.open("rb"), size, keys)
 
     def protect(self, blobs: Sequence[bytes], keys: Keys) -> None:
-        """From now on serve these blobs only sealed, to who knows their keys. On the disk when it returns.
+        """From now on serve these blobs only sealed, to who knows their keys; with NO_KEYS to nobody.
 
-        Raises NotFound for one that is not here, LimitExceeded for one too long to be sealed.
+        On the disk when it returns. Raises NotFound for one that is not here, LimitExceeded for one too long to be
+        sealed.
         """
-        for blob in blobs:
+        for blob in blobs if keys != NO_KEYS else ():
             check_sealable(self.size(blob))
-        self.secrets.protect({blob: keys.access(blob) for blob in blobs}, hide=True)
+        self.secrets.protect({blob: _access(keys, blob) for blob in blobs}, hide=True)
 
     async def _put(self, opener: Callable[[], BinaryIO], size: int, keys: Keys | None) -> bytes:
         if size > params.BLOB_BYTES_MAX:
@@ -189,8 +190,7 @@ class BlobStore:
     def _mark(self, blob: bytes, keys: Keys | None) -> None:
         """Before a blob of a sealed job is here. One that was here openly is no secret, and goes on being served."""
         if keys is not None:
-            access = keys.access(blob) if keys != Keys() else NO_ACCESS
-            self.secrets.protect({blob: access}, hide=not self.has(blob) or self.secrets.hides(blob))
+            self.secrets.protect({blob: _access(keys, blob)}, hide=not self.has(blob) or self.secrets.hides(blob))
 
     def _install(self, blob: bytes, manifest: BlobManifest, data: Path) -> None:
         """Manifest first, then the data under its name: whoever sees the data has both. In a thread."""
@@ -412,6 +412,10 @@ class BlobStore:
             raise CorruptStore(
                 f"the manifest of blob {blob.hex()[:16]} does not read back", why=str(error), next_step="fetch it again"
             ) from None
+
+
+def _access(keys: Keys, blob: bytes) -> bytes:
+    return keys.access(blob) if keys != NO_KEYS else NO_ACCESS
 
 
 class _TooLarge(NotFound):

@@ -115,7 +115,7 @@ class Commands:
             "status": self.status,
             "submit": self.submit,
             "plan-run": self.planning.plan,
-            "submit-run": lambda arguments: self._job(submit_run(self.runs, arguments)),
+            "submit-run": lambda arguments: self._job(submit_run(self.runs, self.sealing, arguments)),
             "cancel": self.cancel,
             "jobs": self.list_jobs,
             "job": self.show_job,

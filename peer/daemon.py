@@ -13,7 +13,7 @@ import sys
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,7 @@ class Daemon:
     turns: Turns = field(init=False)
     device: Device = field(default_factory=Device)
     stopped: trio.Event = field(default_factory=trio.Event)
+    opening: trio.Lock = field(default_factory=trio.Lock)
     replies: dict[int, tuple[trio.Event, list[Reply]]] = field(default_factory=dict)
     listeners: dict[int, tuple[str | None, trio.MemorySendChannel[dict[str, Any]]]] = field(default_factory=dict)
     general: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=1000))  # events of no job
@@ -121,8 +122,11 @@ class Daemon:
     # --- for the control socket ----------------------------------------------------------------------------
     async def command(self, verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """One verb of peer/commands.py. Raises CommandFailed."""
-        for one in [arguments] if verb == "submit" else arguments["units"] if verb == "submit-run" else []:
+        units = arguments["units"] if verb == "submit-run" else []
+        for one in [arguments] if verb == "submit" else units:
             self._require_blobs(one)
+        if any(unit.get("kept") for unit in units):
+            await self.open_sandbox()
         self.token += 1
         token, ready, box = self.token, trio.Event(), list[Reply]()
         self.replies[token] = (ready, box)
@@ -150,6 +154,23 @@ class Daemon:
         elif verb == "pause":
             result = result | await self.performer.suspended()
         return result
+
+    async def open_sandbox(self) -> None:
+        """Prove the sandbox of a peer that works for nobody else, for units of its own runs that it keeps. Again:
+        nothing."""
+        async with self.opening:
+            if self.workshop is None and not self.config.roles:
+                await self.performer.nursery.start(self._hold_sandbox)
+
+    async def _hold_sandbox(self, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+        async with AsyncExitStack() as stack:
+            self.workshop, self.sandbox_note = await _open_workshop(stack, self.config)
+            self.performer.workshop = self.workshop
+            if self.workshop is not None:
+                self.node.desk.means = replace(self.node.desk.means, sandbox=int(self.workshop.report.level))
+            task_status.started()
+            if self.workshop is not None:
+                await trio.sleep_forever()
 
     def drops(self) -> dict[str, Any]:
         """What this process dropped, wherever that was (peer/drops.py)."""
@@ -296,9 +317,7 @@ class Daemon:
 
 
 async def _open_workshop(stack: AsyncExitStack, config: DaemonConfig) -> tuple[Workshop | None, str]:
-    """The workshop where the sandbox holds; else None and why. A submitter needs none."""
-    if not config.roles:
-        return None, ""
+    """The workshop where the sandbox holds; else None and why."""
     try:
         workshop = await stack.enter_async_context(Workshop(config.data_dir / "scratch", pool=1))
     except SandboxTooWeak as error:
@@ -333,7 +352,7 @@ async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATU
     async with AsyncExitStack() as stack:
         store = stack.enter_context(await trio.to_thread.run_sync(Store.open, config.data_dir, network.id, key.public))
         blobs = BlobStore(config.data_dir / "blobs", params.BLOB_STORE_BYTES_MAX)
-        workshop, note = await _open_workshop(stack, config)
+        workshop, note = await _open_workshop(stack, config) if config.roles else (None, "")  # a submitter needs none
         device = await trio.to_thread.run_sync(find_device, workshop.devices) if workshop is not None else Device()
         means = _means(config, workshop, device)
         host = await stack.enter_async_context(
@@ -372,6 +391,8 @@ async def run_daemon(config: DaemonConfig, *, task_status: Any = trio.TASK_STATU
         )
         host.serve(BLOB_PROTOCOL, blobs.serve)
         host.serve(TENSOR_PROTOCOL, daemon.tensors.serve)
+        if node.runs.keeps():
+            await daemon.open_sandbox()
         nursery.start_soon(daemon.run, receive)
         nursery.start_soon(_pump, host, send)
         nursery.start_soon(_tick, send)

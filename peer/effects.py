@@ -419,7 +419,7 @@ class Performer:
         done.checkpoint.unlink(missing_ok=True)
         if done.diverged_step is not None:
             raise WorkFailed("diverged", f"diverged at step {done.diverged_step}: the loss or a weight is not finite")
-        ends = await self.units.ended(work, self.blobs.path(blob), done.tape) if done.tape is not None else None
+        ends = await self.units.ended(work, self.blobs.path(blob), done.tape, keys) if done.tape is not None else None
         false = done.false_end
         false_blob = b""
         if false is not None:

@@ -329,7 +329,7 @@ class Fetch:
 
 @dataclass(frozen=True)
 class Protect:
-    """Blobs of a sealed job that are here: from now on serve them only sealed, to who has their keys."""
+    """Blobs that are here: from now on serve them only sealed, to who has their keys; with NO_KEYS to nobody."""
 
     blobs: tuple[bytes, ...]
     keys: Keys
@@ -365,7 +365,7 @@ class StartWork:
     ordered: tuple[int, str] | None = None
     gauges: tuple[Gauge, ...] = ()
     compare: bytes = b""
-    keys: Keys | None = None  # of a sealed job: what is made here is protected too
+    keys: Keys | None = None  # of a sealed job: what is made here is protected too; NO_KEYS: it is for nobody else
     run: RunOrder | None = None  # of a unit that trains with its neighbours
     tapes: tuple[bytes, ...] = ()  # of a unit that is checked: blobs of what it received, for each segment
 

@@ -1,6 +1,7 @@
 """Units of a run that the submitter's own peer holds (`[privacy] keep`): no deal, its own sandbox, the same links.
 
-Their segments are delivered to peer/runs.py like those of solvers, with their neighbours' signatures. Sans-IO.
+Their segments are delivered to peer/runs.py like those of solvers, with their neighbours' signatures. What they are
+made of and what they make is served to nobody. Sans-IO.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from dataclasses import dataclass, field
 
 from peer.deals import Job, task_of
 from peer.desk import Desk
-from peer.events import SegmentMade, StartWork, StepMade, StopWork, WorkEnded
+from peer.events import Protect, SegmentMade, StartWork, StepMade, StopWork, WorkEnded
 from peer.jobs import JobDesk
 from peer.run_events import LinkEnds
 from peer.units import Delivered, Units, stage_of
 from protocol import params
 from protocol.errors import VerificationFailed
+from protocol.script import content_of
+from protocol.sealing import NO_KEYS
 from protocol.task import FIGURES, TaskSpec
 
 __all__ = ["KeptUnits"]
@@ -31,6 +34,10 @@ class KeptUnits:
     deliver: Callable[[Job, int, Delivered], None]
     working: dict[bytes, int] = field(default_factory=dict)  # job -> workers of it that failed in a row
     made: dict[tuple[bytes, int], tuple[SegmentMade, LinkEnds]] = field(default_factory=dict)
+
+    def withhold(self, job: Job) -> None:
+        """From now on what a unit is made of is for nobody else."""
+        self.desk.add(Protect(tuple(sorted(content_of(task_of(job.task)))), NO_KEYS))
 
     def launch(self, job: Job, *, epoch: int, peers: Sequence[bytes], since: Sequence[int]) -> None:
         """Start a unit where all others are known, or tell its worker where they are now."""
@@ -48,6 +55,7 @@ class KeptUnits:
 
     def _start(self, job: Job) -> None:
         task = task_of(job.task)
+        self.withhold(job)  # again: a crash may have come between the commit that opened the run and this
         self.desk.add(
             StartWork(
                 work=job.id,
@@ -57,6 +65,7 @@ class KeptUnits:
                 last_segment=task.segments,
                 checkpoint_bytes=params.BLOB_BYTES_MAX,
                 memory_bytes=max(self.desk.means.memory_bytes, job.memory_bytes),
+                keys=NO_KEYS,
                 run=self.units.order(job.id),
             )
         )

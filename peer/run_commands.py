@@ -8,6 +8,7 @@ import msgspec
 
 from peer.deals import Job, JobState
 from peer.runs import RunDesk
+from peer.sealing import Sealing
 from protocol import params
 from protocol.codec import Uint, blake, encode
 from protocol.errors import LocalProtocolError
@@ -80,9 +81,9 @@ def check_terms(given: Terms, *, now_ns: int) -> None:
         )
 
 
-def submit_run(runs: RunDesk, arguments: dict[str, Any]) -> Job:
+def submit_run(runs: RunDesk, sealing: Sealing, arguments: dict[str, Any]) -> Job:
     """Open a run; its blobs are in the store already. Returns its job, whose id is the id of the run: the tasks of the
-    units are given it. Raises BadArguments, InsufficientFunds, LimitExceeded, MalformedRecord."""
+    units are given it. Raises BadArguments, CannotSeal, InsufficientFunds, LimitExceeded, MalformedRecord."""
     desk = runs.desk
     try:
         given = msgspec.convert(arguments, RunArguments)
@@ -110,6 +111,7 @@ def submit_run(runs: RunDesk, arguments: dict[str, Any]) -> Job:
         child.parent, child.unit, child.kept = run, number, unit.kept
         child.checkpoint_bytes, child.memory_bytes = unit.checkpoint_bytes, unit.memory_bytes
         children.append(child)
+    sealing.split(children)
     return runs.submit(parent, children, border_bytes=given.border_bytes, shared_bytes=given.shared_bytes)
 
 

@@ -97,6 +97,10 @@ class RunDesk:
         self.desk.emit("run", parent.id, units=len(children), kept=len(children) - len(sold), budget_micro=sum(costs))
         return parent
 
+    def keeps(self) -> bool:
+        """Whether a run is under way of which this peer has units itself."""
+        return any(job.kept and job.open for job in self.jobs.jobs.values())
+
     def _children(self, run: Run) -> list[Job]:
         return [self.jobs.jobs[unit] for unit in run.units]
 
@@ -114,6 +118,7 @@ class RunDesk:
                 self.desk.add(Fetch(blob, run.id, (self.desk.me,), params.BLOB_BYTES_MAX))
         for child in children:
             if child.kept:
+                self.kept.withhold(child)
                 child.state = JobState.RUNNING
                 self.jobs.save(child)
             elif not child.deal and child.state != JobState.OFFERED:

@@ -3,7 +3,8 @@
 Every message passes `outgoing` and every effect passes `keyed`, so nothing else needs to know whether a job is sealed.
 The winner gets the job's key and its task with Opened, in a box to its key; a drawn checker gets the job's key with its
 CheckRequest; a notary gets, with a dispute, the task and the keys of two blobs, the Program and the state that the
-disputed segment starts from. Nobody else is sent anything that names a blob. Sans-IO.
+disputed segment starts from. Nobody else is sent anything that names a blob.
+What a unit that its submitter keeps is made of goes to nobody. Sans-IO.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from protocol.errors import LocalProtocolError, RemoteProtocolError, Verificatio
 from protocol.keys import peer_name
 from protocol.lifecycle import Event, State
 from protocol.records import Challenge, Receipt, open_record
-from protocol.script import AnyTask, blobs_of, read_task
+from protocol.script import AnyTask, content_of, read_task
 from protocol.sealing import Contents, Keys, box_for, box_of, masked, read_keys
 from protocol.task import TaskSpec
 
@@ -56,16 +57,7 @@ class Sealing:
 
         Raises CannotSeal where an open and a sealed job would need the same blob: it is served as it is, or it is not.
         """
-        blobs = self._content_of(task)
-        for other in self.jobs.jobs.values():
-            shared = blobs & self._content_of(task_of(other.task))
-            if shared and bool(other.key) != sealed and (other.open or not sealed):
-                raise CannotSeal(
-                    f"blob {min(shared).hex()[:12]} belongs to job {other.id.hex()[:12]}, which is "
-                    f"{'sealed' if other.key else 'open'}",
-                    why="its bytes are served to anybody, or to nobody without a key",
-                    next_step="submit this job sealed too" if other.key else "wait for that job's end, or cancel it",
-                )
+        self._check_shared(content_of(task), hidden=sealed)
         if not sealed:
             return task, encoded, b""
         if not isinstance(task, TaskSpec) or task.mode != "exact":
@@ -77,16 +69,41 @@ class Sealing:
         task = msgspec.structs.replace(task, salt=self.desk.rng.randbytes(32))
         return task, encode(task), self.desk.rng.randbytes(32)
 
-    @staticmethod
-    def _content_of(task: AnyTask) -> set[bytes]:
-        """Everything that a task names: program or files, data, and the state it starts from."""
-        base = {task.initial.blob} if isinstance(task, TaskSpec) and task.initial.kind == "state" else set()
-        return {*blobs_of(task), *base}
+    def split(self, units: Iterable[Job]) -> None:
+        """The units of a run to be: what those that are kept here name is served to nobody, what the others name to
+        anybody. Raises CannotSeal where one blob would have to be both."""
+        content: dict[bool, set[bytes]] = {True: set(), False: set()}
+        for unit in units:
+            content[unit.kept] |= content_of(task_of(unit.task))
+        if both := content[True] & content[False]:
+            raise CannotSeal(
+                f"blob {min(both).hex()[:12]} is of a unit that is kept and of one that is not",
+                why="the solver of the one would fetch what the other keeps from everybody",
+                next_step="keep both, or neither",
+            )
+        for kept, blobs in content.items():
+            self._check_shared(blobs, hidden=kept)
+
+    def _check_shared(self, blobs: set[bytes], *, hidden: bool) -> None:
+        """Raises CannotSeal where another job serves to anybody what is to be hidden, or hides what is to be served."""
+        for other in self.jobs.jobs.values():
+            if other.units:  # its units are jobs of their own
+                continue
+            hides = bool(other.key) or other.kept
+            shared = blobs & content_of(task_of(other.task))
+            if shared and hides != hidden and (other.open or not hidden):
+                same = "keep the same stages of this job" if other.kept else "submit this job sealed too"
+                raise CannotSeal(
+                    f"blob {min(shared).hex()[:12]} belongs to job {other.id.hex()[:12]}, which is "
+                    f"{'kept here' if other.kept else 'sealed' if other.key else 'open'}",
+                    why="its bytes are served to anybody, or to nobody without a key",
+                    next_step=same if hides else "wait for that job's end, or cancel it",
+                )
 
     def protect(self, job: Job) -> None:
         """Serve what a sealed job names only to who has its keys. Before its offer leaves."""
         if job.key:
-            self.desk.add(Protect(tuple(sorted(self._content_of(task_of(job.task)))), Keys(job.key)))
+            self.desk.add(Protect(tuple(sorted(content_of(task_of(job.task)))), Keys(job.key)))
 
     # --- what leaves -----------------------------------------------------------------------------------------
     def outgoing(self, peer: bytes, message: m.Message) -> m.Message | None:

@@ -69,7 +69,7 @@ from protocol.network import Network
 from protocol.profile import Gauge
 from protocol.profile_task import ProfileSpec
 from protocol.script import ScriptSpec
-from protocol.sealing import Keys
+from protocol.sealing import NO_KEYS, Keys
 from protocol.task import task_id
 from worker.bench import Memory
 
@@ -119,8 +119,12 @@ class SimulatedPeer:
         """What a piece of work made: of a sealed job it is hidden."""
         for blob in blobs:
             if work in self.keys:
-                self.hidden.setdefault(blob, set()).add(self.keys[work].access(blob))
+                self.hide(blob, self.keys[work])
             self.blobs.add(blob)
+
+    def hide(self, blob: bytes, keys: Keys) -> None:
+        """Serve it only to who holds these keys; with NO_KEYS, to nobody."""
+        self.hidden.setdefault(blob, set()).update({keys.access(blob)} if keys != NO_KEYS else ())
 
     def gives(self, blob: bytes, keys: Keys | None) -> bool:
         """Whether it serves a blob to who holds these keys: as peer/blobs.py does."""
@@ -286,7 +290,7 @@ class Simulation:
                     self._fetch(peer, effect)
                 case Protect(blobs=blobs, keys=keys):
                     for blob in blobs:
-                        peer.hidden.setdefault(blob, set()).add(keys.access(blob))
+                        peer.hide(blob, keys)
                 case ReadBlob(blob=blob, token=token):
                     here = blob in peer.blobs and blob in CONTENTS
                     read = BlobRead(blob, token, CONTENTS[blob]) if here else BlobRead(blob, token, error="not here")

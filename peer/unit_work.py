@@ -24,6 +24,7 @@ from protocol import params
 from protocol.errors import IchibaError
 from protocol.payload import PayloadKey
 from protocol.program import Program
+from protocol.sealing import Keys
 from protocol.tape import TapeReader, whole_entries
 from protocol.task import TaskSpec
 
@@ -118,9 +119,10 @@ class UnitRunner:
         for path in self.folder.glob(f"{work.hex()[:32]}-*.tape"):
             path.unlink(missing_ok=True)
 
-    async def ended(self, work: bytes, checkpoint: Path, tape: Path) -> LinkEnds:
-        """A segment ended with this checkpoint: its tape becomes a blob. Raises MalformedRecord, OSError."""
-        blob = await self.blobs.put_file(tape)
+    async def ended(self, work: bytes, checkpoint: Path, tape: Path, keys: Keys | None) -> LinkEnds:
+        """A segment ended with this checkpoint: its tape becomes a blob, under `keys` as BlobStore.put_file has it.
+        Raises MalformedRecord, OSError."""
+        blob = await self.blobs.put_file(tape, keys=keys)
         self.blobs.pin(blob, work.hex())
         await trio.to_thread.run_sync(tape.unlink)
         return await trio.to_thread.run_sync(link_ends, checkpoint)

@@ -34,6 +34,7 @@ __all__ = [
     "blobs_of",
     "check_path",
     "compare",
+    "content_of",
     "parts_of",
     "read_task",
     "result_from",
@@ -166,6 +167,12 @@ def blobs_of(task: AnyTask) -> dict[bytes, int]:
     # A unit of a parallel job that reads no data knows its arrays by their shapes alone.
     arrays = (array for array in task.arrays if task.stage is None or array.blob != bytes(32))
     return {task.program: task.program_bytes} | {array.blob: array.size_bytes for array in arrays}
+
+
+def content_of(task: AnyTask) -> set[bytes]:
+    """Every blob that a task names: program or files, data, and the state it starts from."""
+    base = {task.initial.blob} if isinstance(task, TaskSpec) and task.initial.kind == "state" else set()
+    return {*blobs_of(task), *base}
 
 
 # --- what it leaves ------------------------------------------------------------------------------------------

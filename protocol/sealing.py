@@ -21,6 +21,7 @@ from protocol.codec import Digest, blake, decode, encode
 from protocol.errors import LimitExceeded, NotFound, VerificationFailed
 
 __all__ = [
+    "NO_KEYS",
     "Contents",
     "Keys",
     "access_of",
@@ -61,6 +62,10 @@ class Keys(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
         if not self.job:
             return Keys(b"", tuple(pair for pair in self.blobs if pair[0] in blobs))
         return Keys(b"", tuple((blob, access_of(self.job, blob)) for blob in blobs))
+
+
+NO_KEYS: Final = Keys()
+"""Of what is for nobody else: it is served neither as it is nor sealed."""
 
 
 class Contents(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -15,6 +15,7 @@ from peer.simulator import Faults, Simulation
 from protocol.codec import blake, encode
 from protocol.keys import SigningKey, peer_name
 from protocol.network import Deposit, Network, Rules
+from protocol.script import content_of
 from protocol.stage import Codec
 from protocol.stage import Stage as Place
 from protocol.task import Initial, TaskSpec
@@ -55,8 +56,11 @@ def make_run_swarm(
     return Stage(cast or {}, seed=seed, keys=keys, peers=means, network=network, faults=faults or Faults(until_ns=0))
 
 
-def unit_task(network: Network, *, stage: int, stages: int, replica: int, replicas: int, segments: int) -> TaskSpec:
-    """The task of one unit; what it computes is its own, by its seed."""
+def unit_task(
+    network: Network, *, stage: int, stages: int, replica: int, replicas: int, segments: int, kept: bool
+) -> TaskSpec:
+    """The task of one unit; what it computes is its own, by its seed. One that is kept has a Program and data of its
+    own, too, as a real one has."""
     seed = 7 + stage * replicas + replica
     place = Place(
         run=bytes(32), stage=stage, stages=stages, replica=replica, replicas=replicas, micro_batches=1,
@@ -65,6 +69,9 @@ def unit_task(network: Network, *, stage: int, stages: int, replica: int, replic
     root = initial_root(seed)
     initial = Initial("state", blake("sim/blob", root), root)
     task = make_task(network, seed=seed, segments=segments)
+    if kept:
+        arrays = tuple(msgspec.structs.replace(array, blob=blake("sim/kept", array.blob)) for array in task.arrays)
+        task = msgspec.structs.replace(task, program=blake("sim/kept", task.program), arrays=arrays)
     return msgspec.structs.replace(task, stage=place, initial=initial, operations_per_step=10**8)
 
 
@@ -79,10 +86,11 @@ def submit_run(
     for number in range(stages * replicas):
         stage, replica = divmod(number, replicas)
         task = unit_task(
-            simulation.network, stage=stage, stages=stages, replica=replica, replicas=replicas, segments=segments
-        )
+            simulation.network, stage=stage, stages=stages, replica=replica, replicas=replicas, segments=segments,
+            kept=number in kept,
+        )  # fmt: skip
         simulation.roots[task.initial.blob] = task.initial.root
-        alice.blobs.add(task.initial.blob)
+        alice.blobs |= content_of(task)
         memory = memory_bytes[number] if memory_bytes else 2**20
         units.append(
             {"task": encode(task).hex(), "checkpoint_bytes": 10_000, "memory_bytes": memory, "kept": number in kept}

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from peer.deals import task_of
 from peer.simulated_faults import SECOND, Faults
 from peer.simulator import Simulation
 from protocol.keys import peer_name
+from protocol.script import content_of
 from tests.run_scene import make_run_swarm, run_state, run_until, submit_run, until_over
 
 
@@ -164,6 +166,33 @@ def test_the_submitter_keeps_the_first_unit_and_the_last() -> None:
     assert [unit["solver"] == me for unit in found["run"]["units"] if unit["kept"]]
     assert len(found["deals"]) == 2 and all(d["receipts"] == 4 for d in found["deals"])
     assert [unit["segments_done"] for unit in found["run"]["units"]] == [4] * 4
+    alice = simulation.peers["alice"]
+    assert alice.node is not None
+    units = [alice.node.jobs.jobs[bytes.fromhex(unit["job"])] for unit in found["run"]["units"]]
+    for unit in units:  # what a kept unit is made of, and where it ended, is here and is given to nobody
+        for blob in content_of(task_of(unit.task)) | {unit.base_blob}:
+            assert blob in alice.blobs and alice.gives(blob, None) == (not unit.kept)
+
+
+def test_what_a_unit_kept_is_not_served_for_another_job() -> None:
+    simulation = make_run_swarm(13, solvers=3)
+    first = submit_run(simulation, stages=4, replicas=1, kept=(0, 3))["job"]
+    same = submit_run(simulation, stages=4, replicas=1, segments=5, kept=(0, 3))
+    assert "job" in same, same  # it keeps the same
+    refused = submit_run(simulation, stages=4, replicas=1, kept=(3,))
+    assert refused["code"] == "cannot-seal" and "kept here" in refused["what"], refused
+    for job in (first, same["job"]):
+        simulation.command("alice", "cancel", {"job": job})
+        until_over(simulation, job, seconds=60)
+    simulation.check_quiet()
+    still = submit_run(simulation, stages=4, replicas=1, kept=(3,))
+    assert still["code"] == "cannot-seal", still  # its bytes are as private as before
+    open_first = make_run_swarm(14, solvers=3)
+    running = submit_run(open_first, stages=4, replicas=1)["job"]
+    late = submit_run(open_first, stages=4, replicas=1, kept=(0, 3))
+    assert late["code"] == "cannot-seal" and "open" in late["what"], late
+    open_first.command("alice", "cancel", {"job": running})
+    until_over(open_first, running, seconds=60)
 
 
 def test_a_run_is_cancelled_in_the_middle_and_what_was_done_is_paid() -> None:
