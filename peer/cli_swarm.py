@@ -20,7 +20,7 @@ from peer.demo import Outcome, Plan, run_demo
 from peer.demo_story import Story, money_rows, sparkline
 from peer.lan import LAN_RULES, Lan, LanProblem, members
 from protocol.credits import credits_of
-from worker.cheats import CHEATS
+from worker.cheats import CHEATS, UNIT_CHEATS
 
 __all__ = ["PlainScreen", "TerminalScreen", "closing_words", "swarm"]
 
@@ -116,7 +116,12 @@ def down(path: Path | None, as_json: bool) -> None:
 
 
 @swarm.command()
-@click.option("--cheat", type=click.Choice(CHEATS), default=None, help="The cheaper solver commits this fraud.")
+@click.option(
+    "--cheat",
+    type=click.Choice((*CHEATS, *UNIT_CHEATS)),
+    default=None,
+    help="The cheapest solver commits this fraud; the last two with --parallel, and no other with it.",
+)
 @click.option("--kill", type=click.Choice(["solver"]), default=None, help="Kill the working solver half-way.")
 @click.option("--steps", type=click.IntRange(10, 100_000), default=200, show_default=True, help="Training steps.")
 @click.option("--seed", type=click.IntRange(0, 2**32), default=3, show_default=True, help="Of weights and data order.")
@@ -153,10 +158,13 @@ def demo(
     ichiba swarm demo --cheat skip-step
     ichiba swarm demo --kill solver --json
     ichiba swarm demo --parallel 2x2 --links slow
+    ichiba swarm demo --parallel 2x2 --cheat skip-backward
     """
     if parallel is not None:
-        _parallel(parallel, slow=links == "slow", path=path, as_json=as_json)
+        _parallel(parallel, slow=links == "slow", cheat=cheat or "", path=path, as_json=as_json)
         return
+    if cheat in UNIT_CHEATS:
+        raise click.UsageError(f"--cheat {cheat} is a fraud of one unit of many: add --parallel 2x2.")
     plan = Plan(
         cheat=cheat or "", kill=bool(kill), steps=steps, seed=seed, keep=keep, path=path, notaries=int(notaries)
     )
@@ -170,15 +178,17 @@ def demo(
     click.get_current_context().exit(1 if outcome.failures else 0)
 
 
-def _parallel(shape: str, *, slow: bool, path: Path | None, as_json: bool) -> None:
+def _parallel(shape: str, *, slow: bool, cheat: str, path: Path | None, as_json: bool) -> None:
     """The demonstration of a parallel job. `slow` links are slowed by an in-process shaper at both ends."""
     from peer.demo_parallel import run_parallel_demo, words_of
 
     stages, _, replicas = shape.lower().partition("x")
     if not (stages.isdecimal() and replicas.isdecimal() and 2 <= int(stages) * int(replicas) <= 16):
         raise click.UsageError(f"--parallel {shape}: write as in 2x2, 2 to 16 units in all.")
+    if cheat and cheat not in UNIT_CHEATS:
+        raise click.UsageError(f"--cheat {cheat} with --parallel: a unit commits {' or '.join(UNIT_CHEATS)}.")
     outcome = run_parallel_demo(
-        stages=int(stages), replicas=int(replicas), steps=8, slow=slow, path=path,
+        stages=int(stages), replicas=int(replicas), steps=8, slow=slow, cheat=cheat, path=path,
         say=lambda line: click.echo(line, err=as_json),
     )  # fmt: skip
     click.echo(words_of(outcome), err=as_json)

@@ -17,14 +17,16 @@ from typing import Any, Final
 
 import msgspec
 
+from peer.client import Client
 from peer.demo import DemoFailed, ichiba
 from peer.lan import LAN_RULES, SUBMITTER_FREE_MICRO, Lan, Member
 from protocol.credits import credits_of
 from protocol.records import ROLE_SOLVER, ROLE_VERIFIER
 
-__all__ = ["SLOW", "run_parallel_demo", "words_of"]
+__all__ = ["CHEAT", "SLOW", "caught_words", "run_parallel_demo", "words_of"]
 
 SLOW: Final = "50ms,100mbit"
+CHEAT: Final = "solver-1"  # the cheapest, so it has a unit
 SECONDS_MAX: Final = 1500.0
 LOOK_SECONDS: Final = 1.0
 MODEL: Final = '''\
@@ -81,22 +83,26 @@ micro_batches = 4
 
 
 def run_parallel_demo(
-    *, stages: int, replicas: int, steps: int, slow: bool, path: Path | None, say: Callable[[str], None]
+    *, stages: int, replicas: int, steps: int, slow: bool, cheat: str, path: Path | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Start a submitter and a solver for each unit, train, and stop them. Returns the figures, `failures` among them:
-    what was not as it should be. slow: links of SLOW, by an in-process shaper at both ends. Raises IchibaError."""
+    what was not as it should be. slow: links of SLOW, by an in-process shaper at both ends. cheat: of
+    worker.cheats.UNIT_CHEATS, which CHEAT commits; there is one more solver then, who is dearer. Raises IchibaError."""
     place = path or Path(tempfile.mkdtemp(prefix="ichiba-parallel-"))
     both = ROLE_SOLVER | ROLE_VERIFIER  # each also checks the units of others, when its own is done
     wanted = [Member(name="submitter", roles=0, free_micro=SUBMITTER_FREE_MICRO)]
     solvers = range(1, stages * replicas + 1)
     wanted += [Member(name=f"solver-{n}", roles=both, unit_price=1200 + 10 * n) for n in solvers]
+    if cheat:
+        wanted[1] = msgspec.structs.replace(wanted[1], cheat=cheat)
+        wanted.append(Member(name=f"solver-{len(wanted)}", roles=both, unit_price=1800))
     lan = Lan.create(place / "swarm", wanted, rules=msgspec.structs.replace(LAN_RULES, proposal_ms=15_000))
     if slow:
         os.environ["ICHIBA_SHAPE"] = SLOW
     try:
         lan.start(lambda name: say(f"{name} runs"))
         lan.meet(seconds=180)
-        return _train(lan, place, stages, replicas, steps, say) | {"slow": slow}
+        return _train(lan, place, stages, replicas, steps, cheat, say) | {"slow": slow}
     finally:
         os.environ.pop("ICHIBA_SHAPE", None)
         lan.stop()
@@ -105,7 +111,7 @@ def run_parallel_demo(
 
 
 def _train(
-    lan: Lan, place: Path, stages: int, replicas: int, steps: int, say: Callable[[str], None]
+    lan: Lan, place: Path, stages: int, replicas: int, steps: int, cheat: str, say: Callable[[str], None]
 ) -> dict[str, Any]:
     job_dir = place / "job"
     job_dir.mkdir(parents=True)
@@ -132,13 +138,21 @@ def _train(
             raise DemoFailed(f"the run is not over after {SECONDS_MAX:g} s", next_step="ichiba why JOB")
         time.sleep(LOOK_SECONDS)
     seconds = time.monotonic() - began
+    caught = _caught(lan, client, found, cheat)
+    for words in caught_words(caught):
+        say(words)
     failures = [] if found["state"] == "done" else [f"the run {found['state']}: {found['reason']}"]
+    guilty = sorted(lan.name_of(peer) for peer in found["culprits"])
+    if guilty != [CHEAT] * bool(cheat) or {one["solver"] for one in caught} != set(guilty):
+        who = ", ".join(guilty) or "nobody"
+        failures.append(f"{who} was slashed, {len(caught)} with a place, and {CHEAT if cheat else 'nobody'} cheated")
     proofs = 0
-    if not failures:
+    if found["state"] == "done":
         ichiba(["job", "get", job, "-o", str(place / "result"), "--data", submitter.data])
         proofs = len(units)
     wallet = client.command("wallet", all=True)
-    unpaid = [d["solver"] for d in found["deals"] if d["paid_micro"] != d["vouchers_micro"]]
+    honest = [d for d in found["deals"] if not (cheat and lan.name_of(d["solver"]) == CHEAT)]
+    unpaid = [lan.name_of(d["solver"]) for d in honest if d["paid_micro"] != d["vouchers_micro"]]
     failures += [f"{name} was not paid all its vouchers" for name in unpaid]
     return {
         "job": job, "stages": stages, "replicas": replicas, "steps": steps, "segments": found["segments"],
@@ -146,7 +160,34 @@ def _train(
         "launched_s": launched_s, "first_segment_s": first_s, "seconds": seconds, "proofs": proofs,
         "checked": sum(len(d["drawn"]) for d in found["deals"]), "paid_micro": found["paid_micro"],
         "spent_micro": found["spent_micro"], "total_micro": wallet["total_micro"], "failures": failures,
+        "cheat": cheat, "caught": caught, "slashed_micro": found["slashed_micro"], "rewinds": found["run"]["rewinds"],
     }  # fmt: skip
+
+
+def _caught(lan: Lan, client: Client, found: dict[str, Any], cheat: str) -> list[dict[str, Any]]:
+    """Each deal that was slashed: whose, of which unit, and the first segment that checkers found wrong."""
+    slashed = {d["deal"]: d for d in found["deals"] if d["state"] == "slashed"}
+    told: dict[str, dict[str, Any]] = {}
+    for event in client.events(found["job"]):
+        if event["kind"] != "unit-verdict" or event["finding"] != "wrong" or event["deal"] not in slashed:
+            continue
+        unit = found["run"]["units"][event["unit"]]
+        first = {"unit": unit["unit"], "stage": unit["stage"], "replica": unit["replica"], "checkers": []}
+        one = told.setdefault(event["deal"], first | {"segment": event["wrong_segment"], "cheat": cheat})
+        one["solver"] = lan.name_of(slashed[event["deal"]]["solver"])
+        one["segment"] = min(one["segment"], event["wrong_segment"])
+        one["checkers"].append(lan.name_of(event["checker"]))
+    return list(told.values())
+
+
+def caught_words(caught: list[dict[str, Any]]) -> list[str]:
+    """Who was caught at what, a sentence each."""
+    return [
+        f"Caught: {one['solver']} had stage {one['stage']} of replica {one['replica']}, and its segment "
+        f"{one['segment']} is wrong ({one['cheat']}): {' and '.join(one['checkers'])} repeated it from its checkpoint "
+        "and its tape."
+        for one in caught
+    ]
 
 
 def words_of(outcome: dict[str, Any]) -> str:
@@ -154,15 +195,20 @@ def words_of(outcome: dict[str, Any]) -> str:
     if outcome["failures"]:
         return "This went wrong: " + "; ".join(outcome["failures"]) + "."
     units = outcome["stages"] * outcome["replicas"]
+    cheated = []
+    if outcome["cheat"]:
+        back = f"the run went back {outcome['rewinds']} time{'s' * (outcome['rewinds'] != 1)}"
+        slashed = f"It lost {credits_of(outcome['slashed_micro'])} credits of stake and all pay; {back}, and others"
+        cheated = [*caught_words(outcome["caught"]), f"{slashed} trained what it had spoilt again."]
     links = f"links of {SLOW}" if outcome["slow"] else "the links of this machine"
     return " ".join(
         (
-            f"Placed: {units} units at {len(outcome['placed'])} solvers, launched {outcome['launched_s']:.0f} s after "
-            "the offer.",
+            f"Placed: {units} units at {units} solvers, launched {outcome['launched_s']:.0f} s after the offer.",
             f"Trained: {outcome['steps']} steps over {links}, the first segment signed for by all after "
             f"{outcome['first_segment_s']:.0f} s.",
-            f"Verified: {outcome['checked']} segments of units were re-executed alone from their tapes, each bit the "
-            f"same; {outcome['proofs']} proofs check offline.",
+            *cheated,
+            f"Verified: {outcome['checked']} segments of units were re-executed alone from their tapes, each bit of "
+            f"the honest ones the same; {outcome['proofs']} proofs check offline.",
             f"Paid: {credits_of(outcome['paid_micro'])} credits to the solvers and "
             f"{credits_of(outcome['spent_micro'] - outcome['paid_micro'])} for checks; all accounts still add up.",
         )

@@ -10,13 +10,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 import peer.lan
-from peer.cli_swarm import CHEATS as OFFERED_CHEATS
 from peer.cli_swarm import closing_words
+from peer.cli_swarm import demo as demo_command
 from peer.demo import DemoFailed, Outcome, Plan
 from peer.demo_story import Story, curve, money_rows, sparkline
 from peer.lan import LAN_RULES, Lan, LanProblem, Running, alive, born, command, descendants, members
@@ -24,7 +26,7 @@ from protocol.keys import peer_key
 from protocol.network import load
 from protocol.program import Program, program_id
 from protocol.records import ROLE_SOLVER, ROLE_VERIFIER, ROLE_WHISTLEBLOWER
-from worker.cheats import CHEATS
+from worker.cheats import CHEATS, UNIT_CHEATS
 from worker.prepare import prepare
 from worker.training import SegmentResult, run_segments
 
@@ -190,7 +192,15 @@ def test_no_daemon_outlives_whoever_started_it_however_it_dies(tmp_path: Path) -
 
 # --- the frauds --------------------------------------------------------------------------------------------
 def test_the_command_line_offers_every_fraud_the_worker_knows() -> None:
-    assert OFFERED_CHEATS == CHEATS
+    (offered,) = [option.type for option in demo_command.params if option.name == "cheat"]
+    assert isinstance(offered, click.Choice)
+    assert tuple(offered.choices) == (*CHEATS, *UNIT_CHEATS)
+
+
+@pytest.mark.parametrize("words", [["--cheat", "skip-backward"], ["--cheat", "skip-step", "--parallel", "2x2"]])
+def test_a_fraud_that_the_job_cannot_suffer_is_refused(words: list[str]) -> None:
+    told = CliRunner().invoke(demo_command, words)
+    assert told.exit_code == 2 and "parallel" in told.output, told.output
 
 
 @pytest.mark.parametrize("cheat", CHEATS)

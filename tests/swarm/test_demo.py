@@ -1,4 +1,4 @@
-"""The demonstration on real processes: a whole job, a cheat, a solver that dies, and nothing left behind."""
+"""The demonstration on real processes: a whole job, a cheat, a cheating unit, a solver that dies, and nothing left."""
 
 from __future__ import annotations
 
@@ -110,3 +110,21 @@ def test_a_swarm_goes_up_answers_and_goes_down_for_good(tmp_path: Path) -> None:
         assert born(one["pid"]) is None
     again = ichiba("swarm", "down", "--dir", where, "--json")
     assert (again.returncode, json.loads(again.stdout)["stopped"]) == (0, 0)
+
+
+def test_a_cheating_unit_is_found_named_and_slashed_and_the_run_comes_to_its_end() -> None:
+    done = ichiba("swarm", "demo", "--parallel", "2x1", "--cheat", "skip-backward", "--json")
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["failures"] == [] and line["cheat"] == "skip-backward"
+    (caught,) = line["caught"]
+    assert caught["solver"] == "solver-1" and caught["cheat"] == "skip-backward"
+    assert caught["stage"] in (0, 1) and caught["replica"] == 0
+    assert 1 <= caught["segment"] < line["segments"], "the first segment of a cheat is honest"
+    assert len(set(caught["checkers"])) >= 2 and "solver-1" not in caught["checkers"]
+    assert line["slashed_micro"] > 0 and line["rewinds"] == 1
+    assert line["proofs"] == 2, "the weights of both stages are here, with a proof each"
+    assert line["paid_micro"] > 0
+    told = f"Caught: solver-1 had stage {caught['stage']} of replica 0, and its segment {caught['segment']} is wrong"
+    assert done.stderr.count(told) == 2, "when it is known, and at the end"
+    assert "lost" in done.stderr.splitlines()[-1]
