@@ -326,6 +326,70 @@ def test_rows_that_a_middle_stage_needs_are_refused_it() -> None:
     assert len(cut(program, stages=6, micro_batches=1)) == 6
 
 
+class _Chain(nn.Module):
+    """Layers of one width behind a wide one, whose place is all the work, so that a balanced cut is next to it."""
+
+    def __init__(self, *, heavy_first: bool, tied: bool = False) -> None:
+        super().__init__()
+        widths = [(64, 8), (8, 8), (8, 8)] if heavy_first else [(8, 8), (8, 8), (8, 64)]
+        self.layers = nn.ModuleList([nn.Linear(a, b, bias=False) for a, b in widths])
+        if tied:
+            self.layers[2].weight = self.layers[1].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.flatten(1)
+        for layer in self.layers:
+            h = torch.tanh(layer(h))
+        return h
+
+
+def _chain(*, heavy_first: bool, tied: bool = False) -> Program:
+    def build() -> Training:
+        model = _Chain(heavy_first=heavy_first, tied=tied)
+        wide = model.layers[2].weight.shape[0]
+        example = {"x": torch.zeros(4, 8 if heavy_first else 2, 8 if heavy_first else 4)}
+        example["y"] = torch.zeros(4, wide)
+        return Training(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1), example)
+
+    return capture_built(build).program
+
+
+@pytest.mark.parametrize("heavy_first", [True, False])
+def test_a_kept_end_of_the_model_has_weights_that_hide_what_it_reads(heavy_first: bool) -> None:
+    program = _chain(heavy_first=heavy_first)
+    parts = cut(program, stages=3, micro_batches=2, keep=(0, 2))
+    for stage in (0, 2):
+        assert parts[stage].program.inputs_of("parameter")
+    bare = [
+        at
+        for at in range(1, len(Places(StepParts(program), 2, private=True).order) - 1)
+        if not _cuts_at(program, at, keep=(0,))
+    ]
+    assert bare, "before the first weights rows would cross as they are"
+
+
+def _cuts_at(program: Program, at: int, *, keep: tuple[int, ...]) -> bool:
+    try:
+        cut(program, stages=2, micro_batches=2, keep=keep, at=[at])
+    except NotParallel as error:
+        assert "as they are" in str(error) or "as a kept stage does" in str(error), error
+        return False
+    return True
+
+
+def test_a_weight_that_a_kept_stage_shares_is_refused() -> None:
+    program = _chain(heavy_first=False, tied=True)
+    with pytest.raises(NotParallel, match="would leave stage"):
+        cut(program, stages=3, micro_batches=2, keep=(0, 2), at=_between(program))
+
+
+def _between(program: Program) -> list[int]:
+    """Cuts before the second and before the third product of the forward pass."""
+    places = Places(StepParts(program), 2, private=True)
+    products = [place for place, number in enumerate(places.order) if places.parts.node(number).op == "mm.default"]
+    return products[1:3]
+
+
 # --- what does not split -----------------------------------------------------------------------------------
 def _unlike_rows() -> Training:
     def loss(found: Tensor, wanted: Tensor) -> Tensor:

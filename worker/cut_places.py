@@ -276,8 +276,8 @@ def choose_cuts(
     """The places before which to cut, `stages` - 1 of them, ascending.
 
     speeds: of the devices of each stage, in any unit. slack: see SLACK. kept: stages that the submitter holds; where
-    places are private, no other stage reads a batch input. Raises NotParallel where that cannot be, or there are fewer
-    nodes than stages.
+    places are private, no other stage reads a batch input, and a kept end of the model has weights of its own. Raises
+    NotParallel where that cannot be, or there are fewer nodes than stages.
     """
     count, kept = len(places.order), set(kept)
     if count < stages:
@@ -294,6 +294,8 @@ def choose_cuts(
         first = np.searchsorted(total, total - limit * rates[stage] * (1 + 1e-12), side="left")
         return first if stage in kept else np.maximum(first, barrier)
 
+    may_end = _may_end(places, stages, kept)
+
     def feasible(limit: float) -> bool:
         ends = np.zeros(count + 1, dtype=bool)
         ends[0] = True
@@ -301,6 +303,7 @@ def choose_cuts(
             before = np.concatenate(([0], np.cumsum(ends)))
             # before[j] counts possible ends below j, so a stage of one place or more ends at j if any is in range.
             ends = before[np.arange(count + 1)] > before[np.minimum(starts(stage, limit), np.arange(count + 1))]
+            ends &= may_end[stage]
         return bool(ends[count])
 
     high = float(total[-1] / rates.min())
@@ -314,10 +317,28 @@ def choose_cuts(
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (low, middle) if feasible(middle) else (middle, high)
-    return _least_traffic(places, [starts(stage, high * (1 + slack)) for stage in range(stages)])
+    return _least_traffic(places, [starts(stage, high * (1 + slack)) for stage in range(stages)], may_end)
 
 
-def _least_traffic(places: Places, starts: list[NDArray[np.int64]]) -> tuple[int, ...]:
+def _may_end(places: Places, stages: int, kept: Iterable[int]) -> NDArray[np.bool_]:
+    """Where each stage may end: bool (stages, places + 1). A first stage that is kept has the first weights that the
+    forward pass reads, and a last one the last: without them it would hand on rows or labels as they are."""
+    parts = places.parts
+    roles = [item.role for item in parts.program.inputs]
+    weighted = [
+        place
+        for place, number in enumerate(places.order)
+        if any(roles[base] == "parameter" for ref in parts.node(number).refs() for base in places.bases.get(ref, ()))
+    ]
+    found = np.ones((stages, len(places.order) + 1), dtype=np.bool_)
+    if 0 in kept and weighted and stages > 1:
+        found[0, : weighted[0] + 1] = False
+    if stages - 1 in kept and weighted and stages > 1:
+        found[stages - 2, weighted[-1] + 1 :] = False
+    return found
+
+
+def _least_traffic(places: Places, starts: list[NDArray[np.int64]], may_end: NDArray[np.bool_]) -> tuple[int, ...]:
     """Of the cuts whose stages begin no earlier than `starts` of their end says, those over which the fewest bytes go.
 
     Dynamic programming over the ends of each stage, with the least of a window that only moves on.
@@ -336,7 +357,7 @@ def _least_traffic(places: Places, starts: list[NDArray[np.int64]]) -> tuple[int
             window.append(end - 1)
             while window and window[0] < first[end]:
                 window.popleft()
-            if window:
+            if window and may_end[stage, end]:
                 begun[end] = window[0]
                 following[end] = best[window[0]] + (crossing[end] if stage < len(starts) - 1 else 0.0)
         came.append(begun)

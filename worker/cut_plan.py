@@ -150,7 +150,7 @@ class Cut:
         return self.stage_of.get(gradient, self.owner[gradient])
 
     def check(self, kept: frozenset[int]) -> None:
-        """Raises NotParallel if the update does not split, or another stage would read what a kept one reads."""
+        """Raises NotParallel if the update does not split, or what is private to kept stages would leave them."""
         parts, owner = self.parts, self.owner
         for number, home in self.home.items():
             for node in parts.cone(parts.new_state[parts.program.inputs[number].name]):
@@ -170,3 +170,53 @@ class Cut:
                     f"stage {min(stages - kept)} reads {parts.program.inputs[number].name}, as a kept stage does",
                     next_step='keep = ["first", "last"] in [privacy] of job.toml, or fewer stages',
                 )
+        for stage in sorted(kept):
+            out = self.ahead[stage] if stage + 1 < self.stages and stage + 1 not in kept else ()
+            back = self.back[stage] if stage and stage - 1 not in kept else ()
+            self._check_private(kept, stage, (*out, *back))
+
+    def _check_private(self, kept: frozenset[int], stage: int, crossing: Iterable[tuple[int, bool]]) -> None:
+        """Raises NotParallel where a kept stage would hand to one that is not kept a weight of its own, or rows or
+        labels that no such weight hides."""
+        inputs = self.parts.program.inputs
+        for number, rows in crossing:
+            if not rows:
+                name = inputs[number].name if number < len(inputs) else "the gradient of a weight"
+                raise NotParallel(
+                    f"{name} would leave stage {stage}, which you keep",
+                    why="a weight that several stages read crosses between them, and so does its gradient",
+                    next_step="give each stage weights of its own, as with an untied head, or do not keep the stage",
+                )
+            if number in self._bare(kept):
+                raise NotParallel(
+                    f"stage {stage}, which you keep, would hand on rows or labels as they are",
+                    why=f"nothing that only kept stages know has touched value {number} where the step is cut",
+                    next_step="fewer stages, so that a kept one has the first or the last weights",
+                )
+
+    def _bare(self, kept: frozenset[int]) -> set[int]:
+        """The values of kept stages that are made of rows or labels, and of no weight that only kept stages read.
+
+        What comes from a stage that is not kept is known there. Joined to others a bare value stays what it is.
+        """
+        parts, readers = self.parts, dict[int, set[int]]()
+        nodes = sorted((*self.places.order, *self.places.backward))
+        for number in nodes:
+            for ref in parts.node(number).refs():
+                for base in self.places.bases.get(ref, ()):
+                    readers.setdefault(base, set()).add(self.stage_of[number])
+        inputs = enumerate(parts.program.inputs)
+        roles = {number: item.role for number, item in inputs}
+        secret = {base for base, stages in readers.items() if roles[base] == "parameter" and stages <= kept}
+        bare, covered = {number for number, role in roles.items() if role == "batch"}, set[int]()
+        for number in nodes:
+            if self.stage_of[number] not in kept:
+                continue
+            refs = set(parts.node(number).refs())
+            bases = frozenset[int]().union(*(self.places.bases.get(ref, frozenset()) for ref in refs))
+            hidden = bool(refs & covered or bases & secret)
+            if refs & bare and (not hidden or parts.node(number).op == "cat.default"):
+                bare.add(number)
+            elif hidden:
+                covered.add(number)
+        return bare
