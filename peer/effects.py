@@ -209,12 +209,12 @@ class Performer:
         self.nursery.start_soon(self._work, order, self.working[order.work])
 
     async def _work(self, order: StartWork, running: _Running) -> None:
-        error, done = "", None
+        error, blames, done = "", -1, None
         with running.scope:
             try:
                 done = await self._run(order)
             except WorkFailed as failure:
-                error = f"{failure.code}: {failure}"
+                error, blames = f"{failure.code}: {failure}", failure.unit
                 log.warning("work failed: %s\n%s", error, failure.log_tail)
                 if failure.code == "bad-data":
                     self.states.drop(order.work)  # if it went on from one, the disk damaged it: the checkpoint is left
@@ -232,7 +232,7 @@ class Performer:
         if running.again is not None:
             self._start_work(running.again)
         elif suspended is None and not running.scope.cancelled_caught:
-            await self.inbox.send(WorkEnded(order.work, error))
+            await self.inbox.send(WorkEnded(order.work, error, blames))
 
     async def _run(self, order: StartWork) -> WorkDone:
         if self.workshop is None:

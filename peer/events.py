@@ -180,10 +180,12 @@ class ProfileMade:
 
 @dataclass(frozen=True)
 class WorkEnded:
-    """The worker is gone. `error` is empty after a complete run."""
+    """The worker is gone. `error` is empty after a complete run. blames: the neighbour whose payload it could not
+    decode, by the number of its unit; else -1."""
 
     work: bytes
     error: str = ""
+    blames: int = -1
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from peer.desk import Desk
 from peer.events import Protect, SegmentMade, StartWork, StepMade, StopWork, WorkEnded
 from peer.jobs import JobDesk
 from peer.run_events import LinkEnds
-from peer.units import Delivered, Units, stage_of
+from peer.units import Complaint, Delivered, Units, stage_of
 from protocol import params
 from protocol.errors import VerificationFailed
 from protocol.script import content_of
@@ -26,12 +26,14 @@ __all__ = ["KeptUnits"]
 
 @dataclass
 class KeptUnits:
-    """See the module docstring. `deliver(job, segment, end)` has every segment, in order, until it is taken."""
+    """See the module docstring. `deliver(job, segment, end)` has every segment, in order, until it is taken;
+    `complain(job, complaint)` what keeps the one that is due from its end."""
 
     desk: Desk
     units: Units
     jobs: JobDesk
     deliver: Callable[[Job, int, Delivered], None]
+    complain: Callable[[Job, Complaint], None]
     working: dict[bytes, int] = field(default_factory=dict)  # job -> workers of it that failed in a row
     made: dict[tuple[bytes, int], tuple[SegmentMade, LinkEnds]] = field(default_factory=dict)
 
@@ -83,9 +85,14 @@ class KeptUnits:
         self.working.clear()
 
     def tick(self) -> None:
-        """Ask again for signatures that lack."""
+        """Ask again for signatures that lack, and say which neighbour keeps a unit from the end of its segment."""
         for work in list(self.working):
-            self.offer(self.jobs.jobs[work])
+            job = self.jobs.jobs[work]
+            complaint = self.units.disputed.get((work, job.segment))
+            if complaint is None:
+                self.offer(job)
+            else:
+                self.complain(job, complaint)
 
     def offer(self, job: Job) -> None:
         """Deliver the segment that is due, if it is made and the neighbours have signed for it."""
@@ -126,8 +133,11 @@ class KeptUnits:
         """A worker that failed starts again from the last segment that all agree on, a bounded number of times."""
         if event.work not in self.working or not event.error:
             return
-        self.working[event.work] += 1
         job = self.jobs.jobs[event.work]
+        done = [segment for work, segment in self.made if work == job.id]
+        if self.units.complains(job.id, event.blames, max(done, default=job.segment - 1) + 1):
+            return
+        self.working[event.work] += 1
         self.desk.emit("problem", job.id, what=f"the worker failed: {event.error}")
         for key in [key for key in self.made if key[0] == job.id]:
             del self.made[key]

@@ -480,7 +480,7 @@ class Node:
             rm.HandoverAsk: self.units.on_ask,
             rm.HandoverGiven: self.units.on_given,
             rm.UnitWaiting: self.runs.watch.on_waiting,
-            rm.UnitDisputed: self.runs.on_disputed,
+            rm.UnitDisputed: self.runs.quarrels.on_disputed,
         }
         acts[type(message)](peer, message)
 

@@ -5,7 +5,7 @@ Part of peer/messages.py, which is where to import them from. Each is repeated b
 
 from __future__ import annotations
 
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
@@ -79,11 +79,14 @@ class UnitWaiting(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
 
 
 class UnitDisputed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="unit-disputed"):
-    """A solver hands in no receipt of this segment: what it received of `unit` is not what that signed."""
+    """A solver hands in no receipt of this segment, for what it received of `unit`, from this peer, is not what that
+    signed (`differs`), or was no tensor of its crossing (`no-tensor`)."""
 
     agreement: Digest
     segment: Uint
     unit: Unit
+    peer: PeerKey
+    what: Literal["differs", "no-tensor"]
 
 
 RunMessage: TypeAlias = Launch | Launched | Held | HandoverAsk | HandoverGiven | UnitWaiting | UnitDisputed

@@ -24,4 +24,5 @@ class Run(msgspec.Struct, kw_only=True):
     cuts: dict[int, list[tuple[bytes, bytes]]] = msgspec.field(default_factory=dict)
     fruitless: int = 0  # times it went back, in a row
     rewinds: int = 0
+    quarrels: list[tuple[bytes, bytes]] = msgspec.field(default_factory=list)  # who complained of whom, each once
     failed: str = ""  # why it is being ended

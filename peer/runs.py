@@ -23,20 +23,21 @@ from peer.jobs import JobDesk
 from peer.kept import KeptUnits
 from peer.messages import Decline, ReceiptOffer
 from peer.parallel import ParallelDesk, Wanted
+from peer.quarrels import Quarrels
 from peer.receipt_rows import Rows
 from peer.run_events import LinkEnds
-from peer.run_messages import Launch, Launched, UnitDisputed
+from peer.run_messages import Launch, Launched
 from peer.run_row import Run
 from peer.run_watch import RunWatch
 from peer.settler import Settler
 from peer.submitter import Submitter
 from peer.units import Delivered, Units, faults_of, stage_of
 from protocol import params
-from protocol.errors import InsufficientFunds, VerificationFailed
+from protocol.errors import InsufficientFunds
 from protocol.keys import peer_name
 from protocol.lifecycle import TERMINAL, Event, State
 from protocol.records import Receipt
-from protocol.stage import Stage, links_in
+from protocol.stage import Stage
 
 __all__ = ["RunDesk"]
 
@@ -60,7 +61,8 @@ class RunDesk:
     again: dict[bytes, int] = field(default_factory=dict)  # deal -> launch again at
 
     def __post_init__(self) -> None:
-        self.kept = KeptUnits(self.desk, self.units, self.jobs, self._kept_ended)
+        self.quarrels = Quarrels(self.desk, self.jobs, self.submitter, self.runs, self._save, self.rewind)
+        self.kept = KeptUnits(self.desk, self.units, self.jobs, self._kept_ended, self.quarrels.of_kept)
         self.watch = RunWatch(self.desk, self.jobs, self.submitter, self.held)
         self.jobs.on_unit_back = self.unit_back
         self.submitter.on_unit_right, self.submitter.on_unit_wrong = self.unit_right, self.unit_wrong
@@ -307,7 +309,7 @@ class RunDesk:
         )  # fmt: skip
         if faults:
             for unit, why in sorted(faults.items()):
-                self._blame(run, children[unit], why)
+                self.quarrels.blame(run, children[unit], why)
             self.rewind(run, run.segment, "; ".join(f"unit {unit} {why}" for unit, why in sorted(faults.items())))
             return
         self._agree(run, children, here)
@@ -393,26 +395,11 @@ class RunDesk:
         job = self.jobs.jobs[deal.job]
         run = self.runs[job.parent]
         culprit = self.submitter.solver_of(deal)
-        self._exclude(run, culprit)
+        self.quarrels.exclude(run, culprit)
         if deal.id in run.lineage and self.jobs.jobs[run.id].open:
             self.rewind(run, self._first(deal), f"the work of {peer_name(culprit)[:12]} on unit {job.unit} was wrong")
         elif job.deal == deal.id:
             self.jobs.reoffer(job, "the work was wrong")
-
-    def _exclude(self, run: Run, solver: bytes) -> None:
-        for child in self._children(run):
-            if solver not in child.culprits:
-                child.culprits.append(solver)
-                self.jobs.save(child)
-
-    def _blame(self, run: Run, child: Job, why: str) -> None:
-        """A unit's solver lied about its links, and its own signatures show it: it gets no unit of this run again."""
-        deal = self._deal(child)
-        if deal is None:
-            return
-        solver = self.submitter.solver_of(deal)
-        self.desk.penalise(solver, f"unit {child.unit} {why}"[:200])
-        self._exclude(run, solver)
 
     def rewind(self, run: Run, segment: int, why: str) -> None:
         """Take all units back to a segment before which the states of all are known: every deal ends with what was
@@ -459,27 +446,9 @@ class RunDesk:
             self.desk.send(solver, Decline(deal.id, "expired", why))
         elif deal.lifecycle == State.RUNNING:
             self.submitter.lose(deal, why)
-            if rests is None:
-                child.resting.pop(solver, None)
-
-    def on_disputed(self, peer: bytes, message: UnitDisputed) -> None:
-        """A solver received of a neighbour what that does not sign for. Nobody else can tell which of the two is wrong:
-        neither is paid for the segment, both make room, and all go back to its start."""
-        deal = self.submitter.deals.get(message.agreement)
-        if deal is None or self.submitter.solver_of(deal) != peer or deal.lifecycle != State.RUNNING:
-            return
-        job = self.jobs.jobs[deal.job]
-        run = self.runs.get(job.parent)
-        if run is None or job.deal != deal.id or message.segment != run.segment:
-            return
-        children = self._children(run)
-        if message.unit not in {link.other for link in links_in(self._stage(job))}:
-            raise VerificationFailed(f"unit {job.unit} complains of unit {message.unit}, which is no neighbour")
-        rest_ns = self.desk.now_ns + params.SOLVER_REST_NS
-        both = [p for p in (peer, run.peers[message.unit]) if p != self.desk.me]
-        for child in children:
-            child.resting.update(dict.fromkeys(both, rest_ns))
-        self.rewind(run, run.segment, f"units {job.unit} and {message.unit} differ about what went between them")
+            child.resting.pop(solver, None)
+            if rests is not None:
+                child.resting[solver] = rests
 
     def reasons(self, job: Job) -> list[Reason]:
         """Why a run waits: for solvers, for money, or some of its units for others."""

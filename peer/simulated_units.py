@@ -6,6 +6,7 @@ Launch names, or has made it before. What goes over a link has a hash that follo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -37,6 +38,7 @@ class RunningUnit:
     segment: int
     last: int
     told_ns: int = 0
+    failed: bool = False  # its worker is gone
 
 
 @dataclass
@@ -45,6 +47,7 @@ class SimulatedUnits:
 
     simulation: Simulation
     ends: dict[bytes, LinkEnds] = field(default_factory=dict)  # of each unit's checkpoint
+    complaints: Counter[str] = field(default_factory=Counter)  # of the units of each peer: who slanders, of all in turn
     made: set[tuple[bytes, int, int]] = field(default_factory=set)  # run, unit, segment: what it sent is on its disk
     bad_tapes: set[bytes] = field(default_factory=set)
 
@@ -97,6 +100,8 @@ class SimulatedUnits:
         unit = peer.units.get(event.work)
         if unit is None:
             return False
+        if unit.failed:
+            return not (isinstance(event, WorkEnded) and event.error)
         again: Input = event
         segment = unit.segment
         if isinstance(event, WorkEnded):
@@ -106,6 +111,10 @@ class SimulatedUnits:
             return event.step > 0 and bool(self._missing(unit))
         else:
             missing = self._missing(unit)
+            if event.segment == segment and not missing and (bad := self._undecoded(peer, unit)) >= 0:
+                unit.failed = True
+                self.simulation.at(1, peer, WorkEnded(event.work, "bad-payload: it is no tensor", bad))
+                return True
             if event.segment == segment and not missing:
                 unit.segment += 1
                 self.made.add((unit.order.run, unit.order.unit, segment))
@@ -120,6 +129,15 @@ class SimulatedUnits:
         """The neighbours that do not give a unit what it needs for its segment."""
         links: tuple[Link, ...] = links_in(unit.stage)
         return tuple(sorted({link.other for link in links if not self._gives(unit, link.other)}))
+
+    def _undecoded(self, peer: SimulatedPeer, unit: RunningUnit) -> int:
+        """The first neighbour whose tensors a unit cannot decode, or says so of; else -1."""
+        others = sorted({link.other for link in links_in(unit.stage)})
+        found = [o for o in others if peer.slanders or self.simulation.by_key[unit.order.peers[o]].garbles]
+        if not found or not unit.segment:
+            return -1
+        self.complaints[peer.name] += 1
+        return found[(self.complaints[peer.name] - 1) % len(found)]
 
     def _gives(self, unit: RunningUnit, other: int) -> bool:
         order = unit.order

@@ -111,6 +111,8 @@ class SimulatedPeer:
     withholds: set[str] = field(default_factory=set)  # names of peers that it serves no blob to
     link_lie: bool = False  # its units' states say that they sent what they did not
     bad_tape: bool = False  # its units' states name tapes that lack what they ask for
+    garbles: bool = False  # what its units send from segment 1 on is no tensor
+    slanders: bool = False  # its units say that of what they get, from segment 1 on
     silent: bool = False  # it answers no question of a dispute
     noise_ppb: int = 1000  # of the distances that its profiles find: as much to three times as much
     gauges: tuple[Gauge, ...] = ()  # that its profiles name

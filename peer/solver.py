@@ -15,17 +15,7 @@ import msgspec
 from peer import messages as m
 from peer.acceptance import Acceptance
 from peer.bidding import Bidder
-from peer.deals import (
-    Deal,
-    agreement_of,
-    make_claim,
-    make_proof,
-    make_receipt,
-    move,
-    proof_root,
-    save,
-    task_of,
-)  # fmt: skip
+from peer.deals import Deal, agreement_of, make_claim, make_proof, make_receipt, move, proof_root, save, task_of
 from peer.desk import Desk
 from peer.events import (
     Fetch,
@@ -275,6 +265,9 @@ class Solver:
         deal = self.deals.get(event.work)
         if deal is None or deal.lifecycle != State.RUNNING or not event.error:
             return
+        first = agreement_of(deal, self.desk.network.id).first_segment
+        if self.units.complains(event.work, event.blames, first + deal.made):
+            return  # what is done about it is its submitter's to say
         deal.failures += 1
         self.desk.emit("problem", deal=deal.id, what=f"the worker failed: {event.error}")
         if event.error.startswith("diverged"):

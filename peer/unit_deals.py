@@ -80,7 +80,7 @@ class UnitDeals:
             again = self.desk.now_ns >= self.units.ask_again.get(deal.id, 0)
             if blamed is not None and again:
                 self.units.ask_again[deal.id] = self.desk.now_ns + params.RESEND_NS
-                self.desk.send(self._submitter(deal), rm.UnitDisputed(deal.id, segment, blamed))
+                self.desk.send(self._submitter(deal), rm.UnitDisputed(deal.id, segment, *blamed))
             elif deal.receipts < deal.made and self.units.handovers(deal.id, segment) is None:
                 self.units.ask(deal.id, segment)
 

@@ -93,6 +93,7 @@ class UnitExchange:
     _patience: trio.CancelScope | None = None
     _tape: _TapeFile | None = None
     _parts: list[bytes] = field(default_factory=list)
+    fed: set[int] = field(default_factory=set)  # the units of whose tensors the worker had one
 
     def serves(self, cage: Cage, patience: trio.CancelScope) -> None:
         """From now on `cage` is the worker, and the deadline of `patience` its own."""
@@ -110,14 +111,14 @@ class UnitExchange:
             async with self._waiting(f"unit {said.key.unit} did not send {said.key}"):
                 payload = await self.port.want(said.key)
             if len(payload) > bytes_max:
-                raise WorkFailed(
-                    "bad-payload", f"unit {said.key.unit} sent {len(payload)} bytes for {said.key}, at most {bytes_max}"
-                )
+                what = f"unit {said.key.unit} sent {len(payload)} bytes for {said.key}, at most {bytes_max}"
+                raise WorkFailed("bad-payload", what, unit=said.key.unit)
             head = entry_head(said.key, payload)
             await tape.append(head, payload)
         else:
             head, payload = replayed
         assert self._cage is not None, "a worker speaks only after it was given its job"
+        self.fed.add(said.key.unit)
         await self._cage.feed(FEED + head, payload)
 
     async def bytes_of(self, header: Sent, event: CheckpointBytes) -> None:

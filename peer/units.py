@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -24,7 +25,7 @@ from protocol.handover import Handover, check_handover, hand_over, open_handover
 from protocol.stage import Link, Stage, links_in, links_out
 from protocol.task import TaskSpec
 
-__all__ = ["Delivered", "Seat", "Units", "faults_of", "row_of", "stage_of"]
+__all__ = ["Complaint", "Delivered", "Seat", "Units", "faults_of", "row_of", "stage_of"]
 
 _SEATS, _HANDED = "seats", "handed"
 _SEGMENTS_AHEAD = 2  # a neighbour is at most about a step ahead: handovers of later segments are not kept
@@ -53,6 +54,14 @@ class Seat(msgspec.Struct, kw_only=True):
     since: list[int]
     stage: Stage
     ended: int = 0
+
+
+class Complaint(NamedTuple):
+    """Why a unit hands in no receipt of a segment: what came from the unit of that number, then at that peer."""
+
+    unit: int
+    peer: bytes
+    what: Literal["differs", "no-tensor"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ class Units:
     seats: dict[bytes, Seat] = field(default_factory=dict)
     handed: dict[tuple[bytes, int], LinkEnds] = field(default_factory=dict)  # (work, segment) -> its ends
     given: dict[tuple[bytes, int, Link], bytes] = field(default_factory=dict)  # link: as in links_in of the work
-    disputed: dict[tuple[bytes, int], int] = field(default_factory=dict)  # (work, segment) -> the unit it blames
+    disputed: dict[tuple[bytes, int], Complaint] = field(default_factory=dict)  # (work, segment)
     on_ready: Callable[[bytes], None] = lambda _: None
     ask_again: dict[bytes, int] = field(default_factory=dict)
 
@@ -154,6 +163,8 @@ class Units:
             self.desk.save(_HANDED, _key(*key), None)
         for link in [link for link in self.given if link[0] == work]:
             del self.given[link]
+        for at in [at for at in self.disputed if at[0] == work]:
+            del self.disputed[at]
         self.ask_again.pop(work, None)
 
     # --- the end of a segment ------------------------------------------------------------------------------
@@ -236,11 +247,24 @@ class Units:
         try:
             check_handover(signed, expected, seat.peers[link.other])
         except VerificationFailed as error:
-            self.disputed.setdefault((seat.work, segment), link.other)
+            blamed = Complaint(link.other, seat.peers[link.other], "differs")
+            self.disputed.setdefault((seat.work, segment), blamed)
             self.desk.emit("problem", what=f"segment {segment} of unit {seat.unit}: {error}")
         else:
-            if self.disputed.get((seat.work, segment)) == link.other:
+            blamed = Complaint(link.other, seat.peers[link.other], "differs")
+            if self.disputed.get((seat.work, segment)) == blamed:
                 del self.disputed[seat.work, segment]  # it had signed something else before
+
+    def complains(self, work: bytes, unit: int, segment: int) -> bool:
+        """The worker of a unit could not decode what a neighbour sent in `segment`: whether that is one, and another
+        peer. To start the worker again would help nothing, for its tape feeds it the same."""
+        seat = self.seats.get(work)
+        near = seat is not None and unit in {link.other for link in links_in(seat.stage)}
+        if seat is None or not near or seat.peers[unit] == self.desk.me:
+            return False
+        self.disputed[work, segment] = Complaint(unit, seat.peers[unit], "no-tensor")
+        self.desk.emit("problem", what=f"segment {segment} of unit {seat.unit}: unit {unit} sent what is no tensor")
+        return True
 
     def settled(self, work: bytes, step: int) -> None:
         """All units have ended the steps before this one: what was sent in them need not be kept."""

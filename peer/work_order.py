@@ -21,11 +21,14 @@ class WorkFailed(IchibaError):
     Codes: deadline, out-of-memory, killed, filter, no-reply, short-checkpoint, oversize-checkpoint, bad-frame,
     oversize-frame, wrong-reply, extra-bytes, log-flood, disk, missing-input, sandbox-failed; of a unit, no-neighbour,
     bad-payload (a neighbour's fault); and, told by the worker itself, bad-task, bad-program, bad-data, bad-payload,
-    bad-tape (of a check: the tape cannot be what the segment received), cannot-start, internal.
+    bad-tape (of a check: the tape cannot be what the segment received), cannot-start, internal. unit: of bad-payload,
+    the neighbour; else -1.
     """
 
-    def __init__(self, code: str, what: str, why: str = "", log_tail: str = "", *, next_step: str = "") -> None:
-        self.code, self.log_tail = code, log_tail
+    def __init__(
+        self, code: str, what: str, why: str = "", log_tail: str = "", *, next_step: str = "", unit: int = -1
+    ) -> None:
+        self.code, self.log_tail, self.unit = code, log_tail, unit
         super().__init__(what, why=why, next_step=next_step)
 
 

@@ -79,7 +79,9 @@ class Progress:
         elif isinstance(event, Root):
             self.root = event.root
         elif isinstance(event, Failed):
-            raise WorkFailed(event.code, f"the worker gave up: {harmless(event.what)}", harmless(event.why))
+            fed = self.exchange.fed if self.exchange is not None and event.code == "bad-payload" else ()
+            unit = event.unit if event.unit in fed else -1
+            raise WorkFailed(event.code, f"the worker gave up: {harmless(event.what)}", harmless(event.why), unit=unit)
 
     @property
     def _part(self) -> Path:

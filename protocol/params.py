@@ -497,6 +497,7 @@ UNIT_WAIT_NS: Final = 2 * 10**9  # a unit that waits so long for a neighbour say
 UNIT_STALL_NS: Final = 60 * 10**9  # who is waited for and makes no step in this time is replaced
 LAUNCH_WAIT_NS: Final = 600 * 10**9  # a solver gives up a unit that is not launched: the others are not to be had
 HELD_SILENCES_MAX: Final = 4  # times check_silence_ms that a receipt may wait for those of the other units
+QUARRELS_KEPT: Final = 256  # of a run, about links: each took it back, so an honest one has few
 REWINDS_MAX: Final = 8  # in a row that brought a run no further
 UNIT_TAPE_BYTES_MAX: Final = 16 * 1024**3  # what a unit received in one segment: at most as much as a checkpoint
 HANDOVERS_KEPT: Final = 8  # segments of a unit whose ends are kept to be signed again: it waits for receipts before

@@ -334,7 +334,7 @@ class _Chain(nn.Module):
         widths = [(64, 8), (8, 8), (8, 8)] if heavy_first else [(8, 8), (8, 8), (8, 64)]
         self.layers = nn.ModuleList([nn.Linear(a, b, bias=False) for a, b in widths])
         if tied:
-            self.layers[2].weight = self.layers[1].weight
+            self.layers[2].weight = self.layers[0].weight
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.flatten(1)

@@ -10,6 +10,7 @@ import pytest
 from peer.deals import task_of
 from peer.simulated_faults import SECOND, Faults
 from peer.simulator import Simulation
+from protocol import params
 from protocol.keys import peer_name
 from protocol.script import content_of
 from tests.run_scene import make_run_swarm, run_state, run_until, submit_run, until_over
@@ -154,6 +155,114 @@ def test_units_that_differ_about_a_link_both_make_room() -> None:
     assert found["run"]["rewinds"] >= 1
     liar = peer_name(simulation.peers["s0"].key.public)
     assert not any(d["vouchers_micro"] for d in found["deals"] if d["solver"] == liar)
+
+
+def name(simulation: Simulation, peer: str) -> str:
+    return peer_name(simulation.peers[peer].key.public)
+
+
+def rests(simulation: Simulation) -> set[str]:
+    """Who rested in any unit of alice's runs."""
+    alice = simulation.peers["alice"].node
+    assert alice is not None
+    return {simulation.by_key[peer].name for job in alice.jobs.jobs.values() for peer in job.resting}
+
+
+def test_a_unit_whose_tensors_nobody_can_decode_makes_room_and_those_who_said_so_do_not() -> None:
+    simulation = make_run_swarm(15, solvers=8)
+    simulation.peers["s0"].garbles = True
+    job = submit_run(simulation)["job"]
+    found = until_over(simulation, job, seconds=3000)
+    simulation.check_quiet()
+    assert found["state"] == "done", found
+    assert found["culprits"] in ([], [name(simulation, "s0")]) and not found["slashed_micro"]
+    quarrels = told(simulation, "quarrel")
+    assert quarrels and {q["sender"] for q in quarrels} == {simulation.peers["s0"].key.public}
+    assert {q["what"] for q in quarrels} == {"no-tensor"}
+    assert all(d["paid_micro"] == d["vouchers_micro"] for d in found["deals"])
+    problems = [data for _, peer, kind, data in simulation.log if kind == "gave-up"]
+    assert not problems, "nobody gave its deal up, as who fails does"
+
+
+def test_a_unit_that_a_second_neighbour_complains_of_is_replaced_alone() -> None:
+    simulation = make_run_swarm(16, solvers=5)
+    simulation.peers["s0"].garbles = True
+    job = submit_run(simulation)["job"]
+    found = until_over(simulation, job, seconds=3000)
+    simulation.check_quiet()
+    assert found["state"] == "done", found
+    assert found["culprits"] == [name(simulation, "s0")] and not found["slashed_micro"]
+    assert told(simulation, "quarrel")[-1]["guilty"] == simulation.peers["s0"].key.public
+    assert rests(simulation) <= {"s0"}, "who complained of it rests no longer"
+
+
+def test_of_two_who_quarrel_the_one_that_was_complained_of_is_tried_again_first() -> None:
+    simulation = make_run_swarm(17, solvers=5)
+    simulation.peers["s0"].slanders = True
+    job = submit_run(simulation)["job"]
+    found = until_over(simulation, job, seconds=3000)
+    simulation.check_quiet()
+    assert found["state"] == "done" and found["run"]["rewinds"] == 1, found
+    (quarrel,) = told(simulation, "quarrel")
+    assert quarrel["receiver"] == simulation.peers["s0"].key.public and not quarrel["guilty"]
+    assert found["culprits"] == [] and not found["slashed_micro"]
+
+
+def test_a_unit_that_complains_of_one_neighbour_after_the_other_is_the_one_to_go() -> None:
+    simulation = make_run_swarm(21, solvers=4)  # all are needed, so they meet again
+    simulation.peers["s0"].slanders = True
+    job = submit_run(simulation)["job"]
+    run_until(simulation, lambda: bool(run_state(simulation, job)["culprits"]), seconds=3000)
+    assert run_state(simulation, job)["culprits"] == [name(simulation, "s0")]
+    assert {q["receiver"] for q in told(simulation, "quarrel")} == {simulation.peers["s0"].key.public}
+    assert rests(simulation) <= {"s0"}
+    simulation.command("alice", "cancel", {"job": job})
+    found = until_over(simulation, job)
+    simulation.check_quiet()
+    assert found["state"] == "cancelled" and not found["slashed_micro"]
+
+
+@pytest.mark.parametrize("fault", ["garbles", "slanders"])
+def test_beside_a_unit_that_is_kept_who_is_wrong_is_known_at_once(fault: str) -> None:
+    simulation = make_run_swarm(18, solvers=3)
+    setattr(simulation.peers["s0"], fault, True)
+    job = submit_run(simulation, stages=3, replicas=1, kept=(0, 2))["job"]
+    found = until_over(simulation, job, seconds=600)
+    simulation.check_quiet()
+    assert found["state"] == "done", found
+    assert found["run"]["rewinds"] == 1 and found["culprits"] == [name(simulation, "s0")]
+    (quarrel,) = told(simulation, "quarrel")
+    assert quarrel["guilty"] == simulation.peers["s0"].key.public and not found["slashed_micro"]
+
+
+def test_a_quarrel_that_never_ends_ends_the_run() -> None:
+    simulation = make_run_swarm(19, solvers=2)
+    simulation.peers["s0"].garbles = True
+    job = submit_run(simulation, stages=2, replicas=1)["job"]
+    found = until_over(simulation, job, seconds=6000)
+    simulation.check_quiet()
+    assert found["state"] == "failed" and "could not decode" in found["reason"], found
+    assert len(told(simulation, "quarrel")) <= params.REWINDS_MAX
+    assert all(d["paid_micro"] == d["vouchers_micro"] for d in found["deals"]) and not found["slashed_micro"]
+
+
+@pytest.mark.parametrize("fault", ["garbles", "slanders"])
+def test_a_restart_forgets_no_quarrel(fault: str) -> None:
+    simulation = make_run_swarm(20, solvers=8)
+    setattr(simulation.peers["s0"], fault, True)
+    job = submit_run(simulation)["job"]
+    run_until(simulation, lambda: bool(told(simulation, "quarrel")), seconds=120)
+    node = simulation.peers["alice"].node
+    assert node is not None
+    before = node.runs.runs[bytes.fromhex(job)].quarrels
+    simulation.crash("alice", for_ns=4 * SECOND)
+    simulation.run(seconds=5)
+    node = simulation.peers["alice"].node
+    assert node is not None and before
+    assert node.runs.runs[bytes.fromhex(job)].quarrels[: len(before)] == before
+    found = until_over(simulation, job, seconds=3000)
+    simulation.check_quiet()
+    assert found["state"] == "done", found
 
 
 def test_the_submitter_keeps_the_first_unit_and_the_last() -> None:

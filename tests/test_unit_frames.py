@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.unit_exchange import UnitExchange
-from peer.work_order import WorkFailed
+from peer.work_order import SegmentDone, WorkFailed, WorkOrder
+from peer.work_progress import Progress
 from protocol import params
 from protocol.payload import PayloadKey
 from tests.unit_scene import MemoryNet, stage_of, unit_program
 from worker.conversation import Conversation
-from worker.frames import BadReply, CheckpointBytes, Done, Reply, Segment, Step, frame
+from worker.frames import BadReply, CheckpointBytes, Done, Failed, Reply, Segment, Step, frame
 from worker.stage_frames import CrossingTalk, Need, Sent
 
 LOCAL: dict[str, Any] = {"replicas": 2, "sync": "local", "outer_rate_nano": 1, "outer_momentum_nano": 1}
@@ -185,5 +186,23 @@ async def test_a_payload_larger_than_its_tensor_is_not_fed(tmp_path: Any) -> Non
         exchange.serves(None, patience)  # type: ignore[arg-type]
         with pytest.raises(WorkFailed, match="33 bytes") as failed:
             await exchange.heard(Need(key("backward", 0, 0, 1)), 0, 32)
-    assert failed.value.code == "bad-payload"
+    assert failed.value.code == "bad-payload" and failed.value.unit == 1
     exchange.close()
+
+
+@pytest.mark.parametrize(
+    ("fed", "code", "unit"), [({1}, "bad-payload", 1), ({0}, "bad-payload", -1), ({1}, "bad-data", -1)]
+)
+async def test_a_worker_blames_only_a_neighbour_that_it_was_fed_something_of(
+    fed: set[int], code: Any, unit: int, tmp_path: Any
+) -> None:
+    exchange = UnitExchange(stage_of(0), MemoryNet(), talk_of(), tmp_path, "work", fed=fed)
+    order = WorkOrder("work", b"", tmp_path, {}, None, 1, 2, 1, 1, 1.0, 1)
+
+    async def none(_: SegmentDone) -> None:
+        await trio.lowlevel.checkpoint()
+
+    progress = Progress(order, tmp_path, lambda step, loss: None, none, exchange)
+    with pytest.raises(WorkFailed) as failed:
+        await progress.take(Failed(code, "no", "", 1), conversation())
+    assert (failed.value.code, failed.value.unit) == (code, unit)

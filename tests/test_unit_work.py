@@ -162,7 +162,7 @@ async def test_a_neighbours_bad_payload_ends_the_work_and_names_it(workshop: Wor
     with trio.fail_after(120), pytest.raises(WorkFailed) as failed:
         await run(workshop, pair[1], net, Heard())
     assert failed.value.code == "bad-payload", failed.value
-    assert "unit 0" in str(failed.value)
+    assert "unit 0" in str(failed.value) and failed.value.unit == 0
 
 
 @pytest.mark.parametrize("how", ["neither", "both", "no folder", "an ordinary task"])

@@ -118,8 +118,8 @@ class _LiveWire:
 class _Refused(Exception):
     """The job cannot be done; `code` says whose part of it is wrong."""
 
-    def __init__(self, code: frames.WorkerCode, error: BaseException) -> None:
-        self.code, self.error = code, error
+    def __init__(self, code: frames.WorkerCode, error: BaseException, unit: int = -1) -> None:
+        self.code, self.error, self.unit = code, error, unit
         super().__init__(str(error))
 
 
@@ -273,7 +273,7 @@ def work(job: frames.Work, descriptors: list[int], mouth: _Mouth, ear: _Ear) -> 
         code: frames.WorkerCode = "bad-data"
         if isinstance(error, BadPayload | BadTape):
             code = "bad-tape" if tapes else "bad-payload"
-        raise _Refused(code, error) from error
+        raise _Refused(code, error, error.unit if isinstance(error, BadPayload) else -1) from error
 
 
 def say_segments(
@@ -433,18 +433,18 @@ def serve(request: frames.Request, descriptors: list[int], mouth: _Mouth, ear: _
     try:
         work(request, descriptors, mouth, ear)
     except _Refused as refused:
-        yield _failed(refused.code, refused.error)
+        yield _failed(refused.code, refused.error, refused.unit)
     except MemoryError as error:
         yield _failed("out-of-memory", error)
     else:
         yield frames.Done()
 
 
-def _failed(code: frames.WorkerCode, error: BaseException) -> frames.Failed:
+def _failed(code: frames.WorkerCode, error: BaseException, unit: int = -1) -> frames.Failed:
     what = error.what if isinstance(error, IchibaError) else str(error) or type(error).__name__
     why = error.why if isinstance(error, IchibaError) else ""
     most = params.SANDBOX_TEXT_CHARS_MAX
-    return frames.Failed(code, what[:most], why[:most])
+    return frames.Failed(code, what[:most], why[:most], unit)
 
 
 def main(config: dict[str, Any]) -> None:

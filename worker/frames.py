@@ -235,11 +235,14 @@ class Output(_Frame, frozen=True, tag="output"):
 
 
 class Failed(_Frame, frozen=True, tag="failed"):
-    """The worker gave up. Its words are a stranger's: shown, never acted on."""
+    """The worker gave up. Its words are a stranger's: shown, never acted on.
+
+    unit: whose payload it could not decode; else -1."""
 
     code: WorkerCode
     what: Text
     why: Text
+    unit: Annotated[int, msgspec.Meta(ge=-1, lt=params.PARALLEL_UNITS_MAX)] = -1
 
 
 class Done(_Frame, frozen=True, tag="done"):

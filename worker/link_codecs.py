@@ -32,9 +32,13 @@ _SIDES: Final[tuple[Side, Side]] = ("send", "recv")
 
 
 class BadPayload(MalformedRecord):
-    """A neighbour sent what is no tensor of its crossing."""
+    """A neighbour, `unit`, sent what is no tensor of its crossing."""
 
     code = "bad-payload"
+
+    def __init__(self, unit: int, what: str, *, why: str) -> None:
+        self.unit = unit
+        super().__init__(what, why=why)
 
 
 def check_memory(task: TaskSpec, program: Program) -> None:
@@ -119,7 +123,7 @@ class LinkCodecs:
                 return _viewed(payload, kind)
             return compression.decode(codec, payload, kind.dtype, kind.shape, **place)
         except RemoteProtocolError as error:
-            raise BadPayload(f"{key} of unit {key.unit}: {error.what}", why=error.why) from error
+            raise BadPayload(key.unit, f"{key} of unit {key.unit}: {error.what}", why=error.why) from error
 
     def _codec(self, key: PayloadKey, side: Side) -> Codec:
         codec = self._stage.codec_of(key.flow, side)
@@ -203,7 +207,8 @@ class OuterChange:
             try:
                 deltas.append(compression.decode_outer(stage.shared, others[unit], shape, **place))
             except MalformedRecord as error:
-                raise BadPayload(f"the change of {name} by unit {unit}: {error.what}", why=error.why) from error
+                what = f"the change of {name} by unit {unit}: {error.what}"
+                raise BadPayload(unit, what, why=error.why) from error
         rate, factor = stage.outer_rate_nano / 1e9, stage.outer_momentum_nano / 1e9
         momentum = self._end[OUTER_PREFIX + name]
         new, after = compression.outer_step(self._start[name], compression.mean_of(deltas), momentum, rate, factor)
