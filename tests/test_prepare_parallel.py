@@ -163,6 +163,7 @@ def test_uncompressed_units_train_as_the_whole_does_bit_for_bit(job: Write) -> N
     assert run.whole.first_loss is not None
     row = 3 * 2 * 6 * 8 * 4  # micro-batches, rows, time, width, bytes
     assert run.border_bytes == ((row, row),)
+    assert run.shared_bytes == () and not run.gradient_bytes, "one replica shares with none"
     check_whole(run)
 
 

@@ -69,7 +69,7 @@ class PreparedRun:
 
     border_bytes: of each border between stages, what crosses it forward and backward in a step, as it travels.
     shared_bytes: of each stage, what one replica sends to each other one in an exchange, which is a step, or a segment
-    where replicas train alone. operations: of the whole job.
+    where replicas train alone; of none where there is one replica. operations: of the whole job.
     """
 
     whole: Prepared
@@ -88,7 +88,7 @@ class PreparedRun:
         """The most that a replica sends another in a step, on average, as it travels."""
         stage, job = self.units[0].stage, self.whole.job
         steps = job.steps_per_segment if stage.sync == "local" else 1
-        return -(-max(self.shared_bytes) // steps)
+        return -(-max(self.shared_bytes, default=0) // steps)
 
     def make_task(self, unit: int, *, program: bytes, arrays: Mapping[str, bytes], state: bytes) -> TaskSpec:
         """The task of a unit, from the blob ids of its program, of the arrays by name, and of its first state."""
@@ -150,7 +150,7 @@ def prepare_run(
         (_crossing(before, "forward", ahead), _crossing(after, "backward", back))
         for (before, after), (ahead, back) in zip(itertools.pairwise(first), travel.borders, strict=True)
     )
-    shared = tuple(_shared(part, stage_of(part)) for part in first)
+    shared = tuple(_shared(part, stage_of(part)) for part in first) if replicas > 1 else ()
     return PreparedRun(whole, units, borders, shared, operations)
 
 
