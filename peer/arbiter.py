@@ -120,7 +120,7 @@ class Arbiter:
         if not channel.locked:
             return "too-late", "the solver's lock is gone: the window for challenges is over"
         if any(f.root == file.root and f.challenge.challenger == file.challenge.challenger for f in going):
-            return "twice", "its challenger disputes this segment already"
+            return "twice", "its challenger disputes this already"
         return None
 
     def _make_room(self) -> None:
@@ -136,7 +136,7 @@ class Arbiter:
         if not waiting:
             return
         begun = [h for h in waiting if h.number]
-        first = min(waiting, key=lambda h: (h.file.challenge.created_ns, h.file.id))
+        first = min(waiting, key=lambda h: h.file.age)
         for hearing in waiting:
             if hearing in begun or (not begun and hearing is first):
                 if not hearing.opened_ns:
@@ -149,7 +149,8 @@ class Arbiter:
         if hearing.file.game is None:
             hearing.file.ask_program(self.desk)
         if hearing.file.by_jury:
-            self.juries[hearing.file.id] = Jury(self.desk, hearing, self._found_by_jury)
+            jury = Jury(self.desk, hearing, self._found_by_jury, self.hearings, self.rulings.own)
+            self.juries[hearing.file.id] = jury
         if self.ordered(hearing.file):
             self._rule(hearing, "forced", "segment", "forced", 0, bytes(32))
 

@@ -70,6 +70,11 @@ class Case:
         """Whether a dispute about it has no game, but jurors who execute the segment again (protocol/jury.py)."""
         return self.unit or self.tolerance is not None
 
+    def disputed(self, segment: int) -> int:
+        """What one dispute settles: a segment, or -1 for all of a proof that jurors judge. They need no player's moves,
+        so nobody can drag that out, and the first segment that is wrong convicts."""
+        return -1 if self.by_jury else segment
+
     @property
     def sources(self) -> tuple[bytes, ...]:
         """Who is asked for the blobs it takes."""

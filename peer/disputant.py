@@ -126,7 +126,7 @@ class Disputant:
             words = f"a wrong segment is not challenged: that takes a free stake of {credits_of(least)} credits"
             self.desk.emit("problem", what=f"{words} (`ichiba wallet stake {credits_of(least)}`)")
             return
-        root = (case.agreement_id, case.proof_id, case.segment)
+        root = (case.agreement_id, case.proof_id, case.disputed(case.segment))
         if any(p.file.root == root and not p.file.over for p in self.plays.values()):
             return
         challenge = Challenge(
@@ -404,14 +404,12 @@ class Disputant:
                            level=ruling.level, cause=ruling.cause)  # fmt: skip
             self.rulings.publish(play.file)
 
-    def ended(self, dispute: bytes, finding: str) -> None:
+    def ended(self, dispute: bytes, challenge: Challenge, finding: str) -> None:
         """An Arbitration is in the log: this dispute is over, and so are all of a root that is found wrong."""
-        if dispute not in self.plays:
-            return
-        root = self.plays[dispute].file.root
         for play in self.plays.values():
             file = play.file
-            if not file.over and (file.id == dispute or (file.root == root and finding in ("wrong", "forced"))):
+            decides = finding in ("wrong", "forced") and file.judged_with(challenge)
+            if not file.over and (file.id == dispute or decides):
                 file.kept.rulings = self.rulings.forget(file.id)
                 file.end(self.desk, finding)
                 self.desk.add(StopWork(play.work))
@@ -454,7 +452,7 @@ class Disputant:
         self.rulings.publish(file)
         silence_ns = (rules.dispute_replay_ms + rules.dispute_move_ms) * 10**6 * 4 * params.DISPUTE_LAPSE_CLOCKS
         if now >= file.kept.opened_ns + silence_ns:
-            self.ended(file.id, "lapsed")
+            self.ended(file.id, file.challenge, "lapsed")
 
     def _watch(self, play: Play) -> None:
         """It is over, perhaps before this peer saw how: ask for the moves and operands that are missing, to tell."""

@@ -67,8 +67,18 @@ class DisputeFile:
 
     @property
     def root(self) -> tuple[bytes, bytes, int]:
-        """What is disputed: one agreement, proof and segment. Its disputes are heard one at a time."""
-        return self.challenge.agreement, self.challenge.proof, self.challenge.segment
+        """What is disputed: agreement, proof and what `Case.disputed` says. Its disputes are heard one at a time."""
+        return self.challenge.agreement, self.challenge.proof, self.case.disputed(self.challenge.segment)
+
+    def judged_with(self, challenge: Challenge) -> bool:
+        """Whether a finding of wrong on that challenge decides this one as well."""
+        there = (challenge.agreement, challenge.proof, self.case.disputed(challenge.segment))
+        return self.root == there
+
+    @property
+    def age(self) -> tuple[int, bytes]:
+        """Of two disputes of one root the one that goes first has the lower."""
+        return self.challenge.created_ns, self.id
 
     @property
     def task(self) -> TaskSpec:

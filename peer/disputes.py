@@ -155,7 +155,7 @@ class Disputes:
         """The log took an Arbitration: its dispute is over, and so are those of a root that was judged with it."""
         self.rulings.found[judged.dispute] = judged.finding
         self.arbiter.ended(judged.dispute, judged.finding)
-        self.disputant.ended(judged.dispute, judged.finding)
+        self.disputant.ended(judged.dispute, judged.challenge, judged.finding)
         found = self.deal_of(agreement)
         if found is not None:
             self._deal_ruled(found[0], judged)

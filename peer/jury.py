@@ -3,11 +3,14 @@
 As many jurors are asked as are still needed for a quorum of one word; who stays silent is replaced by the next in the
 order of the draw. A juror's first verdict counts, and none of one who signed two. Every notary asks for itself and
 hears every verdict, so all come to the same finding; rulings of a quorum of notaries make it count.
+
+Of two right challenges of one proof only one may come to an Arbitration: else which finder is paid would depend on
+which one a peer heard first. Notaries hear the older first, and who ruled on one waits before it rules on another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -25,13 +28,17 @@ __all__ = ["Jury"]
 
 @dataclass
 class Jury:
-    """The jurors of one hearing. `rule(hearing, word)` ends it."""
+    """The jurors of one hearing. `rule(hearing, word)` ends it. hearings: all of this notary; ruled: its own finding on
+    a dispute that is not over, if it ruled on it."""
 
     desk: Desk
     hearing: Hearing
     rule: Callable[[Hearing, Word], None]
+    hearings: Mapping[bytes, Hearing] = field(default_factory=dict)
+    ruled: Callable[[bytes], str] = lambda _: ""
     asked: dict[bytes, int] = field(default_factory=dict)  # juror -> when it was first asked
     words: dict[bytes, set[Word]] = field(default_factory=dict)  # juror -> what it said: of an honest one there is one
+    others: dict[bytes, int] = field(default_factory=dict)  # disputes found wrong here -> since when that is known
     next_ns: int = 0
 
     @property
@@ -40,7 +47,8 @@ class Jury:
         return self.hearing.file.jurors(self.desk.network)
 
     def tick(self) -> None:
-        """Ask whom it takes for a quorum, and ask again who has not answered."""
+        """Ask whom it takes for a quorum, and ask again who has not answered; rule, if that had to wait."""
+        self._decide()
         now, rules = self.desk.now_ns, self.desk.network.rules
         if now < self.next_ns:
             return
@@ -75,6 +83,25 @@ class Jury:
         self.words.setdefault(verdict.checker, set()).add(word)
         self.desk.emit("juror", dispute=file.id, juror=verdict.checker, finding=word.finding,
                        l1_ppb=verdict.l1_ppb, l2_ppb=verdict.l2_ppb)  # fmt: skip
+        self._decide()
+
+    def _decide(self) -> None:
+        """Rule by the word of a quorum, if it is this hearing's turn."""
         found = decided(self.words, self.desk.network.rules.tolerant_quorum)
-        if found is not None:
+        if found is None or self.hearing.file.over or not self.hearing.opened_ns:
+            return
+        if found.finding == "right" or not self._waits():
             self.rule(self.hearing, found)
+
+    def _waits(self) -> bool:
+        """Whether another challenge, on which this notary ruled wrong, may still come to a quorum first. If notaries
+        are divided, those who ruled on the younger one give way."""
+        now, mine = self.desk.now_ns, self.hearing.file
+        for other in [h.file for h in self.hearings.values()]:
+            if other is mine or other.over or other.root != mine.root or self.ruled(other.id) != "wrong":
+                continue
+            since_ns = self.others.setdefault(other.id, now)
+            grace_ns = params.DISPUTE_GRACE_NS * (1 if mine.age < other.age else params.JURY_YOUNGER_WAITS)
+            if now < since_ns + grace_ns:
+                return True
+        return False

@@ -44,6 +44,11 @@ class Rulings:
         self.desk.save("rulings", file.id + ruling.notary, envelope)
         return True
 
+    def own(self, dispute: bytes) -> str:
+        """What this peer, a notary, ruled on a dispute that is not over; empty if it did not."""
+        held = self.held.get(dispute, {}).get(self.desk.me)
+        return held[0].finding if held is not None else ""
+
     def quorum(self, dispute: bytes) -> list[bytes]:
         """The envelopes of a quorum that agrees on all that money depends on; none while there is no such quorum."""
         held = self.held.get(dispute, {})

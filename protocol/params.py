@@ -373,6 +373,7 @@ QUESTION_BYTES_MAX: Final = 4096  # what a worker is asked about a step: positio
 DISPUTES_OPEN_MAX: Final = 32  # one notary hears at a time: each holds a Program and at most 1 MiB of moves
 DISPUTES_PER_CHALLENGER_MAX: Final = 4  # open at one notary: more would buy one challenger the bench
 DISPUTES_KEPT_MAX: Final = 16  # ended ones whose moves are kept for who looks on, 2 MiB at most; the oldest gives way
+JURY_YOUNGER_WAITS: Final = 4  # times the grace: of two right challenges the older has found its quorum by then
 JURORS_MAX: Final = 17  # of one dispute: twice the largest tolerant_quorum of a network and one more
 DISPUTE_WATCH_NS: Final = 60 * 10**9  # after the end, a looker-on asks so long for the moves it has not seen
 DISPUTE_GRACE_NS: Final = 8 * 10**9  # four resendings: a move that one notary has in time reaches all in this

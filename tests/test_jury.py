@@ -10,6 +10,7 @@ import pytest
 
 from peer.jury import Jury
 from peer.messages import CheckRequest, JuryAsk
+from protocol import params
 from protocol.codec import blake
 from protocol.jury import Word, cause_of, jury_of
 from protocol.keys import SigningKey, peer_name
@@ -28,6 +29,7 @@ PARTIES = frozenset(KEYS[name] for name in ("alice", "bob", "victor"))
 SECOND = 10**9
 PPB = 1000
 TOLERANCE = Tolerance(PPB, PPB, ())
+ROOT = (bytes(32), bytes(32), -1)
 CLAIMED, FOUND, OTHER = (blake("test/root", name) for name in (b"claimed", b"found", b"other"))
 
 
@@ -84,12 +86,18 @@ class Bench:
         )  # fmt: skip
         case = SimpleNamespace(random=RANDOM, request=request, tolerance=None if exact else TOLERANCE)
         self.file: Any = SimpleNamespace(
-            challenge=challenge, case=case, parties=PARTIES, over=False, id=bytes(32),
+            challenge=challenge, case=case, parties=PARTIES, over=False, id=bytes(32), root=ROOT, age=(5, bytes(32)),
             kept=SimpleNamespace(challenge=b"challenge"),
             jurors=lambda network: jury_of(RANDOM, 2, network, parties=PARTIES),
         )  # fmt: skip
-        hearing: Any = SimpleNamespace(file=self.file)
-        self.jury = Jury(self.desk, hearing, lambda _, word: self._rule(word))
+        self.hearing: Any = SimpleNamespace(file=self.file, opened_ns=1)
+        self.jury = Jury(self.desk, self.hearing, lambda _, word: self._rule(word))
+
+    def found_wrong_too(self, *, age: int, over: bool = False, root: Any = None) -> None:
+        """Another hearing, on which this notary ruled wrong."""
+        file = SimpleNamespace(id=OTHER, over=over, root=root or ROOT, age=(age, OTHER))
+        self.jury.hearings = {OTHER: SimpleNamespace(file=file), bytes(32): self.hearing}  # type: ignore[dict-item]
+        self.jury.ruled = lambda dispute: "wrong" if dispute == OTHER else ""
 
     def _rule(self, word: Word) -> None:
         self.ruled.append(word.finding)
@@ -215,3 +223,45 @@ def test_of_exact_work_nobody_measures_a_distance() -> None:
     for juror in bench.jury.jurors[:QUORUM]:
         bench.says(juror, "wrong", l2_ppb=1)
     assert bench.ruled == []
+
+
+# --- two challenges ------------------------------------------------------------------------------------------
+def heard(bench: Bench, word: str) -> list[str]:
+    """A quorum says it; what is ruled at once."""
+    for juror in bench.jury.jurors[:QUORUM]:
+        bench.says(juror, word)
+    return list(bench.ruled)
+
+
+@pytest.mark.parametrize(("age", "graces"), [(6, 1), (4, params.JURY_YOUNGER_WAITS)])
+def test_of_two_right_challenges_the_older_has_time_to_come_to_a_quorum(age: int, graces: int) -> None:
+    bench = Bench(exact=True)
+    bench.found_wrong_too(age=age)
+    assert heard(bench, "wrong") == []
+    wait = graces * params.DISPUTE_GRACE_NS // SECOND
+    bench.tick(wait - 1)
+    assert bench.ruled == [], "the other may still have its quorum"
+    bench.tick(1)
+    assert bench.ruled == ["wrong"], "it did not come to one: no cheat goes free by that"
+
+
+def test_nothing_waits_for_a_challenge_of_other_work_or_one_that_is_over() -> None:
+    for fields in ({"over": True}, {"root": (bytes(32), OTHER, -1)}):
+        bench = Bench(exact=True)
+        bench.found_wrong_too(age=4, **fields)
+        assert heard(bench, "wrong") == ["wrong"]
+
+
+def test_that_work_is_right_waits_for_nothing() -> None:
+    bench = Bench(exact=True)
+    bench.found_wrong_too(age=4)
+    assert heard(bench, "right") == ["right"]
+
+
+def test_a_jury_rules_when_its_hearing_has_its_turn() -> None:
+    bench = Bench()
+    bench.hearing.opened_ns = 0
+    assert heard(bench, "wrong") == []
+    bench.hearing.opened_ns = 1
+    bench.tick(0)
+    assert bench.ruled == ["wrong"]
