@@ -61,6 +61,8 @@ AMOUNT_MICRO_MAX: Final = 10**15  # a billion credits: sums of 1,000 of them sta
 STAKE_MOVE_MICRO_MIN: Final = 1_000  # a move of less would let a credit fill a sixteenth of everybody's log for good
 MOVES_KEPT_MAX: Final = 64  # moves of its own stake that a peer remembers; one that ended gives way
 UNBONDINGS_OF_OWNER_MAX: Final = 8  # withdrawals under way at once; a penalty takes from each, in one entry
+PROFIT_ASSUMED_PERMILLE: Final = 100  # of a price, what an honest solver keeps: false positives must not eat it
+FALSE_POSITIVES_ASSUMED_PPM: Final = 1_000  # of honest deals: exact mode has none, tolerant mode must stay below
 
 # --- mutual credit (peer/credit.py, peer/netting.py) -------------------------------------------------------
 CREDIT_LINES_MAX: Final = 1_024  # given or got by one peer: people it knows
@@ -126,10 +128,7 @@ PROPOSALS_PER_SUBMITTER_MAX: Final = 16  # that wait for one solver: a round giv
 PROPOSALS_WAITING_MAX: Final = 256  # for one solver's answer, up to 32 KiB each; one a bid, for about a round
 PASSED_OVER_MAX: Final = 5  # times in a row that one solver may bid and take other work before its bids rest
 NEWCOMER_DEALS: Final = 10  # below this many verified deals a solver is a newcomer (BOINC's rule, NOTES)
-
-# --- incentives (protocol/incentives.py) -------------------------------------------------------------------
-PROFIT_ASSUMED_PERMILLE: Final = 100  # of a price, what an honest solver keeps: false positives must not eat it
-FALSE_POSITIVES_ASSUMED_PPM: Final = 1_000  # of honest deals: exact mode has none, tolerant mode must stay below
+DIVERGED_SOLVERS: Final = 2  # a job fails as diverged when this many solvers say so: one could lie
 
 # --- sandboxed worker (DESIGN §12) ----------------------------------------------------------------------------
 # Names of the levels 0 to 4 that offers, asks and bids carry; what each is worth is proven by worker/sandbox.py.
@@ -158,6 +157,7 @@ SUSPEND_SECONDS: Final = 10  # a worker hands over its state in this, else it is
 SUSPEND_SECONDS_MAX: Final = 60  # the most an owner may allow: a control call must still be answered in 120 s
 SUSPENDED_STATES_MAX: Final = 8  # kept at once, the oldest gives way: a deal for each slot and the queued checks
 SUSPENDED_RECORD_BYTES_MAX: Final = 1024 * 1024  # 100,000 losses of 9 bytes and some roots
+FREED_MEMORY_KEPT_BYTES_MAX: Final = 512 * 1024**2  # by a worker: page faults cost exact products 3 times their work
 
 # --- the key file and the wallet ---------------------------------------------------------------------------
 PASSPHRASE_CHARS_MIN: Final = 8
@@ -278,10 +278,6 @@ CONTROL_IDLE_SECONDS_MAX: Final = 60.0  # a body, or a reader, that moves no byt
 CONTROL_KEEP_SECONDS_MAX: Final = 30.0  # an idle connection is kept for the next call
 CONTROL_CONNECTIONS_MAX: Final = 64  # a dashboard and a few dozen followers
 CONTROL_CHUNK_BYTES: Final = 256 * 1024  # of a blob on its way through the socket
-
-# --- exact arithmetic --------------------------------------------------------------------------------------
-FREED_MEMORY_KEPT_BYTES_MAX: Final = 512 * 1024**2  # by a worker: page faults cost exact products 3 times their work
-DIVERGED_SOLVERS: Final = 2  # a job fails as diverged when this many solvers say so: one could lie
 
 # --- preparing a job (worker/prepare.py) -------------------------------------------------------------------
 WORKER_BASE_BYTES: Final = 512 * 1024**2  # torch and its libraries, beside what a step holds
