@@ -20,7 +20,7 @@ from protocol.link_report import LinkReport, MeasuredLink
 from protocol.records import Bid, open_record
 from tests.cli_scene import ichiba, lines, serve
 from tests.fake_daemon import FakeDaemon
-from tests.run_scene import make_run_swarm, submit_run, until_over
+from tests.run_scene import make_run_swarm, run_state, run_until, submit_run, until_over
 
 NEAR = ("s2", "s3", "s4", "s5")  # the dearer four, in one room; the others are far from everybody
 
@@ -86,6 +86,29 @@ def test_it_survives_a_restart(played: tuple[Simulation, str]) -> None:
     simulation.crash("alice", for_ns=10**9)
     simulation.run(seconds=5)
     assert placings_of(played) == before
+
+
+def test_a_unit_that_is_kept_and_one_that_is_given_away_again_are_placed_beside_the_others() -> None:
+    simulation = make_run_swarm(6, solvers=5)
+    job = submit_run(simulation, segments=6, kept=(0,), border_bytes=[[10**6, 10**6]])["job"]
+
+    def second() -> bool:
+        return run_state(simulation, job).get("segments_done", 0) >= 2
+
+    run_until(simulation, second)
+    lost = run_state(simulation, job)["run"]["units"][2]["solver"]
+    simulation.crash(next(p.name for p in simulation.peers.values() if peer_name(p.key.public) == lost), for_ns=0)
+    assert until_over(simulation, job)["state"] == "done"
+    first, again = placings_of((simulation, job))
+    me = simulation.peers["alice"].key.public
+    assert first.solvers == ((0, me),) and [one.unit for one in first.units] == [1, 2, 3]
+    assert [one.unit for one in again.units] == [2] and [unit for unit, _ in again.solvers] == [0, 1, 3]
+    before, after = check_placing(first), check_placing(again)
+    assert {unit: one.bid.solver for unit, one in before.chosen.items() if unit != 2} == dict(again.solvers[1:])
+    assert peer_name(after.chosen[2].bid.solver) != lost
+    moved = msgspec.structs.replace(again, solvers=(*again.solvers[:2], (3, after.chosen[2].bid.solver)))
+    with pytest.raises(VerificationFailed, match="could not have it"):
+        check_placing(moved)
 
 
 def test_dearer_units_two_for_one_and_bids_that_are_not_there_are_refused(played: tuple[Simulation, str]) -> None:
