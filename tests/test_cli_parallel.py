@@ -112,6 +112,13 @@ def test_fast_links_that_peers_reported_lead_to_float32_and_slow_ones_do_not(
     assert plan["quickest_s"] <= plan["step_s"] <= 1.1 * plan["quickest_s"]
 
 
+def test_one_replica_shares_with_nobody(daemon: FakeDaemon, home: Path, swarm: Simulation, tmp_path: Path) -> None:
+    plan, stages, words = submitted(home, write(tmp_path / "job", AUTO.replace("replicas = 2", "replicas = 1")), daemon)
+    assert (plan["sync"], plan["share"], plan["by_share"]) == ("none", "none", [])
+    assert {(s.sync, s.shared) for s in stages} == {("none", Codec("float32"))}
+    assert words.splitlines()[1].startswith('compress = "4/8": as usual')
+
+
 def test_what_job_toml_says_is_taken_over_any_links(
     daemon: FakeDaemon, home: Path, swarm: Simulation, tmp_path: Path
 ) -> None:
