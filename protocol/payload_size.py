@@ -19,6 +19,7 @@ from protocol.stage import FLOWS, Codec, Flow
 
 __all__ = [
     "CHECKSUM_BYTES",
+    "FIRST_ITEM_BYTES",
     "HEADER_BYTES",
     "OUTER_FOUR_BITS",
     "SPARSE_BUCKET",
@@ -37,6 +38,7 @@ __all__ = [
 TILE_VALUES: Final = 32  # that share a scale
 HEADER_BYTES: Final = 2  # of a tile or sparse payload: what its scale bytes count from
 CHECKSUM_BYTES: Final = 8  # of a change payload
+FIRST_ITEM_BYTES: Final = 2  # of a value in a change payload whose example was never sent: bfloat16
 SPARSE_CHUNK: Final = 4096  # values among which the largest are chosen
 SPARSE_BUCKET: Final = 32  # one value of so many is sent
 
@@ -103,7 +105,8 @@ def payload_bytes(codec: Codec, dtype: str, shape: Sequence[int], *, flow: Flow,
     if not 0 <= unseen <= rows:
         raise LocalProtocolError(f"{unseen} rows never sent of a tensor of shape {tuple(shape)}")
     width = math.prod(shape[1:])
-    return CHECKSUM_BYTES + 4 * unseen * width + tile_bytes(tile_form(codec.bits, flow), (rows - unseen) * width)
+    changes = tile_bytes(tile_form(codec.bits, flow), (rows - unseen) * width)
+    return CHECKSUM_BYTES + FIRST_ITEM_BYTES * unseen * width + changes
 
 
 def stream_number(flow: Flow, unit: int, micro_batch: int, index: int) -> int:

@@ -72,9 +72,10 @@ def test_both_ends_stay_in_step(batches: list[list[int]], bits: int) -> None:
             if rows.index(row) == place:
                 assert torch.equal(found[place], sender.kept[row])
             if not known[place]:
-                assert torch.equal(found[place], x[place])
+                assert torch.equal(found[place], x[place].bfloat16().float())
         largest = max((float((x[i] - before[row]).abs().max()) for i, row in enumerate(rows) if known[i]), default=0.0)
-        assert not rows or float((found - x).abs().max()) <= 1.13 * largest / (2**bits - 1) + 1e-6
+        first = [float(x[i].abs().max()) / 256 for i in range(len(rows)) if not known[i]]
+        assert not rows or float((found - x).abs().max()) <= max(1.13 * largest / (2**bits - 1) + 1e-6, *first, 0.0)
         assert set(sender.seen.nonzero().flatten().tolist()) == {row for rows in batches[: step + 1] for row in rows}
 
 
@@ -85,7 +86,7 @@ def test_what_repeats_is_sent_ever_closer() -> None:
     for step in range(12):
         y = x + 0.5**step * drawn(step + 1, 1)
         errors.append(float((receiver.take(sender.send(y, [2], step, CHANGE2), [2], step, CHANGE2) - y).abs().max()))
-    assert errors[0] == 0.0
+    assert errors[0] <= float((x + drawn(1, 1)).abs().max()) / 256, "half a unit of bfloat16's last place"
     assert errors[-1] < 0.01 * errors[1]
 
 

@@ -1,7 +1,7 @@
 """Activations as the change since the example was last sent, which both ends remember (AQ-SGD, arXiv 2206.01299).
 
 Both ends hold kept, float32 (examples, ...), and seen, uint8 (examples,). A row of a micro-batch whose example was
-never sent travels as it is; another as what it changed, in tiles; both ends then keep the example as decoded. An
+never sent travels as bfloat16; another as what it changed, in tiles; both ends then keep the example as decoded. An
 example may stand in a micro-batch twice: each of its rows is sent against the memory *before* the micro-batch, and the
 first of them is kept. All is therefore a function of the memory, the row numbers and the payload.
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from protocol.codec import blake
 from protocol.errors import LocalProtocolError, MalformedRecord, RemoteProtocolError
-from protocol.payload_size import CHECKSUM_BYTES, noise_key, payload_bytes, tile_form
+from protocol.payload_size import CHECKSUM_BYTES, FIRST_ITEM_BYTES, noise_key, payload_bytes, tile_form
 from protocol.stage import Codec
 from worker.compression.codecs import checked_length, flat
 from worker.compression.tiles import LARGEST, NotFinite, pack_tiles, unpack_tiles
@@ -79,6 +79,18 @@ class _Micro:
         self._seen[examples] = 1
 
 
+def _rounded(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """float32 to the nearest bfloat16, ties to even, as its bits; NaN and infinity stay what they are or become the
+    other, and are refused as either."""
+    bits = values.astype("<f4", copy=False).view("<u4")
+    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+
+
+def _widened(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """bfloat16 bits as float32."""
+    return (bits.astype("<u4") << 16).view("<f4").astype(np.float32, copy=False)
+
+
 def unseen_rows(seen: Tensor, rows: Sequence[int]) -> int:
     """How many of a micro-batch's rows are of examples never sent, as payload_bytes asks."""
     return int((seen[torch.as_tensor(np.asarray(rows, dtype=np.int64))] == 0).sum())
@@ -91,7 +103,7 @@ def encode_change(
 
     kept: float32 (examples, ...), seen: uint8 (examples,), dense, on the CPU: written in place, only if nothing is
     raised. rows: the number of each row's example. seed, step, stream: as for encode. The payload: 8 bytes of checksum,
-    the rows never sent as float32, the changes of the others in tiles; payload_bytes(..., unseen=unseen_rows(seen,
+    the rows never sent as bfloat16, the changes of the others in tiles; payload_bytes(..., unseen=unseen_rows(seen,
     rows)) bytes. Raises NotFinite as encode does, LocalProtocolError for shapes or rows that do not fit.
     """
     micro, key = _Micro(kept, seen, rows), noise_key(seed, stream)
@@ -99,6 +111,8 @@ def encode_change(
         raise LocalProtocolError(f"activations of shape {tuple(tensor.shape)}, the memory and rows say {micro.shape}")
     values = flat(tensor).reshape(micro.rows.size, micro.width)
     full = values[~micro.known]
+    first = _rounded(full)
+    full = _widened(first)
     if not bool((np.abs(full) < LARGEST).all()):
         raise NotFinite(f"an activation of shape {tuple(tensor.shape)}")
     form = tile_form(codec.bits, "forward")
@@ -107,7 +121,7 @@ def encode_change(
     packed = pack_tiles(change, form, key=key, step=step)
     new = micro.after(full, unpack_tiles(packed, form, change.size, key=key, step=step))
     micro.remember(new)
-    return micro.checksum(new, key, step) + full.astype("<f4", copy=False).tobytes() + packed
+    return micro.checksum(new, key, step) + first.tobytes() + packed
 
 
 def decode_change(
@@ -130,8 +144,8 @@ def decode_change(
     micro, key = _Micro(kept, seen, rows), noise_key(seed, stream)
     due = payload_bytes(codec, "float32", micro.shape, flow="forward", unseen=micro.unseen)
     checked_length(payload, due, f"{micro.shape} with {micro.unseen} rows never sent")
-    end = CHECKSUM_BYTES + 4 * micro.unseen * micro.width
-    full = np.frombuffer(payload[CHECKSUM_BYTES:end], dtype="<f4").astype(np.float32)
+    end = CHECKSUM_BYTES + FIRST_ITEM_BYTES * micro.unseen * micro.width
+    full = _widened(np.frombuffer(payload[CHECKSUM_BYTES:end], dtype="<u2"))
     if not bool((np.abs(full) < LARGEST).all()):
         raise MalformedRecord("a row holds NaN, infinity or a magnitude of 2**127 or more")
     form = tile_form(codec.bits, "forward")
