@@ -72,24 +72,22 @@ class Stream:
 
     async def receive_some(self, bytes_max: int) -> bytes:
         """1 to `bytes_max` bytes, or none at the end. Raises PeerUnreachable, LimitExceeded."""
-        try:
-            data = await self._carrier.receive_some(bytes_max)
-        except CARRIER_FAULTS as fault:
-            raise PeerUnreachable("the stream broke", why=str(fault)) from None
-        if self._left is not None:
-            self._left -= len(data)
-            if self._left < 0:
-                raise LimitExceeded("the peer sends more on a stream than it may")
-        return data
+        return bytes(await self.receive_view(bytes_max))
 
     async def receive_view(self, bytes_max: int) -> memoryview:
         """As `receive_some`, without a copy where the carrier makes none; keep it only while it is used."""
-        if self._left is not None or not isinstance(self._carrier, MuxStream):
-            return memoryview(await self.receive_some(bytes_max))
         try:
-            return await self._carrier.receive_view(bytes_max)
+            if isinstance(self._carrier, MuxStream):
+                view = await self._carrier.receive_view(bytes_max)
+            else:
+                view = memoryview(await self._carrier.receive_some(bytes_max))
         except CARRIER_FAULTS as fault:
             raise PeerUnreachable("the stream broke", why=str(fault)) from None
+        if self._left is not None:
+            self._left -= len(view)
+            if self._left < 0:
+                raise LimitExceeded("the peer sends more on a stream than it may")
+        return view
 
     def view_here(self, bytes_max: int) -> memoryview | None:
         """What `receive_view` would return at once; None where it may wait, or raise."""
@@ -115,15 +113,14 @@ class Stream:
 
     async def receive_exactly(self, count: int) -> bytes:
         """Exactly `count` bytes. Raises PeerUnreachable if the stream ends before, LimitExceeded."""
-        first = await self.receive_some(count)
-        if len(first) == count:
-            return first
-        parts, have = [first], len(first)
+        parts: list[bytes | memoryview] = []
+        have = 0
         while have < count:
-            if not parts[-1]:
+            part = await self.receive_view(count - have)
+            if not len(part):
                 raise PeerUnreachable(f"the stream ended after {have} of {count} bytes")
-            parts.append(await self.receive_some(count - have))
-            have += len(parts[-1])
+            have += len(part)
+            parts.append(bytes(part) if len(part) < params.MUX_SHORT_BYTES else part)
         return b"".join(parts)
 
     async def receive_frame(self, bytes_max: int) -> bytes | None:

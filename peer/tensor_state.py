@@ -285,7 +285,7 @@ class Incoming:
         """Bytes of the part that began."""
         partial = self._partial
         assert partial is not None
-        partial.chunks.append(chunk)
+        partial.chunks.append(bytes(chunk) if len(chunk) < params.MUX_SHORT_BYTES else chunk)
         partial.bytes_here += len(chunk)
         self.held_bytes += len(chunk)
 

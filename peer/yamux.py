@@ -59,7 +59,7 @@ class MuxStream:
         return bytes(await self.receive_view(bytes_max))
 
     async def receive_view(self, bytes_max: int) -> memoryview:
-        """As `receive_some`, not copied: it keeps up to a whole frame of the wire in memory."""
+        """As `receive_some`, not copied: what is kept of it keeps up to a whole message in memory."""
         await trio.lowlevel.checkpoint_if_cancelled()
         while not self._chunks:
             if self.broken:
@@ -149,7 +149,8 @@ class MuxStream:
         if self.discarding:
             self.reset()
         elif not self.broken:
-            self._chunks.append(chunk)
+            short = len(chunk) < params.MUX_SHORT_BYTES
+            self._chunks.append(memoryview(bytes(chunk)) if short else chunk)
             self._readable.unpark_all()
 
     def on_flags(self, flags: int) -> None:

@@ -143,6 +143,18 @@ def test_a_receiver_may_not_take_back_or_claim() -> None:
         fresh.welcome(Greeting(partial=key(0), partial_bytes=11))
 
 
+def test_a_payload_in_short_parts_keeps_no_message_in_memory() -> None:
+    into = Incoming(0, expected(), WINDOW)
+    into.greet(b"s" * 16, Seat(b"a" * 32))
+    count = 3
+    for at in range(count):
+        into.begin(Part(key(0), 1, count, at))
+        message = bytearray(65_519)
+        into.feed(memoryview(message)[:1])
+        message.extend(b"a message that nothing refers to can change its size")
+    assert into.finish() == (key(0), bytes(count), False)
+
+
 def test_what_is_released_is_kept_until_it_is_taken() -> None:
     out = Outgoing()
     for step in range(3):

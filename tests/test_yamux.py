@@ -108,7 +108,7 @@ async def test_what_its_owner_changes_afterwards_is_sent_as_it_was() -> None:
         assert await read_all(theirs) == b"first" * 1000 + bytes(3)
 
 
-@pytest.mark.parametrize(("seconds", "frame_bytes"), [(0.0, 256 * 1024), (0.01, params.MUX_FRAME_BYTES_MAX)])
+@pytest.mark.parametrize(("seconds", "frame_bytes"), [(0.0, 256 * 1024), (0.03, params.MUX_FRAME_BYTES_MAX)])
 async def test_only_a_quick_wire_is_given_long_frames(
     seconds: float, frame_bytes: int, autojump_clock: MockClock
 ) -> None:
@@ -212,6 +212,22 @@ async def test_an_overrun_window_is_a_violation_not_memory() -> None:
                 await attacker.send(HEADER.pack(0, DATA, 0, 1, 60_000) + bytes(60_000))
                 await trio.testing.wait_all_tasks_blocked()
         assert "window" in session.violation
+
+
+async def test_a_byte_that_waits_keeps_no_message_in_memory() -> None:
+    async with session_against_raw() as (session, attacker):
+        await attacker.send(HEADER.pack(0, WINDOW, SYN, 1, 0))
+        stream = await session.accept_stream()
+        padding = HEADER.pack(0, PING, ACK, 0, 1) * 5000
+        for _ in range(3):
+            await attacker.send(HEADER.pack(0, DATA, 0, 1, 1) + b"x" + padding)
+            await trio.testing.wait_all_tasks_blocked()
+        await attacker.send(HEADER.pack(0, DATA, 0, 1, 50_000) + bytes(50_000))
+        await trio.testing.wait_all_tasks_blocked()
+        held = [(len(chunk), len(chunk.obj)) for chunk in stream._chunks]  # type: ignore[arg-type]
+        assert held[:3] == [(1, 1)] * 3
+        assert sum(length for length, _ in held) == 50_003
+        assert all(kept <= 4 * max(length, params.MUX_SHORT_BYTES) for length, kept in held)
 
 
 async def test_too_many_streams_are_reset_one_by_one() -> None:
