@@ -48,7 +48,7 @@ class MuxStream:
         self.session, self.number = session, number
         self.fin_sent = self.fin_received = self.broken = self.discarding = False
         self.closed_at = 0.0
-        self._chunks: deque[memoryview] = deque()
+        self._chunks: deque[memoryview | bytearray] = deque()  # views of messages, and short pieces joined
         self._readable, self._writable = trio.lowlevel.ParkingLot(), trio.lowlevel.ParkingLot()
         self.send_window = self.receive_window = self._target = params.MUX_WINDOW_BYTES
         self.window_max = params.MUX_WINDOW_BYTES_MAX  # what it grows to; who knows the peer may raise it
@@ -75,7 +75,7 @@ class MuxStream:
         """1 to `bytes_max` bytes that have come, as `receive_view`; None if it would wait."""
         if not self._chunks:
             return None
-        chunk = self._chunks[0]
+        chunk = memoryview(self._chunks[0])
         if len(chunk) > bytes_max:
             self._chunks[0] = chunk[bytes_max:]
             chunk = chunk[:bytes_max]
@@ -144,13 +144,22 @@ class MuxStream:
         self._readable.unpark_all()
         self._writable.unpark_all()
 
-    def feed(self, chunk: memoryview) -> None:
-        """Bytes from the wire, already taken from the window."""
+    def feed(self, chunk: memoryview, message_bytes: int) -> None:
+        """Bytes from the wire, already taken from the window: a view of a message of so many bytes.
+
+        A view keeps the whole message, and is an object of its own: a peer that sends single bytes among frames that
+        cost it nothing would make each byte of a window hold 64 KiB. So short pieces are joined.
+        """
         if self.discarding:
             self.reset()
         elif not self.broken:
-            short = len(chunk) < params.MUX_SHORT_BYTES
-            self._chunks.append(memoryview(bytes(chunk)) if short else chunk)
+            last = self._chunks[-1] if self._chunks else None
+            if len(chunk) >= params.MUX_SHORT_BYTES and 2 * len(chunk) >= message_bytes:
+                self._chunks.append(chunk)
+            elif isinstance(last, bytearray) and len(last) < params.MUX_WINDOW_BYTES:
+                last += chunk
+            else:
+                self._chunks.append(bytearray(chunk))
             self._readable.unpark_all()
 
     def on_flags(self, flags: int) -> None:
@@ -357,7 +366,7 @@ class Session:
                 if left:
                     take = min(left, len(view) - at)
                     if stream is not None:
-                        stream.feed(view[at : at + take])
+                        stream.feed(view[at : at + take], len(view))
                     at, left = at + take, left - take
                 else:
                     take = HEADER.size - len(header)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -214,20 +215,26 @@ async def test_an_overrun_window_is_a_violation_not_memory() -> None:
         assert "window" in session.violation
 
 
-async def test_a_byte_that_waits_keeps_no_message_in_memory() -> None:
-    async with session_against_raw() as (session, attacker):
-        await attacker.send(HEADER.pack(0, WINDOW, SYN, 1, 0))
+@pytest.mark.parametrize("filler", [0, 200], ids=["single-bytes", "among-idle-frames"])
+async def test_what_lies_unread_takes_no_more_memory_than_its_window(filler: int) -> None:
+    count = 4_000
+    async with session_against_raw() as (session, wire):
+        await wire.send(HEADER.pack(0, WINDOW, SYN, 1, 0))
         stream = await session.accept_stream()
-        padding = HEADER.pack(0, PING, ACK, 0, 1) * 5000
-        for _ in range(3):
-            await attacker.send(HEADER.pack(0, DATA, 0, 1, 1) + b"x" + padding)
+        idle = HEADER.pack(0, PING, ACK, 0, 0) * filler
+        tracemalloc.start()
+        try:
+            for number in range(count):
+                await wire.send(HEADER.pack(0, DATA, 0, 1, 1) + bytes([number % 256]) + idle)
             await trio.testing.wait_all_tasks_blocked()
-        await attacker.send(HEADER.pack(0, DATA, 0, 1, 50_000) + bytes(50_000))
-        await trio.testing.wait_all_tasks_blocked()
-        held = [(len(chunk), len(chunk.obj)) for chunk in stream._chunks]  # type: ignore[arg-type]
-        assert held[:3] == [(1, 1)] * 3
-        assert sum(length for length, _ in held) == 50_003
-        assert all(kept <= 4 * max(length, params.MUX_SHORT_BYTES) for length, kept in held)
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert held < 200_000, f"{count} unread bytes hold {held}"
+        found = b""
+        while len(found) < count:
+            found += await stream.receive_some(700)
+        assert found == bytes(number % 256 for number in range(count))
 
 
 async def test_too_many_streams_are_reset_one_by_one() -> None:
