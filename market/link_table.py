@@ -83,16 +83,22 @@ class LinkTable:
     def matrices(self, peers: Sequence[bytes]) -> LinkMatrices:
         """The links between `peers`, as market.placement.Links takes them."""
         count = len(peers)
-        delay = np.zeros((count, count))
-        gbps = np.full((count, count), params.LINK_SPEED_MAX * 8 / 1e9)
-        known = np.full((count, count), 2, np.int8)
-        for row in range(count):
-            for column in range(row + 1, count):
-                word = self.link(peers[row], peers[column])
-                for at in ((row, column), (column, row)):
-                    delay[at] = word.delay_us / 1000
-                    gbps[at] = word.bytes_per_second * 8 / 1e9
-                    known[at] = word.said
+        delay = np.full((count, count), params.LINK_DELAY_GUESS_US / 1000)
+        gbps = np.full((count, count), params.LINK_BYTES_PER_SECOND * 8 / 1e9)
+        known = np.zeros((count, count), np.int8)
+        rows: dict[bytes, list[int]] = {}
+        for row, peer in enumerate(peers):
+            rows.setdefault(peer, []).append(row)
+        # Of many peers few links are known: what is said is entered, not every pair asked.
+        for one, other in {(min(a, b), max(a, b)) for a in rows for b in self._links.get(a, {}) if b in rows}:
+            word = self.link(one, other)
+            for at in (np.ix_(rows[one], rows[other]), np.ix_(rows[other], rows[one])):
+                delay[at] = word.delay_us / 1000
+                gbps[at] = word.bytes_per_second * 8 / 1e9
+                known[at] = word.said
+        np.fill_diagonal(delay, 0)
+        np.fill_diagonal(gbps, params.LINK_SPEED_MAX * 8 / 1e9)
+        np.fill_diagonal(known, 2)
         return LinkMatrices(delay, gbps, known)
 
     def envelopes(self, peers: Sequence[bytes]) -> list[bytes]:

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Annotated, Final
 
 import msgspec
+import numpy as np
 
 from market.audit import Known
 from market.joint_placement import Candidates, choose_units, fullest
@@ -164,9 +165,11 @@ class UnitRound:
     def _links(self) -> Links:
         """The links between the devices of the model, as they were reported, or usual. Two of one peer are as near as
         can be."""
-        found, rows = self.table.matrices(self.rows), self.rows
-        for row, column in [(i, j) for i, a in enumerate(rows) for j, b in enumerate(rows) if a == b]:
-            found.delay_ms[row, column], found.gbps[row, column] = 0.0, params.LINK_SPEED_MAX * 8 / 1e9
+        found, places = self.table.matrices(self.rows), dict[bytes, list[int]]()
+        for row, peer in enumerate(self.rows):
+            places.setdefault(peer, []).append(row)
+        for same in places.values():
+            found.delay_ms[np.ix_(same, same)], found.gbps[np.ix_(same, same)] = 0.0, params.LINK_SPEED_MAX * 8 / 1e9
         return Links(found.delay_ms, found.gbps)
 
 

@@ -175,3 +175,19 @@ def test_a_node_tells_its_links_to_all_and_penalises_a_report_that_cannot_be() -
     sealed = seal(msgspec.structs.replace(forged, network=network.id), keys[0])
     effects = two.handle(GossipIn("market", keys[0].public, encode([sealed])), NOW + params.LINK_REPORT_NS + 3)
     assert [effect.peer for effect in effects if isinstance(effect, Penalise)] == [keys[0].public]
+
+
+def test_the_matrices_say_of_each_pair_what_the_table_says() -> None:
+    rng, table = random.Random(7), LinkTable()
+    peers = [bytes([number]) * 32 for number in range(1, 9)]
+    for peer in peers[:6]:
+        others = sorted(rng.sample([other for other in peers if other != peer], 4))
+        links = [(other, rng.randrange(10**5), rng.choice([0, 10**5, 10**9])) for other in others]
+        assert table.take(report(peer, *links), now_ns=NOW)
+    rows = [*peers, peers[0], peers[7]]  # who has two units stands there twice
+    made = table.matrices(rows)
+    for i, one in enumerate(rows):
+        for j, other in enumerate(rows):
+            word = table.link(one, other) if i != j else LinkWord(0, params.LINK_SPEED_MAX, 2, True)
+            found = (made.delay_ms[i, j], made.gbps[i, j], made.known[i, j])
+            assert found == (word.delay_us / 1000, word.bytes_per_second * 8 / 1e9, word.said)
