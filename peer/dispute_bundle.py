@@ -172,14 +172,20 @@ def _by_jury(given: _Bundle, file: DisputeFile, network: Network) -> DisputeRepo
     what = f"{len(for_it)} jurors executed the segment again and found it {word.finding}"
     if cause == "both":
         what += ", and its end another than the challenger's as well"
-    finding = _finding(given, file, network, loser)
+    finding = _finding(given, file, network, loser, basis=_basis(cause, file))
     return DisputeReport(
         file.id, file.challenge.segment, loser, cause, "segment", what, finding, 0, by_word=False, jurors=for_it
     )
 
 
-def _finding(given: _Bundle, file: DisputeFile, network: Network, loser: str) -> str:
-    """What the notaries found, which must be what the game, or the jury, comes to. Empty without an Arbitration."""
+def _basis(cause: str, file: DisputeFile) -> str:
+    """That of protocol.arbitration.Judged for a jury's ruling."""
+    return "both" if cause == "both" else "repeated" if file.case.tolerance is None else "jury"
+
+
+def _finding(given: _Bundle, file: DisputeFile, network: Network, loser: str, *, basis: str = "") -> str:
+    """What the notaries found, which must be what the game, or the jury, comes to. Empty without an Arbitration.
+    basis: of a jury's, by which alone it may have been found: whether the challenger is paid depends on it."""
     if not given.arbitration:
         return ""
     record, _, _ = open_record(bytes.fromhex(given.arbitration), network=network.id)
@@ -191,4 +197,6 @@ def _finding(given: _Bundle, file: DisputeFile, network: Network, loser: str) ->
     if judged.finding in ("wrong", "right") and (judged.finding == "wrong") != (loser == "solver"):
         said = "its jurors say" if file.by_jury else "the game says"
         raise VerificationFailed(f"the notaries found the work {judged.finding}, {said} the {loser} loses")
+    if basis and judged.basis != basis:
+        raise VerificationFailed(f"the notaries ruled by {judged.basis}, the words of the jurors come to {basis}")
     return judged.finding

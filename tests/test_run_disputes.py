@@ -296,6 +296,15 @@ def test_words_that_say_other_than_the_notaries_are_refused() -> None:
     assert (report.loser, report.finding) == ("challenger", "")
 
 
+def test_words_that_would_have_paid_nobody_are_no_ground_for_a_ruling_that_paid() -> None:
+    stage, _, _ = decided()
+    bundle = deepcopy(exported("alice"))
+    count, other = stage.network.rules.tolerant_quorum, blake("other")
+    bundle["jurors"] = [word(bundle, place, found_root=other) for place in range(count)]
+    with pytest.raises(VerificationFailed, match="ruled by repeated, the words of the jurors come to both"):
+        verify(bundle, stage.network.id)
+
+
 def proof_of(unit: int) -> tuple[Found, Stage]:
     """proof.json of one unit."""
     stage, _, found = decided()
