@@ -15,6 +15,7 @@ from market.ask_index import AskIndex
 from market.scoring import pack_bid
 from protocol import params
 from protocol.errors import LimitExceeded, MalformedRecord, VerificationFailed
+from protocol.forced import NO_ERRORS
 from protocol.records import Ask, Bid, Offer
 
 __all__ = ["OrderBook", "check_times"]
@@ -91,6 +92,10 @@ class OrderBook:
         check_times(created_ns=bid.created_ns, expires_ns=bid.expires_ns, now_ns=now_ns)
         if bid.offer not in self.offers:
             return False
+        if bid.forced_commitment == NO_ERRORS and not self.offers[bid.offer].units:
+            raise VerificationFailed(
+                "a bid that rules ordered errors out", why="only where a unit of a parallel job is offered may it do so"
+            )
         on_offer = self.bids.setdefault(bid.offer, {})
         old = on_offer.get(bid.solver)
         if old is not None and old[1].nonce >= bid.nonce:

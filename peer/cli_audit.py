@@ -119,8 +119,8 @@ def _show_placing(terminal: Terminal, deals: list[str], made: PlacingAudit, plac
         ],
     )  # fmt: skip
     terminal.say(
-        f"  made again from the signed bids and {len(placing.reports)} reports of links: no choice costs less than "
-        f"{made.cost_micro} micro-credits, the time of all steps included"
+        f"  made again from the signed bids and {len(placing.reports)} reports of links: the rule finds none that "
+        f"costs less than {made.cost_micro} micro-credits, the time of all steps included"
     )
 
 

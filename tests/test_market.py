@@ -16,6 +16,7 @@ from market.reputation import Reputation
 from protocol import params
 from protocol.codec import blake
 from protocol.errors import LimitExceeded, MalformedRecord, VerificationFailed
+from protocol.forced import NO_ERRORS
 from protocol.network import Rules
 from protocol.records import Ask, Bid, Offer, amount_for
 
@@ -63,7 +64,7 @@ def bid(solver: int, **changes: object) -> tuple[bytes, Bid]:
         "eta_ns": 10**9,
         "sandbox": 2,
         "seed_commitment": bytes(32),
-        "forced_commitment": bytes(32),
+        "forced_commitment": b"c" * 32,
         "nonce": 1,
         "created_ns": NOW,
         "expires_ns": NOW + 10**9,
@@ -334,3 +335,16 @@ def test_a_quote_tells_price_speed_and_who_is_too_dear() -> None:
     assert (made.too_dear, made.limit_for_all, made.fastest_seconds) == (1, 900, 1000.0)
     nobody = book.asks.shelf(role=1, now_ns=NOW, memory_bytes=2**40)
     assert quote(nobody, operations=1, unit_price_max=None).solvers == 0
+
+
+def test_only_a_unit_of_a_parallel_job_is_bid_on_without_ordered_errors() -> None:
+    """Else a solver could keep whistleblowers away from any work by its bid."""
+    for units, accepted in ((0, False), (2, True)):
+        book = OrderBook()
+        book.add_offer(blake("offer"), offer(units=units), now_ns=NOW)
+        made = bid(1, forced_commitment=NO_ERRORS)
+        if accepted:
+            assert book.add_bid(*made, now_ns=NOW)
+        else:
+            with pytest.raises(VerificationFailed, match="rules ordered errors out"):
+                book.add_bid(*made, now_ns=NOW)

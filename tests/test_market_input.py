@@ -62,7 +62,7 @@ def made(simulation: Simulation, kind: str, **changes: object) -> Record:
         offer_id = next(i for i, o in node_of(simulation).desk.book.offers.items() if o.submitter != EVE.public)
         fields = {
             "offer": offer_id, "solver": EVE.public, "unit_price": 1, "operations_cap": 10**12, "lock_micro": 0,
-            "eta_ns": 1, "sandbox": 4, "seed_commitment": bytes(32), "forced_commitment": bytes(32),
+            "eta_ns": 1, "sandbox": 4, "seed_commitment": bytes(32), "forced_commitment": b"c" * 32,
             "nonce": next(NUMBERS),
         }  # fmt: skip
         return Bid(**{**fresh, **fields, **changes})

@@ -166,7 +166,7 @@ class RunOptions:
 
     # --- bytes ---------------------------------------------------------------------------------------------
     def _border_bytes(self, border: int, compress: Compress) -> tuple[int, int]:
-        """What crosses it forward and backward in a step, on average over the job: first visits travel whole."""
+        """What crosses it forward and backward in a step, on average over the job, first visits included."""
         ahead, back = self.codecs(compress)
         forward = sum(
             count * (self._visited(number, ahead) if rows else self._size(number, ahead, "forward"))

@@ -80,8 +80,7 @@ class _Micro:
 
 
 def _rounded(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """float32 to the nearest bfloat16, ties to even, as its bits; NaN and infinity stay what they are or become the
-    other, and are refused as either."""
+    """Finite float32 to the nearest bfloat16, ties to even, as its bits."""
     bits = values.astype("<f4", copy=False).view("<u4")
     return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
 
@@ -111,9 +110,9 @@ def encode_change(
         raise LocalProtocolError(f"activations of shape {tuple(tensor.shape)}, the memory and rows say {micro.shape}")
     values = flat(tensor).reshape(micro.rows.size, micro.width)
     full = values[~micro.known]
-    first = _rounded(full)
-    full = _widened(first)
-    if not bool((np.abs(full) < LARGEST).all()):
+    first = _rounded(full)  # which may make a NaN zero, and the largest numbers too large
+    whole, full = full, _widened(first)
+    if not bool((np.abs(whole) < LARGEST).all() and (np.abs(full) < LARGEST).all()):
         raise NotFinite(f"an activation of shape {tuple(tensor.shape)}")
     form = tile_form(codec.bits, "forward")
     with np.errstate(over="ignore"):  # to infinity, which pack_tiles refuses
