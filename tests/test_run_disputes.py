@@ -191,7 +191,7 @@ def test_a_bid_that_lets_errors_be_ordered_gets_no_unit() -> None:
     assert not of(found, stage, "s0")
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_no_seed_breaks_a_run_with_a_cheat_before_notaries(seed: int) -> None:
     faults = Faults.drawn_from(seed)
     stage = court(seed, {"s1": Cheat("garbage-activations")}, faults=faults)
