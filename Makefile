@@ -1,6 +1,6 @@
 # Two commands: `make demo` and `make test`. Each sets up what it needs in .venv first.
 # TORCH=cpu (default) installs the CPU build of PyTorch; TORCH=cuda installs PyPI's CUDA build (several GB).
-# The tests run in two processes more than there are cores, at most four: each takes up to 1.5 GB (tests/conftest.py).
+# The tests run in one process more than there are cores, at most four: each takes up to 1.5 GB (tests/conftest.py).
 PYTHON ?= python3
 TORCH ?= cpu
 

@@ -104,9 +104,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two more than there are cores: swarms and sandboxes wait for one another much of their time. With one more, two
-    cores were busy for 78 % of a run. Four hold up to 6 GB."""
-    return min(4, 2 + (os.cpu_count() or 1))
+    """One more than there are cores, for swarms wait for one another much of their time; four hold up to 6 GB."""
+    return min(4, 1 + (os.cpu_count() or 1))
 
 
 @pytest.hookimpl(optionalhook=True)
