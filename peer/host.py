@@ -232,6 +232,12 @@ class _Gossip(Pubsub):
         topics = set(face.node.topics)
         super().__init__(face, _Router(), msg_id_constructor=_message_id, seen_ttl=120, allowed_topics=topics)
         self.counter = time.time_ns()  # stock counts seconds: a quick restart would repeat sequence numbers
+        self._opened = trio.Event()  # set when the next stream of ours to a neighbour is
+
+    async def _handle_new_peer(self, peer_id: ID) -> None:
+        await super()._handle_new_peer(peer_id)
+        self._opened.set()
+        self._opened = trio.Event()
 
     def get_hello_packet(self) -> Any:
         ours = [rpc_pb2.RPC.SubOpts(subscribe=True, topicid=topic) for topic in self.topic_ids]
@@ -240,6 +246,11 @@ class _Gossip(Pubsub):
     async def read(self, peer: bytes, stream: Stream) -> None:
         """Serve one neighbour's RPCs until its stream ends. Raises what a malformed one raises."""
         sender = ID(PEER_ID_PREFIX + peer)
+        # Whoever subscribes gets what is published from then on, so there must be a stream to it before its word is
+        # heard: stock sends to a neighbour without one nothing, and tells nobody.
+        with trio.move_on_after(params.NEGOTIATE_SECONDS_MAX):
+            while sender not in self.peers:
+                await self._opened.wait()
         while head := await stream.receive_some(1):
             size, shift = head[0] & 127, 7
             while head[0] & 128:
