@@ -12,7 +12,7 @@ import msgspec
 from protocol import params
 from protocol.run_sizes import RunSizes
 
-__all__ = ["VERBS"]
+__all__ = ["VERBS", "PlanRun"]
 
 _Hex = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{2})*$")]
 _Id = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{1,64}$")]
@@ -92,8 +92,9 @@ class _SubmitRun(msgspec.Struct, forbid_unknown_fields=True):
     shared_bytes: Annotated[list[_Count], msgspec.Meta(max_length=params.PARALLEL_UNITS_MAX)] = []
 
 
-class _PlanRun(msgspec.Struct, forbid_unknown_fields=True):
-    """Of plan-run: what a parallel job would send by each way that is open, and what its solvers must have."""
+class PlanRun(msgspec.Struct, forbid_unknown_fields=True):
+    """Of plan-run: what a parallel job would send by each way that is open, and what its solvers must have.
+    unit_price_max: 0 where it is not known yet."""
 
     sizes: RunSizes
     unit_price_max: _Count = 0
@@ -207,7 +208,7 @@ VERBS: Final[dict[str, type[msgspec.Struct]]] = {
     "bundle": _OneJob,
     "matches": _OneJob,
     "submit": _Submit,
-    "plan-run": _PlanRun,
+    "plan-run": PlanRun,
     "submit-run": _SubmitRun,
     "quote": _Quote,
     "wallet": _Wallet,

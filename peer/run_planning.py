@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -23,30 +23,20 @@ from market.placement_cost import Links
 from market.run_choice import TOLERANCE, Weighed, choose, volume_of
 from peer.bidding import Bidder
 from peer.challenger import Challenger
+from peer.control_verbs import PlanRun
 from peer.desk import Desk
 from peer.run_commands import BadArguments
 from protocol import params
 from protocol.errors import LocalProtocolError
 from protocol.keys import peer_name
 from protocol.records import ROLE_SOLVER, Ask, amount_for
-from protocol.run_sizes import RunSizes, check_sizes
+from protocol.run_sizes import check_sizes
 
 __all__ = ["RunPlanning"]
 
 _HOUR_S: Final = 3600
 _NOBODY: Final = b""
 _DEVICES_MIN: Final = 32  # solvers that are looked at, the cheapest; of a large run as many as it has units
-
-
-class PlanArguments(msgspec.Struct, forbid_unknown_fields=True):
-    """Of `plan-run`: the sizes, and what a solver must have. unit_price_max: 0 where it is not known yet."""
-
-    sizes: RunSizes
-    unit_price_max: int = 0
-    memory_bytes: int = 0
-    sandbox: int = 2
-    device: Literal["any", "cpu", "gpu"] = "any"
-    device_memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +60,7 @@ class RunPlanning:
     def plan(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Choose, and say from what. Raises BadArguments."""
         try:
-            given = msgspec.convert(arguments, PlanArguments)
+            given = msgspec.convert(arguments, PlanRun)
             check_sizes(given.sizes)
         except (msgspec.ValidationError, LocalProtocolError) as error:
             raise BadArguments(f"plan-run: {error}") from None
@@ -90,7 +80,7 @@ class RunPlanning:
         }
 
     # --- who may have which unit ---------------------------------------------------------------------------
-    def _devices(self, given: PlanArguments) -> list[_Device]:
+    def _devices(self, given: PlanRun) -> list[_Device]:
         """This peer, once for each unit that it keeps; the cheapest solvers that are connected; nobody, so often as
         solvers lack."""
         sizes, desk = given.sizes, self.desk
@@ -115,7 +105,7 @@ class RunPlanning:
         lacking = max(0, units - kept - len(found))
         return [own] * kept + found + [_Device(_NOBODY, usual.giga_s, price)] * lacking
 
-    def _candidates(self, given: PlanArguments, devices: Sequence[_Device], links: Links) -> Candidates:
+    def _candidates(self, given: PlanRun, devices: Sequence[_Device], links: Links) -> Candidates:
         sizes, usual = given.sizes, given.sizes.usual()
         kept, mine = set(sizes.kept), sum(device.peer == self.desk.me for device in devices)
         own, toll = iter(range(mine)), []
