@@ -188,6 +188,12 @@ class _Router(GossipSub):
         rpc.ClearField("senderRecord")  # an empty one would be refused by stock py-libp2p
         super().send_rpc(peer_id, rpc, priority)
 
+    async def send_recent_messages(self, peer_id: ID, topic: str) -> None:
+        """As stock, but queued behind and bounded with all else for that neighbour, where stock writes at once."""
+        for message in filter(None, map(self.mcache.get, self.mcache.window(topic))):
+            if self.scorer is None or self.scorer.allow_publish(peer_id, [topic]):
+                self.send_rpc(peer_id, rpc_pb2.RPC(publish=[message]))
+
     def _handle_dropped_rpc(self, peer_id: ID, rpc: Any, reason: str) -> None:
         for message in rpc.publish:
             self.pubsub.host.node.drop("slow-neighbour", _key(peer_id.to_bytes()), records=self._records(message))
@@ -265,11 +271,22 @@ class _Gossip(Pubsub):
                 await self.push_msg(sender, message)
                 await trio.lowlevel.checkpoint()  # the node takes events as fast as they come in
             for subscription in rpc.subscriptions[: params.PENALTIES_MAX * len(self.topic_ids)]:
-                self.handle_subscription(sender, subscription)
+                await self._take_subscription(sender, subscription)
             if rpc.HasField("control"):
                 self._bound(rpc.control)
                 await self.router.handle_rpc(rpc, sender)
             await trio.lowlevel.checkpoint()
+
+    async def _take_subscription(self, sender: ID, subscription: Any) -> None:
+        """Send a new subscriber the last messages, take it into our mesh and note it, without a pause between.
+
+        Stock notes it first and starts tasks for the rest: what was published before they ran went to nobody.
+        """
+        topic = subscription.topicid
+        if subscription.subscribe and topic in self.topic_ids and sender not in self.peer_topics.get(topic, ()):
+            await self._replay_recent_messages(sender, topic)
+            await self.router.on_peer_subscribed(sender, topic)
+        self.handle_subscription(sender, subscription)
 
     def _bound(self, control: Any) -> None:
         """Keep of a neighbour's wishes what is about our topics and cannot multiply what we store or send."""

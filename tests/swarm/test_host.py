@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -210,6 +211,24 @@ async def test_a_peer_that_restarts_is_heard_again() -> None:
                 await one.wait_for(GossipIn, turn + 1)
             await one.wait_for(PeerDown, turn + 1)
         assert [event.data for event in one.of(GossipIn)] == [b"turn 0", b"turn 1"]
+
+
+async def test_nobody_is_known_to_subscribe_before_it_is_sent_what_is_published() -> None:
+    noted = {}
+    async with start_node() as one, start_node() as other:
+        gossip: Any = one.host._gossip
+        note = gossip.handle_subscription
+
+        def check(peer: Any, subscription: Any) -> None:
+            note(peer, subscription)
+            waiting = gossip.peer_queues[peer].waiting_bytes
+            noted[subscription.topicid] = peer in gossip.router.mesh[subscription.topicid], waiting > 0
+
+        gossip.handle_subscription = check
+        await one.host.publish("offers", b"before")
+        await other.host.connect(one.address)
+        await other.wait_for(GossipIn)
+        assert noted["/ichiba/test/offers"] == (True, True), "in the mesh, and what came before it under way"
 
 
 async def test_an_author_is_held_to_its_records_and_each_one_over_is_counted_as_its_own() -> None:
