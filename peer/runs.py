@@ -361,7 +361,7 @@ class RunDesk:
         self.delivered.get(run.id, {}).pop(job.unit, None)
         if parent.cancelled or job.cancelled:
             self.jobs.end(job, JobState.CANCELLED, why)
-        elif not parent.open:
+        elif run.failed or not parent.open:
             self.jobs.end(job, JobState.FAILED, why)
         elif self.jobs.late(job):
             self.jobs.end(job, JobState.FAILED, self.jobs.missed(job))
@@ -396,15 +396,17 @@ class RunDesk:
         run = self.runs[job.parent]
         culprit = self.submitter.solver_of(deal)
         self.quarrels.exclude(run, culprit)
-        if deal.id in run.lineage and self.jobs.jobs[run.id].open:
+        if deal.id in run.lineage and self.jobs.jobs[run.id].open and not run.failed:
             self.rewind(run, self._first(deal), f"the work of {peer_name(culprit)[:12]} on unit {job.unit} was wrong")
-        elif job.deal == deal.id:
+        if job.deal == deal.id:  # the run did not go back
             self.jobs.reoffer(job, "the work was wrong")
 
     def rewind(self, run: Run, segment: int, why: str) -> None:
         """Take all units back to a segment before which the states of all are known: every deal ends with what was
         signed, which is checked and paid as ever, and the run is placed anew from there."""
         parent, cut = self.jobs.jobs[run.id], run.cuts.get(segment)
+        if run.failed:
+            return  # it is being ended
         run.fruitless, run.rewinds = run.fruitless + 1, run.rewinds + 1
         children = self._children(run)
         if cut is None and segment == run.segment:

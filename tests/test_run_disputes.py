@@ -17,6 +17,7 @@ from peer.messages import CheckRequest
 from peer.simulated_faults import SECOND, Faults
 from peer.simulated_frauds import UNIT_FRAUDS, WRONG_END
 from peer.turns import readable
+from protocol import params
 from protocol.bundle import BundleReport, make_bundle, verify_bundle
 from protocol.bundle_deal import Refused
 from protocol.codec import blake
@@ -88,6 +89,26 @@ def test_a_cheating_unit_is_convicted_by_jurors_and_the_others_are_paid(fraud: s
     assert all(deal["paid_micro"] == deal["vouchers_micro"] > 0 for deal in others)
     assert {unit["root"] for unit in found["run"]["units"]} == honest()
     assert not told(stage, "move"), "nobody played"
+
+
+def test_a_run_that_is_being_ended_does_not_go_back_for_a_late_conviction() -> None:
+    stage = court(2, {"s1": Cheat("skip-step")})
+    job = submit_run(stage)["job"]
+    run_until(stage, lambda: len(told(stage, "segment")) > 1)
+    stage.node("alice").runs.runs[bytes.fromhex(job)].failed = "a unit of it could not be had"
+    found = until_over(stage, job, seconds=1500)
+    stage.check_quiet()
+    assert [deal["state"] for deal in of(found, stage, "s1")] == ["slashed"], "it is convicted all the same"
+    assert found["state"] == "failed" and not found["run"]["rewinds"], found
+
+
+def test_a_run_that_may_not_go_back_again_ends_at_a_late_conviction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(params, "REWINDS_MAX", 1)
+    stage = court(2, {"s1": Cheat("skip-step")})
+    found = over(stage)
+    assert [deal["state"] for deal in of(found, stage, "s1")] == ["slashed"]
+    assert found["state"] == "failed" and "was wrong" in found["reason"], found
+    assert all(d["paid_micro"] == d["vouchers_micro"] for d in found["deals"] if d not in of(found, stage, "s1"))
 
 
 def test_the_frauds_of_the_simulator_are_those_of_the_worker() -> None:
