@@ -67,17 +67,19 @@ class Quarrels:
         complaint = Complaint(message.unit, message.peer, message.what)
         if complaint.unit not in {link.other for link in links_in(stage)} or not self._had(run, complaint):
             raise VerificationFailed(f"unit {job.unit} complains of unit {complaint.unit}, which is no neighbour")
-        words = self._judge(run, job, peer, complaint)
-        # The complaint of a deal that ended meanwhile only counts.
-        if job.deal == deal.id and deal.lifecycle == State.RUNNING and not deal.ended_early:
+        runs = job.deal == deal.id and deal.lifecycle == State.RUNNING and not deal.ended_early
+        if not runs and (peer, complaint.peer) in run.quarrels:
+            return  # said again after its deal is over: else it could keep a neighbour resting for ever
+        words = self.judge(run, job, peer, complaint)
+        if runs:  # of a deal that ended meanwhile it only counts
             self.rewind(run, run.segment, words)
 
     def of_kept(self, job: Job, complaint: Complaint) -> None:
         """KeptUnits: a unit here got such a thing."""
         run = self.runs[job.parent]
-        self.rewind(run, run.segment, self._judge(run, job, self.desk.me, complaint))
+        self.rewind(run, run.segment, self.judge(run, job, self.desk.me, complaint))
 
-    def _judge(self, run: Run, job: Job, receiver: bytes, complaint: Complaint) -> str:
+    def judge(self, run: Run, job: Job, receiver: bytes, complaint: Complaint) -> str:
         """Note a quarrel, and who of the two makes room; what it is about, in words."""
         pair = (receiver, complaint.peer)
         if pair not in run.quarrels:

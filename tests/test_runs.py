@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from peer.deals import task_of
+from peer.deals import agreement_of, task_of
+from peer.run_messages import UnitDisputed
 from peer.simulated_faults import SECOND, Faults
 from peer.simulator import Simulation
 from protocol import params
@@ -263,6 +264,29 @@ def test_a_restart_forgets_no_quarrel(fault: str) -> None:
     found = until_over(simulation, job, seconds=3000)
     simulation.check_quiet()
     assert found["state"] == "done", found
+
+
+def test_a_complaint_that_is_repeated_after_its_deal_is_over_keeps_nobody_resting() -> None:
+    simulation = make_run_swarm(17, solvers=5)
+    simulation.peers["s0"].slanders = True
+    job = submit_run(simulation)["job"]
+    run_until(simulation, lambda: bool(told(simulation, "quarrel")), seconds=120)
+    alice, (quarrel,) = simulation.peers["alice"].node, told(simulation, "quarrel")
+    assert alice is not None
+    deal = next(d for d in alice.submitter.deals.values() if alice.submitter.solver_of(d) == quarrel["receiver"])
+    resting = [dict(child.resting) for child in alice.jobs.jobs.values()]
+    unit = next(
+        child.unit for child in alice.jobs.jobs.values() for one in child.deals
+        if one != deal.id and alice.submitter.solver_of(alice.submitter.deals[one]) == quarrel["sender"]
+    )  # fmt: skip
+    segment = agreement_of(deal, simulation.network.id).first_segment + deal.receipts
+    again = UnitDisputed(deal.id, segment, unit, quarrel["sender"], "no-tensor")
+    simulation.run(seconds=1)
+    alice.runs.quarrels.on_disputed(quarrel["receiver"], again)
+    assert [dict(child.resting) for child in alice.jobs.jobs.values()] == resting
+    assert len(told(simulation, "quarrel")) == 1
+    assert until_over(simulation, job, seconds=3000)["state"] == "done"
+    simulation.check_quiet()
 
 
 def test_the_submitter_keeps_the_first_unit_and_the_last() -> None:
