@@ -286,7 +286,8 @@ class RunDesk:
         """Receiving: a receipt, its checkpoint and its tape are here and right in themselves."""
         job = self.jobs.jobs[deal.job]
         run = self.runs[job.parent]
-        if job.deal != deal.id or record.segment != run.segment:
+        launched = bool(run.peers) and run.peers[job.unit] == self.submitter.solver_of(deal)  # else it cannot be of it
+        if job.deal != deal.id or record.segment != run.segment or not launched:
             return
         self._take(run, job, Delivered(record.out_root, record.checkpoint, ends, message.handovers, deal.id, message))
 
@@ -303,14 +304,17 @@ class RunDesk:
             return
         del self.delivered[run.id]
         children = self._children(run)
-        faults = faults_of(
+        before = [{self.submitter.solver_of(self.submitter.deals[d]) for d in child.deals} for child in children]
+        faults, complaints = faults_of(
             here, [self._stage(child) for child in children], run.peers,
-            network=self.desk.network.id, run=run.id, segment=run.segment,
+            network=self.desk.network.id, run=run.id, segment=run.segment, before=before,
         )  # fmt: skip
-        if faults:
+        if faults or complaints:
             for unit, why in sorted(faults.items()):
                 self.quarrels.blame(run, children[unit], why)
-            self.rewind(run, run.segment, "; ".join(f"unit {unit} {why}" for unit, why in sorted(faults.items())))
+            words = [f"unit {unit} {why}" for unit, why in sorted(faults.items())]
+            words += [self.quarrels.judge(run, children[u], run.peers[u], one) for u, one in sorted(complaints.items())]
+            self.rewind(run, run.segment, "; ".join(words))
             return
         self._agree(run, children, here)
 

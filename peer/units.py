@@ -7,7 +7,7 @@ all that it says was received. Sans-IO; used by peer/solver.py, and by peer/runs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -78,11 +78,16 @@ class Delivered:
 
 def faults_of(
     here: Mapping[int, Delivered], stages: Sequence[Stage], peers: Sequence[bytes], *, network: bytes, run: bytes,
-    segment: int,
-) -> dict[int, str]:  # fmt: skip
-    """The units at fault where the two ends of a link differ at a segment's end: who signed what its own receipt does
-    not claim, or who claims to have received what nobody signed. All by the numbers of units."""
+    segment: int, before: Sequence[Collection[bytes]] = (),
+) -> tuple[dict[int, str], dict[int, Complaint]]:  # fmt: skip
+    """Where the two ends of a link differ at a segment's end: the units at fault, and what is no fault that is shown.
+
+    At fault is who signed what its own receipt does not claim, or claims to have received what nobody signed. What one
+    of `before` signed, who had that unit earlier, is the fault of nobody who is there now: it is a complaint of the
+    unit that got it. All by the numbers of units.
+    """
     found: dict[int, str] = {}
+    left: dict[int, Complaint] = {}
     for unit, one in sorted(here.items()):
         into = links_in(stages[unit])
         for index, link in enumerate(into):
@@ -90,14 +95,24 @@ def faults_of(
             if row_of(here[link.other].ends.sent, links_out(stages[link.other]), there) == received:
                 continue
             expected = Handover(network=network, run=run, unit=link.other, link=there, segment=segment, root=received)
-            shown = one.handovers[index] if index < len(one.handovers) else b""
-            try:
-                check_handover(shown, expected, peers[link.other])
-            except RemoteProtocolError:
-                found[unit] = f"claims to have received of unit {link.other} what that did not sign"
-            else:
+            signer = _signer_of(one.handovers[index] if index < len(one.handovers) else b"", expected)
+            if signer == peers[link.other]:
                 found[link.other] = f"signed for unit {unit} what its own receipt does not claim"
-    return found
+            elif before and signer in before[link.other]:
+                left[unit] = Complaint(link.other, signer, "differs")
+            else:
+                found[unit] = f"claims to have received of unit {link.other} what that did not sign"
+    return found, left
+
+
+def _signer_of(shown: bytes, expected: Handover) -> bytes:
+    """Who signed just this; empty if nobody did."""
+    try:
+        signer = open_handover(shown, network=expected.network)[1]
+        check_handover(shown, expected, signer)
+    except RemoteProtocolError:
+        return b""
+    return signer
 
 
 @dataclass

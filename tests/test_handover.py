@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from peer.run_events import LinkEnds
-from peer.units import Delivered, faults_of
+from peer.units import Complaint, Delivered, faults_of
 from protocol.codec import blake
 from protocol.errors import RemoteProtocolError, VerificationFailed
 from protocol.handover import Handover, check_handover, hand_over, open_handover
@@ -47,8 +48,10 @@ def honest() -> dict[int, Delivered]:
     return found
 
 
-def faults(here: dict[int, Delivered]) -> dict[int, str]:
-    return faults_of(here, STAGES, PEERS, network=NETWORK, run=RUN, segment=3)
+def faults(here: dict[int, Delivered], **more: Any) -> dict[int, str]:
+    found, left = faults_of(here, STAGES, PEERS, network=NETWORK, run=RUN, segment=3, **more)
+    assert not left
+    return found
 
 
 def test_ends_that_agree_have_no_fault() -> None:
@@ -75,6 +78,18 @@ def test_who_claims_what_its_neighbour_did_not_sign_is_at_fault(shown: tuple[byt
     here = honest()
     here[1] = replace(here[1], ends=replace(here[1].ends, received=blake("made up")), handovers=shown)
     assert list(faults(here)) == [1]
+
+
+def test_what_an_earlier_holder_of_a_unit_signed_is_the_fault_of_nobody_who_is_there_now() -> None:
+    before = SigningKey.from_seed(b"b" * 32)
+    here, root = honest(), blake("what it sent before it went")
+    handover = Handover(network=NETWORK, run=RUN, unit=0, link=Link("forward", 1), segment=3, root=root)
+    shown = (hand_over(handover, before),)
+    here[1] = replace(here[1], ends=replace(here[1].ends, received=root), handovers=shown)
+    holders = [{PEERS[0], before.public}, {PEERS[1]}]
+    found = faults_of(here, STAGES, PEERS, network=NETWORK, run=RUN, segment=3, before=holders)
+    assert found == ({}, {1: Complaint(0, before.public, "differs")})
+    assert list(faults(here, before=[{PEERS[0]}, {PEERS[1]}])) == [1], "of a stranger it is worth nothing"
 
 
 def test_a_handover_is_believed_only_whole() -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from peer.deals import agreement_of, task_of
+from peer.messages import ReceiptOffer
+from peer.run_events import LinkEnds
 from peer.run_messages import UnitDisputed
 from peer.simulated_faults import SECOND, Faults
 from peer.simulator import Simulation
 from protocol import params
 from protocol.keys import peer_name
+from protocol.lifecycle import State
 from protocol.script import content_of
 from tests.run_scene import make_run_swarm, run_state, run_until, submit_run, until_over
 
@@ -287,6 +291,22 @@ def test_a_complaint_that_is_repeated_after_its_deal_is_over_keeps_nobody_restin
     assert len(told(simulation, "quarrel")) == 1
     assert until_over(simulation, job, seconds=3000)["state"] == "done"
     simulation.check_quiet()
+
+
+def test_no_receipt_counts_of_a_unit_that_was_not_launched() -> None:
+    simulation = make_run_swarm(1, solvers=5)
+    job = submit_run(simulation)["job"]
+    alice = simulation.peers["alice"].node
+    assert alice is not None
+    run_until(simulation, lambda: any(deal.lifecycle == State.RUNNING for deal in alice.submitter.deals.values()))
+    deal = next(deal for deal in alice.submitter.deals.values() if deal.lifecycle == State.RUNNING)
+    alice.runs.runs[bytes.fromhex(job)].peers.clear()  # as before the first launch, and after the run went back
+    alice.runs.deliver(
+        deal, ReceiptOffer(b""), SimpleNamespace(segment=0, out_root=b"", checkpoint=b""),  # type: ignore[arg-type]
+        LinkEnds(b"", b"", b""),
+    )  # fmt: skip
+    assert not alice.runs.held(deal), "whose the other units are is not known"
+    assert until_over(simulation, job)["state"] == "done"
 
 
 def test_the_submitter_keeps_the_first_unit_and_the_last() -> None:
