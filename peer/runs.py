@@ -339,7 +339,7 @@ class RunDesk:
         self.desk.emit("segment", run.id, segment=run.segment - 1, of=task_of(parent.task).segments)
         for child in children:
             if child.kept:
-                self.units.settled(child.id, task_of(child.task).steps_of(run.segment - 1).stop)
+                self.units.settled(child.id, child.task, run.segment - 1)
                 self.kept.offer(child)
 
     def _prune(self, run: Run) -> None:

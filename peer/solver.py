@@ -310,7 +310,7 @@ class Solver:
         deal.news_ns = self.desk.now_ns
         save(self.desk, deal)
         self.desk.emit("earned", deal=deal.id, segment=record.segment, cumulative_micro=due)
-        self.units.settled(deal.id, task_of(deal.task).steps_of(record.segment).stop)
+        self.units.settled(deal.id, deal.task, record.segment)
         self._offer_receipt(deal)
         agreement = agreement_of(deal, self.desk.network.id)
         if deal.receipts == agreement.last_segment - agreement.first_segment and deal.lifecycle == State.RUNNING:

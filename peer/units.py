@@ -124,6 +124,7 @@ class Units:
     handed: dict[tuple[bytes, int], LinkEnds] = field(default_factory=dict)  # (work, segment) -> its ends
     given: dict[tuple[bytes, int, Link], bytes] = field(default_factory=dict)  # link: as in links_in of the work
     disputed: dict[tuple[bytes, int], Complaint] = field(default_factory=dict)  # (work, segment)
+    signed: dict[bytes, int] = field(default_factory=dict)  # work -> segments of it that all have handed in
     on_ready: Callable[[bytes], None] = lambda _: None
     ask_again: dict[bytes, int] = field(default_factory=dict)
 
@@ -181,6 +182,7 @@ class Units:
         for at in [at for at in self.disputed if at[0] == work]:
             del self.disputed[at]
         self.ask_again.pop(work, None)
+        self.signed.pop(work, None)
 
     # --- the end of a segment ------------------------------------------------------------------------------
     def ended(self, work: bytes, segment: int, ends: LinkEnds) -> None:
@@ -193,9 +195,6 @@ class Units:
         self.desk.save(_HANDED, _key(work, segment), msgspec.msgpack.encode((ends.sent, ends.received, ends.tape)))
         seat.ended = segment + 1
         self.desk.save(_SEATS, work, msgspec.msgpack.encode(seat))
-        for old in [key for key in self.handed if key[0] == work and key[1] + params.HANDOVERS_KEPT <= segment]:
-            del self.handed[old]
-            self.desk.save(_HANDED, _key(*old), None)
         for unit in sorted({link.other for link in links_out(seat.stage)}):
             self._hand(seat, segment, unit, ends)
         for link in links_in(seat.stage):
@@ -246,21 +245,39 @@ class Units:
                 raise VerificationFailed("a handover comes from the peer that runs its unit")
             for seat in [s for s in self.seats.values() if (s.run, s.unit) == (handover.run, handover.link.other)]:
                 link = Link(handover.link.flow, handover.unit)
-                near = handover.segment < seat.ended + _SEGMENTS_AHEAD
-                if near and link in links_in(seat.stage) and seat.peers[handover.unit] == peer:
-                    self.given[seat.work, handover.segment, link] = signed
-                    self._compare(seat, handover.segment, link)
-                    self.on_ready(seat.work)
+                past = self.signed.get(seat.work, 0) - params.HANDOVERS_KEPT
+                near = past <= handover.segment < seat.ended + _SEGMENTS_AHEAD
+                if not near or link not in links_in(seat.stage) or seat.peers[handover.unit] != peer:
+                    continue
+                if self._fits(seat, handover.segment, link):
+                    continue  # it has signed what was received: what else it signs is between it and its submitter
+                self.given[seat.work, handover.segment, link] = signed
+                self._compare(seat, handover.segment, link)
+                self.on_ready(seat.work)
+
+    def _fits(self, seat: Seat, segment: int, link: Link) -> bool:
+        """Whether whoever has a neighbour's unit signed what this unit received."""
+        try:
+            return self._check(seat, segment, link)
+        except VerificationFailed:
+            return False
+
+    def _check(self, seat: Seat, segment: int, link: Link) -> bool:
+        """Whether what a neighbour signed, and what this unit received, are known. Raises VerificationFailed where they
+        differ."""
+        ends, signed = self.handed.get((seat.work, segment)), self.given.get((seat.work, segment, link))
+        if ends is None or signed is None:
+            return False
+        row = row_of(ends.received, links_in(seat.stage), link)
+        expected = self._handover(seat.run, link.other, Link(link.flow, seat.unit), segment, row)
+        check_handover(signed, expected, seat.peers[link.other])
+        return True
 
     def _compare(self, seat: Seat, segment: int, link: Link) -> None:
         """Whether a neighbour signed what this unit received, when both are known."""
-        ends, signed = self.handed.get((seat.work, segment)), self.given.get((seat.work, segment, link))
-        if ends is None or signed is None:
-            return
-        row = row_of(ends.received, links_in(seat.stage), link)
-        expected = self._handover(seat.run, link.other, Link(link.flow, seat.unit), segment, row)
         try:
-            check_handover(signed, expected, seat.peers[link.other])
+            if not self._check(seat, segment, link):
+                return
         except VerificationFailed as error:
             blamed = Complaint(link.other, seat.peers[link.other], "differs")
             self.disputed.setdefault((seat.work, segment), blamed)
@@ -281,10 +298,18 @@ class Units:
         self.desk.emit("problem", what=f"segment {segment} of unit {seat.unit}: unit {unit} sent what is no tensor")
         return True
 
-    def settled(self, work: bytes, step: int) -> None:
-        """All units have ended the steps before this one: what was sent in them need not be kept."""
-        if work in self.seats:
-            self.desk.add(Settled(work, step))
+    def settled(self, work: bytes, task: bytes, segment: int) -> None:
+        """All units have handed in `segment`: what was sent in its steps, and those before, need not be kept; nor what
+        was signed of them, but for a neighbour that restarted and asks again."""
+        if work not in self.seats:
+            return
+        self.signed[work] = segment + 1
+        for old in [key for key in self.handed if key[0] == work and key[1] + params.HANDOVERS_KEPT <= segment]:
+            del self.handed[old]
+            self.desk.save(_HANDED, _key(*old), None)
+        for past in [at for at in self.given if at[0] == work and at[1] + params.HANDOVERS_KEPT <= segment]:
+            del self.given[past]
+        self.desk.add(Settled(work, task_of(task).steps_of(segment).stop))
 
     # --- time ----------------------------------------------------------------------------------------------
     def ask(self, work: bytes, segment: int) -> None:

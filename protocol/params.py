@@ -497,4 +497,4 @@ HELD_SILENCES_MAX: Final = 4  # times check_silence_ms that a receipt may wait f
 QUARRELS_KEPT: Final = 256  # of a run, about links: each took it back, so an honest one has few
 REWINDS_MAX: Final = 8  # in a row that brought a run no further
 UNIT_TAPE_BYTES_MAX: Final = 16 * 1024**3  # what a unit received in one segment: at most as much as a checkpoint
-HANDOVERS_KEPT: Final = 8  # segments of a unit whose ends are kept to be signed again: it waits for receipts before
+HANDOVERS_KEPT: Final = 8  # signed segments of a unit whose ends are kept, for a neighbour that restarted and asks

@@ -309,6 +309,20 @@ def test_no_receipt_counts_of_a_unit_that_was_not_launched() -> None:
     assert until_over(simulation, job)["state"] == "done"
 
 
+def test_units_that_train_on_while_their_submitter_is_away_hand_in_all_of_it_after() -> None:
+    simulation = make_run_swarm(22, solvers=5)
+    job = submit_run(simulation, segments=2 * params.HANDOVERS_KEPT)["job"]
+    run_until(simulation, lambda: segments(simulation, 1))
+    simulation.crash("alice", for_ns=40 * SECOND)
+    simulation.run(seconds=40)
+    ahead = [seat.ended for peer in simulation.peers.values() if peer.node for seat in peer.node.units.seats.values()]
+    assert max(ahead) > params.HANDOVERS_KEPT + 1, ahead
+    found = until_over(simulation, job)
+    simulation.check_quiet()
+    assert found["state"] == "done" and len(found["deals"]) == 4, found
+    assert all(deal["receipts"] == 2 * params.HANDOVERS_KEPT for deal in found["deals"])
+
+
 def test_the_submitter_keeps_the_first_unit_and_the_last() -> None:
     simulation = make_run_swarm(10, solvers=3)
     job = submit_run(simulation, stages=4, replicas=1, kept=(0, 3))["job"]
