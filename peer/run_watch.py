@@ -53,15 +53,19 @@ class RunWatch:
     def lost(self, run: Run, children: list[Job], *, whole: bool, acked: Collection[bytes]) -> list[tuple[Deal, str]]:
         """The deals to end: others wait for those units, which wait for nobody, and they are gone or make no step.
 
-        Who waits is not silent. whole: each unit has a solver. acked: the deals whose solvers have the last launch.
+        Who waits is not silent; who waits only for units that have handed in is: what it lacks of them, somebody else
+        may get. whole: each unit has a solver. acked: the deals whose solvers have the last launch.
         """
         now, waits, found = self.desk.now_ns, self._waits(children), []
         waited_for = {unit for units in waits.values() for unit in units} - set(waits)
+        deals = {child.unit: self.submitter.deals.get(child.deal) for child in children}
+        handed = {unit for unit, deal in deals.items() if deal is not None and self.held(deal)}
         for child in children:
-            deal = self.submitter.deals.get(child.deal)
+            deal = deals[child.unit]
             if deal is None or deal.lifecycle != State.RUNNING:
                 continue
-            if not whole or (child.unit in waits and waited_for) or self.held(deal):
+            excused = bool(waited_for) and not handed.issuperset(waits.get(child.unit, ()))
+            if not whole or excused or child.unit in handed:
                 deal.news_ns = now
             elif child.unit in waited_for and deal.id in acked:
                 gone = self.submitter.solver_of(deal) not in self.desk.peers

@@ -11,7 +11,7 @@ import pytest
 from peer.deals import agreement_of, task_of
 from peer.messages import ReceiptOffer
 from peer.run_events import LinkEnds
-from peer.run_messages import UnitDisputed
+from peer.run_messages import UnitDisputed, UnitWaiting
 from peer.simulated_faults import SECOND, Faults
 from peer.simulator import Simulation
 from protocol import params
@@ -321,6 +321,30 @@ def test_units_that_train_on_while_their_submitter_is_away_hand_in_all_of_it_aft
     simulation.check_quiet()
     assert found["state"] == "done" and len(found["deals"]) == 4, found
     assert all(deal["receipts"] == 2 * params.HANDOVERS_KEPT for deal in found["deals"])
+
+
+def test_who_says_that_it_waits_for_a_unit_that_has_handed_in_is_silent_all_the_same() -> None:
+    simulation = make_run_swarm(3, solvers=6)
+    job = submit_run(simulation)["job"]
+    run_until(simulation, lambda: launched(simulation))
+    alice = simulation.peers["alice"].node
+    assert alice is not None
+    children = [alice.jobs.jobs[unit] for unit in alice.jobs.jobs[bytes.fromhex(job)].units]
+    deal = alice.submitter.deals[children[0].deal]
+    culprit, take = alice.submitter.solver_of(deal), alice.submitter.receiving.on_receipt
+    # It hands its tensors over, so the others come on; its receipt it keeps, and says that it waits for one of them.
+    receiving: Any = alice.submitter.receiving
+    receiving.on_receipt = lambda peer, offer: peer == culprit or take(peer, offer)
+    for _ in range(150):
+        alice.runs.watch.on_waiting(culprit, UnitWaiting(deal.id, (1,)))
+        simulation.run(seconds=1)
+        if deal.ended_early:
+            break
+    assert deal.ended_early, "it holds the others up"
+    assert [one.id for one in alice.submitter.deals.values() if one.ended_early] == [deal.id], "and nobody else"
+    receiving.on_receipt = take
+    assert until_over(simulation, job)["state"] == "done"
+    simulation.check_quiet()
 
 
 def test_the_submitter_keeps_the_first_unit_and_the_last() -> None:
