@@ -264,7 +264,7 @@ class Node:
                 self.runs.kept.on_step(event)
             case UnitWaits():
                 self.unit_deals.on_waits(event)
-                self.runs.watch.waits[event.work] = (self.desk.now_ns, event.units)
+                self.runs.watch.on_kept_waiting(event)
             case SegmentMade():
                 for worker in (self.solver, self.checker, self.house, self.runs.kept):
                     self.desk.attempt(worker.on_segment, event)

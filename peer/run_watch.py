@@ -10,6 +10,7 @@ from market.reasons import Reason
 from peer.deals import Deal, Job, JobState
 from peer.desk import Desk
 from peer.jobs import JobDesk
+from peer.run_events import UnitWaits
 from peer.run_messages import UnitWaiting
 from peer.run_row import Run
 from peer.submitter import Submitter
@@ -38,11 +39,24 @@ class RunWatch:
         for deal in deals:
             deal.news_ns = self.desk.now_ns
 
+    def forget(self, run: bytes, children: Iterable[Job]) -> None:
+        """It is over."""
+        self.launched_ns.pop(run, None)
+        for child in children:
+            for one in (child.id, *child.deals):
+                self.waits.pop(one, None)
+
     def on_waiting(self, peer: bytes, message: UnitWaiting) -> None:
         """A solver says that its unit stands still."""
         deal = self.submitter.deals.get(message.agreement)
-        if deal is not None and self.submitter.solver_of(deal) == peer:
+        if deal is not None and self.submitter.solver_of(deal) == peer and deal.lifecycle == State.RUNNING:
             self.waits[deal.id] = (self.desk.now_ns, message.units)
+
+    def on_kept_waiting(self, event: UnitWaits) -> None:
+        """A unit that is kept here stands still."""
+        job = self.jobs.jobs.get(event.work)
+        if job is not None and job.kept and job.open:
+            self.waits[job.id] = (self.desk.now_ns, event.units)
 
     def _waits(self, children: Iterable[Job]) -> dict[int, tuple[int, ...]]:
         """The units that stand still now, and for whom."""

@@ -228,6 +228,11 @@ class RunDesk:
 
     def _over(self, run: Run, parent: Job, state: JobState, why: str) -> None:
         self.market.forget(run.id)
+        children = self._children(run)
+        self.watch.forget(run.id, children)
+        for deal in [deal for child in children for deal in child.deals]:
+            self.acks.pop(deal, None)
+            self.again.pop(deal, None)
         run.cuts = {}
         self._save(run)
         self.desk.add(Release(run.id))
@@ -273,7 +278,7 @@ class RunDesk:
     def on_launched(self, peer: bytes, message: Launched) -> None:
         """A solver has the launch."""
         deal = self.submitter.deals.get(message.agreement)
-        if deal is not None and self.submitter.solver_of(deal) == peer:
+        if deal is not None and self.submitter.solver_of(deal) == peer and deal.lifecycle == State.RUNNING:
             self.acks[deal.id] = message.epoch
 
     # --- receipts ------------------------------------------------------------------------------------------

@@ -68,6 +68,8 @@ class UnitDeals:
 
     def tick(self) -> None:
         """Give up what is never launched; tell again of what is disputed; ask for what lacks."""
+        for over in [key for key in self.held_ns if key[0] not in self.units.seats]:
+            del self.held_ns[over]
         for deal in list(self.solver.deals.values()):
             if deal.state != State.RUNNING or deal.ended_early or stage_of(deal.task) is None:
                 continue

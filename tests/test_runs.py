@@ -347,6 +347,22 @@ def test_who_says_that_it_waits_for_a_unit_that_has_handed_in_is_silent_all_the_
     simulation.check_quiet()
 
 
+def test_what_is_remembered_of_a_run_goes_with_it() -> None:
+    simulation = make_run_swarm(2, solvers=5)
+    job = submit_run(simulation, segments=3)["job"]
+    run_until(simulation, lambda: segments(simulation, 1), seconds=60)
+    simulation.crash(solver_of(simulation, job, 1), for_ns=0)
+    assert until_over(simulation, job)["state"] == "done"
+    alice = simulation.peers["alice"].node
+    assert alice is not None
+    assert not alice.runs.acks and not alice.runs.again and not alice.runs.delivered
+    assert not alice.runs.watch.waits and not alice.runs.watch.launched_ns
+    for name in ("s0", "s1", "s2", "s3", "s4"):
+        node = simulation.peers[name].node
+        assert node is None or not (node.unit_deals.held_ns or node.units.seats or node.units.given)
+        assert node is None or not node.runs.watch.waits, "which is of whoever submits"
+
+
 def test_the_submitter_keeps_the_first_unit_and_the_last() -> None:
     simulation = make_run_swarm(10, solvers=3)
     job = submit_run(simulation, stages=4, replicas=1, kept=(0, 3))["job"]
