@@ -216,7 +216,7 @@ def cost(part: Part) -> int:
 class _Partial:
     part: Part
     double: bool
-    chunks: list[bytes | memoryview] = field(default_factory=list)
+    chunks: list[bytearray | memoryview] = field(default_factory=list)  # views of messages, and short pieces joined
     bytes_here: int = 0
 
 
@@ -285,7 +285,13 @@ class Incoming:
         """Bytes of the part that began."""
         partial = self._partial
         assert partial is not None
-        partial.chunks.append(bytes(chunk) if len(chunk) < params.MUX_SHORT_BYTES else chunk)
+        last = partial.chunks[-1] if partial.chunks else None
+        if len(chunk) >= params.MUX_SHORT_BYTES:
+            partial.chunks.append(memoryview(chunk))
+        elif isinstance(last, bytearray) and len(last) < params.TENSOR_PART_BYTES:
+            last += chunk  # an object for each byte would take fifty times as much
+        else:
+            partial.chunks.append(bytearray(chunk))
         partial.bytes_here += len(chunk)
         self.held_bytes += len(chunk)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import deque
 
 import pytest
@@ -196,3 +197,17 @@ def test_a_deadline_follows_the_longest_waits_of_the_last_steps() -> None:
     for step in range(2, 2 + params.TENSOR_WAITS_KEPT):
         waits.add(step, 1.0)
     assert waits.deadline_s == params.TENSOR_WAIT_SECONDS_MIN + 1.0 * params.TENSOR_WAIT_FACTOR
+
+
+def test_a_payload_in_the_shortest_parts_takes_no_more_memory_than_its_bytes() -> None:
+    into, count = Incoming(0, expected(), WINDOW), 40_000
+    into.greet(b"s" * 16, Seat(b"a" * 32))
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for at in range(count):
+        into.begin(Part(key(0), 1, count, at))
+        into.feed(memoryview(b"x"))
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 4 * count, "its sender pays a byte of credit for each"
+    assert into.finish() == (key(0), b"x" * count, False)
