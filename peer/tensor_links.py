@@ -16,14 +16,14 @@ from typing import Final, Protocol
 
 import trio
 
-from peer.links import PeerUnreachable, Stream
+from peer.links import Stream
 from peer.payload_shelf import PayloadShelf
 from peer.tensor_port import Difference, Place, TensorPort, Waiting
 from peer.tensor_state import Expected, Seat, expected_of, receivers_of
 from peer.tensor_wire import PROTOCOL, Greeting, Hello, Refusal
 from protocol import params
 from protocol.codec import decode, encode
-from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.errors import IchibaError, LocalProtocolError
 from protocol.payload import PayloadKey
 
 __all__ = [
@@ -128,7 +128,7 @@ class TensorLinks:
             async with trio.SocketStream(far) as socket:
                 try:
                     await self.serve(self._host.peer, Stream(socket, peer=self._host.peer))
-                except (PeerUnreachable, RemoteProtocolError, trio.TooSlowError) as fault:
+                except (OSError, IchibaError, trio.TooSlowError) as fault:  # a disk's is told to the port's keeper
                     log.info("a link of this peer to itself ended: %s", fault)
 
         self._nursery.start_soon(serve)

@@ -304,6 +304,8 @@ class TensorPort:
         self._fail(LocalProtocolError(f"the port of unit {self.place.unit} is closed"))
         for link in self._in.values():
             link.scope.cancel()
+        for out in self._out.values():
+            out.state.lost()  # a read of the disk is not cancelled: what comes after it finds nothing to send
         self.shelf.close()
 
     async def _keep(self, out: _Out) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 import trio
 import trio.testing
 
+from peer import payload_shelf
 from peer.links import PeerUnreachable, Stream
+from peer.payload_shelf import ShelfFull
 from peer.tensor_links import Seat
 from peer.tensor_wire import Greeting, Hello, Part
 from protocol import params
@@ -326,3 +329,44 @@ async def test_a_receiver_that_claims_what_was_never_sent_is_penalised(tmp_path:
             await trio.sleep(0.05)
         assert [who for who, _ in net.penalties] == [peer(1)]
         assert net.penalties[0][1].startswith("malformed")
+
+
+async def test_a_port_that_closes_while_it_reads_its_disk_ends_quietly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, go_on, read = threading.Event(), threading.Event(), payload_shelf._read
+
+    def slow(descriptor: int, offset: int, count: int) -> bytes:
+        found = read(descriptor, offset, count)
+        began.set()
+        assert go_on.wait(SECONDS_MAX)
+        return found
+
+    monkeypatch.setattr(payload_shelf, "_read", slow)
+    with trio.fail_after(SECONDS_MAX):
+        async with open_net() as net, pair(net, tmp_path, memory_bytes=1) as (one, _):
+            net.cut.add(peer(1))
+            await net.break_streams()
+            for index in range(2):
+                await one.send(key(0, index=index), (1,), payload_of(0, index))
+            net.cut.clear()
+            assert await trio.to_thread.run_sync(began.wait, SECONDS_MAX)
+            one.close()
+            go_on.set()
+            await trio.testing.wait_all_tasks_blocked()  # a KeyError there would end the daemon
+
+
+async def test_a_full_disk_of_a_unit_that_is_fed_by_another_here_is_that_units_trouble(tmp_path: Path) -> None:
+    seats = {unit: Seat(peer(0)) for unit in (0, 1)}
+    async with open_net() as net:
+        links = net.host(peer(0), tmp_path)
+        with trio.fail_after(SECONDS_MAX):
+            with (
+                links.open(place(0, to={1}), seats) as one,
+                links.open(place(1, comes={0: expected()}), seats) as two,
+            ):
+                two.shelf._disk_max, two.shelf._memory_max = 0, 0
+                await one.send(key(0), (1,), payload_of(0))
+                with pytest.raises(ShelfFull):
+                    await two.want(key(0, index=1))
+        await trio.testing.wait_all_tasks_blocked()  # the other ports of this daemon go on
