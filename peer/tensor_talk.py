@@ -102,6 +102,7 @@ class Talk:
     async def _receive(self, count: int) -> memoryview:
         if (here := self.stream.view_here(count)) is not None:
             self.heard_at = trio.current_time()
+            await trio.lowlevel.checkpoint()  # a window full of short items must not keep the daemon
             return here
         silence_s = params.TENSOR_SILENCE_SECONDS + 8 * self.round_trip_s
         with trio.move_on_after(silence_s):
