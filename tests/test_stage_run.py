@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from protocol import params
 from protocol.errors import LocalProtocolError, MalformedRecord
+from protocol.payload import PayloadKey
 from protocol.stage import (
     KEPT_PREFIX,
     OUTER_PREFIX,
@@ -28,8 +30,8 @@ from protocol.tape import TapeReader, entry_head
 from protocol.task import Schedule
 from tests.unit_scene import Ran, Unit, checked, made_unit, run_threads, stage_of, unit_program, unit_run
 from worker.crossings import BadTape, TapeWire, check_unit
-from worker.executor import Executor
-from worker.link_codecs import BadPayload
+from worker.executor import Diverged, Executor
+from worker.link_codecs import BadPayload, LinkCodecs
 from worker.training import Ordered
 
 TILE, CHANGE = Codec("tile", 4), Codec("change", 4)
@@ -195,6 +197,30 @@ def test_a_payload_of_the_wrong_size_is_the_neighbours_fault(tmp_path: Path) -> 
     _, second = run_threads([other, found[1]])
     assert isinstance(second.error, BadPayload)
     assert "unit 0" in str(second.error)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0xFFC00001, 0x7F800001])
+def test_a_tensor_that_holds_nan_is_the_neighbours_fault_and_no_divergence_of_who_gets_it(
+    bits: int, tmp_path: Path
+) -> None:
+    _, second = ran(tmp_path)
+    items = entries(second.wire.tapes[1])
+    spoiled = np.frombuffer(items[0][1], "<u4").copy()
+    spoiled[-1] = bits
+    with pytest.raises(BadPayload, match="NaN") as failed:
+        checked(second, 1, tape_of([(items[0][0], spoiled.tobytes()), *items[1:]]))
+    assert failed.value.unit == 0
+
+
+def test_who_computes_nan_diverges_instead_of_sending_it(tmp_path: Path) -> None:
+    first, _ = units(tmp_path)
+    codecs = LinkCodecs(first.task, first.program, {})
+    codecs.begin(3)
+    good = torch.tensor([1.0, -math.inf])  # as of a mask
+    key = PayloadKey(3, "forward", 0, 0, 0)
+    assert codecs.encode(key, good)[0] == good.numpy().tobytes()
+    with pytest.raises(Diverged):
+        codecs.encode(key, torch.tensor([1.0, math.nan]))
 
 
 def changed_stage(stage: Stage, **fields: Any) -> Stage:

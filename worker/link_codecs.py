@@ -98,6 +98,8 @@ class LinkCodecs:
                 rows = self._remembered(f"send.{where}", key.micro_batch)
                 shaped = tensor.reshape(len(rows), *kept.shape[1:])
                 return compression.encode_change(codec, shaped, kept=kept, seen=seen, rows=rows, **place), tensor
+            if codec.kind == "float32" and _has_nan(tensor):
+                raise NotFinite(f"a tensor of shape {tuple(tensor.shape)} that holds NaN")
             payload = compression.encode(codec, tensor, **place)
         except NotFinite as error:
             raise Diverged(self._step, f"{where} of micro-batch {key.micro_batch}") from error
@@ -163,7 +165,15 @@ def _viewed(payload: memoryview, kind: TensorType) -> Tensor:
         raise MalformedRecord(f"{len(payload)} bytes, a {kind.dtype} of shape {kind.shape} has {kind.size_bytes}")
     held = np.frombuffer(payload, np.uint8)
     held = held if held.flags.writeable else held.copy()
-    return torch.from_numpy(held).view(DTYPES[kind.dtype]).reshape(kind.shape)
+    found = torch.from_numpy(held).view(DTYPES[kind.dtype]).reshape(kind.shape)
+    if _has_nan(found):
+        raise MalformedRecord("a tensor that holds NaN", why="who computes one diverges, and sends none")
+    return found
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    """Whether it holds what would end the task of whoever goes on with it. Infinity may be a mask, and passes."""
+    return tensor.is_floating_point() and bool(tensor.isnan().any())
 
 
 class OuterChange:
