@@ -80,7 +80,10 @@ class Jury:
             word = open_word(verdict, file.challenge, file.case.tolerance)
         except VerificationFailed:
             return
-        self.words.setdefault(verdict.checker, set()).add(word)
+        said = self.words.setdefault(verdict.checker, set())
+        if word in said or len(said) > 1:
+            return  # two words are none: what else it signs is not kept
+        said.add(word)
         self.desk.emit("juror", dispute=file.id, juror=verdict.checker, finding=word.finding,
                        l1_ppb=verdict.l1_ppb, l2_ppb=verdict.l2_ppb)  # fmt: skip
         self._decide()

@@ -200,6 +200,17 @@ def test_two_roots_are_two_words() -> None:
     assert bench.ruled == ["wrong"]
 
 
+def test_of_a_juror_that_signs_many_words_two_are_kept() -> None:
+    bench = Bench(exact=True)
+    order = bench.jury.jurors
+    for number in range(100):
+        bench.says(order[0], "wrong", found_root=blake("test/root", bytes([number])))
+    assert len(bench.jury.words[order[0]]) == 2, "they are none already"
+    for juror in order[1:4]:
+        bench.says(juror, "wrong")
+    assert bench.ruled == ["wrong"]
+
+
 def test_who_accuses_without_having_computed_it_was_wrong_as_well() -> None:
     bench = Bench(exact=True)
     for juror in bench.jury.jurors[:QUORUM]:
