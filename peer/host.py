@@ -288,6 +288,14 @@ class _Gossip(Pubsub):
             await self.router.on_peer_subscribed(sender, topic)
         self.handle_subscription(sender, subscription)
 
+    def _forget_subscription(self, peer_id: ID, topic: str) -> None:
+        """As stock, but who comes back to a topic on one connection is not sent the last messages again: to leave and
+        come back costs it 40 bytes, and us all of them."""
+        told = topic in self._replayed_recent_topics.get(peer_id, ())
+        super()._forget_subscription(peer_id, topic)
+        if told:
+            self._replayed_recent_topics.setdefault(peer_id, set()).add(topic)
+
     def _bound(self, control: Any) -> None:
         """Keep of a neighbour's wishes what is about our topics and cannot multiply what we store or send."""
         for entries in (control.graft, control.prune, control.ihave):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import trio
+from libp2p.pubsub.pb import rpc_pb2
 
 from peer.addresses import parse_address
 from peer.blobs import BlobStore
@@ -229,6 +230,29 @@ async def test_nobody_is_known_to_subscribe_before_it_is_sent_what_is_published(
         await other.host.connect(one.address)
         await other.wait_for(GossipIn)
         assert noted["/ichiba/test/offers"] == (True, True), "in the mesh, and what came before it under way"
+
+
+async def test_who_leaves_a_topic_and_comes_back_is_not_sent_the_last_messages_again() -> None:
+    sent = 0
+    async with start_node() as one, start_node() as other:
+        gossip: Any = one.host._gossip
+        await one.host.publish("offers", b"before")
+        await other.host.connect(one.address)
+        await other.wait_for(GossipIn)
+        send = gossip.router.send_rpc
+
+        def count(peer: Any, rpc: Any, priority: bool = False) -> None:
+            nonlocal sent
+            sent += len(rpc.publish)
+            send(peer, rpc, priority)
+
+        gossip.router.send_rpc = count
+        (peer,) = gossip.peers
+        for subscribe in (False, True) * 20:
+            said = rpc_pb2.RPC.SubOpts(subscribe=subscribe, topicid="/ichiba/test/offers")
+            await gossip._take_subscription(peer, said)
+        assert topic_peers(one.host) == {peer}
+        assert not sent, "each turn cost it 40 bytes"
 
 
 async def test_an_author_is_held_to_its_records_and_each_one_over_is_counted_as_its_own() -> None:
