@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import trio
 
@@ -68,6 +68,7 @@ from protocol.task import TaskSpec, task_id
 __all__ = ["Performer"]
 
 log = logging.getLogger(__name__)
+OUTGOING_IDLE_SECONDS: Final = 2 * params.MUX_SILENCE_SECONDS_MAX  # without a message: whoever is gone is known to be
 
 
 @dataclass(eq=False)
@@ -178,7 +179,15 @@ class Performer:
             self.drops.note("outgoing-full", peer, now_ns=time.time_ns())
 
     async def _sender(self, peer: bytes, receive: trio.MemoryReceiveChannel[bytes]) -> None:
-        async for data in receive:
+        """Write what is queued for `peer`, until nothing was for a while: peers come and go, and some never were."""
+        while True:
+            with trio.move_on_after(OUTGOING_IDLE_SECONDS) as patience:
+                data = await receive.receive()
+            if patience.cancelled_caught:
+                if receive.statistics().current_buffer_used:
+                    continue
+                del self.outgoing[peer]
+                return
             try:
                 await self.host.send(peer, data)
             except PeerUnreachable as error:
