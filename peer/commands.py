@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -17,6 +17,7 @@ from market.matching import SANDBOX_CONTAINED
 from peer.answers import Answers
 from peer.bidding import Bidder
 from peer.challenger import Challenger
+from peer.control_verbs import Submit
 from peer.deals import Deal, Job, JobState, agreement_of, task_of
 from peer.desk import Desk
 from peer.disputes import Disputes
@@ -55,25 +56,6 @@ from protocol.script import ASSURANCE, ScriptSpec, compare, read_task
 from protocol.task import TaskSpec, task_id
 
 __all__ = ["Commands"]
-
-
-class SubmitArguments(msgspec.Struct, forbid_unknown_fields=True):
-    """Of `submit`: the encoded TaskSpec and the money. All ids hex, all money micro-credits."""
-
-    task: str
-    budget_micro: int
-    unit_price_max: int
-    base_root: str
-    checkpoint_bytes: int
-    memory_bytes: int
-    sandbox: int = 2
-    group: str = ""  # of replicas of one script
-    replica: int = 0
-    sealed: bool = False  # the offer shows terms only; the winner alone gets the keys to the rest
-    device: Literal["any", "cpu", "gpu"] = "any"
-    device_memory_bytes: int = 0
-    deadline_ns: int = 0  # when the work must be done; 0: whenever
-    credit: bool = False  # done by who gives this peer a credit line, unchecked, and owed to it
 
 
 @dataclass
@@ -186,7 +168,7 @@ class Commands:
     def submit(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Open a job. The blobs it names are in the store already: the control socket saw to that."""
         try:
-            given = msgspec.convert(arguments, SubmitArguments)
+            given = msgspec.convert(arguments, Submit)
             encoded, base_root = bytes.fromhex(given.task), bytes.fromhex(given.base_root)
         except (msgspec.ValidationError, ValueError) as error:
             raise BadArguments(f"submit: {error}") from None
@@ -195,13 +177,9 @@ class Commands:
             raise BadArguments("a unit of a parallel job alone", next_step="submit the whole job that it is a part of")
         if isinstance(task, ProfileSpec):
             raise BadArguments("a profile is ordered by the job it is for", next_step="submit the tolerant job itself")
-        if len(base_root) != 32:
-            raise BadArguments("base_root must be 32 bytes in hex")
         script = isinstance(task, ScriptSpec)
         if script and base_root != task_id(task):
             raise BadArguments("a script starts from its own id", next_step="give base_root the id of the task")
-        if given.budget_micro <= 0 or given.unit_price_max <= 0:
-            raise BadArguments("budget and price limit must be positive")
         check_terms(given, now_ns=self.desk.wall_ns)
         task, encoded, key = self.sealing.submitted(task, encoded, sealed=given.sealed)
         other = [bytes([given.replica])] if given.replica else []

@@ -12,7 +12,7 @@ import msgspec
 from protocol import params
 from protocol.run_sizes import RunSizes
 
-__all__ = ["VERBS", "PlanRun"]
+__all__ = ["VERBS", "PlanRun", "Submit", "SubmitRun"]
 
 _Hex = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{2})*$")]
 _Id = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{1,64}$")]
@@ -50,8 +50,13 @@ class _OneDispute(msgspec.Struct, forbid_unknown_fields=True):
     dispute: _Id
 
 
-class _Submit(msgspec.Struct, forbid_unknown_fields=True):
-    """Of submit: the encoded TaskSpec, its first state root, money in micro-credits, sizes in bytes."""
+class Submit(msgspec.Struct, forbid_unknown_fields=True):
+    """Of submit: the encoded TaskSpec, its first state root, money in micro-credits, sizes in bytes.
+
+    group: of the replicas of one script. sealed: the offer shows terms only, the winner alone gets the keys to the
+    rest. deadline_ns: when the work must be done; 0: whenever. credit: it is done by who gives this peer a credit
+    line, unchecked, and owed to it.
+    """
 
     task: Annotated[_Hex, msgspec.Meta(max_length=2 * params.MESSAGE_BYTES_MAX)]
     budget_micro: _Amount
@@ -69,8 +74,8 @@ class _Submit(msgspec.Struct, forbid_unknown_fields=True):
     credit: bool = False
 
 
-class _Unit(msgspec.Struct, forbid_unknown_fields=True):
-    """One unit of submit-run."""
+class SubmitUnit(msgspec.Struct, forbid_unknown_fields=True):
+    """One unit of submit-run: its encoded TaskSpec, and what it takes. kept: this peer runs it itself."""
 
     task: Annotated[_Hex, msgspec.Meta(max_length=2 * params.MESSAGE_BYTES_MAX)]
     checkpoint_bytes: Annotated[int, msgspec.Meta(ge=1, le=params.BLOB_BYTES_MAX)]
@@ -78,10 +83,14 @@ class _Unit(msgspec.Struct, forbid_unknown_fields=True):
     kept: bool = False
 
 
-class _SubmitRun(msgspec.Struct, forbid_unknown_fields=True):
-    """Of submit-run: the units of a parallel job in their order, money in micro-credits, bytes of a step's links."""
+class SubmitRun(msgspec.Struct, forbid_unknown_fields=True):
+    """Of submit-run: the units of a parallel job in the order of their numbers, and money in micro-credits.
 
-    units: Annotated[list[_Unit], msgspec.Meta(min_length=1, max_length=params.PARALLEL_UNITS_MAX)]
+    For the placing, as it travels: border_bytes, of each border between stages what crosses it forward and backward in
+    a step; shared_bytes, of each stage what a replica sends each other one in an exchange. Empty: not known.
+    """
+
+    units: Annotated[list[SubmitUnit], msgspec.Meta(min_length=1, max_length=params.PARALLEL_UNITS_MAX)]
     budget_micro: _Amount
     unit_price_max: _Price
     sandbox: _Level = 2
@@ -207,9 +216,9 @@ VERBS: Final[dict[str, type[msgspec.Struct]]] = {
     "cancel": _OneJob,
     "bundle": _OneJob,
     "matches": _OneJob,
-    "submit": _Submit,
+    "submit": Submit,
     "plan-run": PlanRun,
-    "submit-run": _SubmitRun,
+    "submit-run": SubmitRun,
     "quote": _Quote,
     "wallet": _Wallet,
     "stake": _StakeMove,

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol
 
 import msgspec
 
+from peer.control_verbs import SubmitRun
 from peer.deals import Job, JobState
 from peer.runs import RunDesk
 from peer.sealing import Sealing
 from protocol import params
-from protocol.codec import Uint, blake, encode
+from protocol.codec import blake, encode
 from protocol.errors import LocalProtocolError
 from protocol.stage import Stage
 from protocol.task import TaskSpec
 
-__all__ = ["BadArguments", "RunArguments", "UnitArguments", "check_terms", "submit_run"]
-
-
-_Pair: TypeAlias = tuple[Uint, Uint]
+__all__ = ["BadArguments", "check_terms", "submit_run"]
 
 
 class BadArguments(LocalProtocolError):
@@ -26,33 +24,6 @@ class BadArguments(LocalProtocolError):
 
     code = "usage"
     exit_code = 2
-
-
-class UnitArguments(msgspec.Struct, forbid_unknown_fields=True):
-    """One unit: its encoded TaskSpec, in hex, and what it takes. kept: this peer runs it itself."""
-
-    task: str
-    checkpoint_bytes: int
-    memory_bytes: int
-    kept: bool = False
-
-
-class RunArguments(msgspec.Struct, forbid_unknown_fields=True):
-    """Of `submit-run`: the units in the order of their numbers, and the money. All ids hex, all money micro-credits.
-
-    For the placing, as it travels: border_bytes, of each border between stages what crosses it forward and backward in
-    a step; shared_bytes, of each stage what a replica sends each other one in an exchange. Empty: not known.
-    """
-
-    units: Annotated[list[UnitArguments], msgspec.Meta(min_length=1, max_length=params.PARALLEL_UNITS_MAX)]
-    budget_micro: int
-    unit_price_max: int
-    sandbox: int = 2
-    device: Literal["any", "cpu", "gpu"] = "any"
-    device_memory_bytes: int = 0
-    deadline_ns: int = 0
-    border_bytes: Annotated[list[_Pair], msgspec.Meta(max_length=params.PARALLEL_UNITS_MAX)] = []
-    shared_bytes: Annotated[list[Uint], msgspec.Meta(max_length=params.PARALLEL_UNITS_MAX)] = []
 
 
 class Terms(Protocol):
@@ -86,12 +57,10 @@ def submit_run(runs: RunDesk, sealing: Sealing, arguments: dict[str, Any]) -> Jo
     units are given it. Raises BadArguments, CannotSeal, InsufficientFunds, LimitExceeded, MalformedRecord."""
     desk = runs.desk
     try:
-        given = msgspec.convert(arguments, RunArguments)
+        given = msgspec.convert(arguments, SubmitRun)
         encoded = [bytes.fromhex(unit.task) for unit in given.units]
     except (msgspec.ValidationError, ValueError) as error:
         raise BadArguments(f"submit-run: {error}") from None
-    if given.budget_micro <= 0 or given.unit_price_max <= 0:
-        raise BadArguments("budget and price limit must be positive")
     check_terms(given, now_ns=desk.wall_ns)
     kept = sum(unit.kept for unit in given.units)
     if kept and not desk.means.sandbox:
@@ -115,7 +84,7 @@ def submit_run(runs: RunDesk, sealing: Sealing, arguments: dict[str, Any]) -> Jo
     return runs.submit(parent, children, border_bytes=given.border_bytes, shared_bytes=given.shared_bytes)
 
 
-def _check_sizes(given: RunArguments, stage: Stage) -> None:
+def _check_sizes(given: SubmitRun, stage: Stage) -> None:
     """Raises BadArguments."""
     for what, found, due in (
         ("borders between stages", given.border_bytes, stage.stages - 1),
@@ -146,7 +115,7 @@ def _stages(tasks: list[TaskSpec]) -> list[Stage]:
     return stages
 
 
-def _job(job: bytes, given: RunArguments, task: TaskSpec, state: JobState, now_ns: int) -> Job:
+def _job(job: bytes, given: SubmitRun, task: TaskSpec, state: JobState, now_ns: int) -> Job:
     return Job(
         id=job,
         task=encode(task),
