@@ -141,7 +141,7 @@ class Arbiter:
             if hearing in begun or (not begun and hearing is first):
                 if not hearing.opened_ns:
                     self._begin(hearing)
-            elif not hearing.number:
+            elif not hearing.number and not self.rulings.own(hearing.file.id):
                 hearing.opened_ns = 0  # an older challenge came after it: it waits
 
     def _begin(self, hearing: Hearing) -> None:
@@ -390,7 +390,7 @@ class Arbiter:
 
     # --- the jury --------------------------------------------------------------------------------------------
     def on_verdict(self, verdict: Verdict) -> None:
-        """A verdict in gossip, or a juror's own answer."""
+        """A juror's answer to this notary or another."""
         for jury in list(self.juries.values()):
             jury.on_verdict(verdict)
 
@@ -442,6 +442,7 @@ class Arbiter:
                 other.file.kept.rulings = self.rulings.forget(other.file.id)
                 other.file.end(self.desk, finding)
                 self.juries.pop(other.file.id, None)
+                other.file.tell_words(self.desk)
                 self.desk.add(Release(other.file.id))
         self._seat(file.root)
 

@@ -11,6 +11,7 @@ from protocol.certificate import check_certified
 from protocol.codec import blake
 from protocol.errors import VerificationFailed
 from protocol.forced import check_forced, may_order
+from protocol.jury import bound_root
 from protocol.merkle import merkle_root
 from protocol.network import Network
 from protocol.profile import Tolerance
@@ -69,6 +70,14 @@ class Case:
     def by_jury(self) -> bool:
         """Whether a dispute about it has no game, but jurors who execute the segment again (protocol/jury.py)."""
         return self.unit or self.tolerance is not None
+
+    def binds(self, network: Network) -> bool:
+        """Whether a checker of it states the root that it found in a way that no other can say after it."""
+        return self.unit and bool(network.notaries)
+
+    def stated_root(self, peer: bytes, root: bytes, network: Network) -> bytes:
+        """What `peer` says in its verdict and its challenge of the root that it found. A juror tells notaries alone."""
+        return bound_root(peer, root) if self.binds(network) and self.asked != "juror" else root
 
     def disputed(self, segment: int) -> int:
         """What one dispute settles: a segment, or -1 for all of a proof that jurors judge. They need no player's moves,

@@ -259,8 +259,9 @@ class Checker:
 
     def _conclude(self, case: Case, told: Found, at: tuple[int, bytes, bytes] = (0, bytes(32), bytes(32))) -> None:
         """Give the verdict. at: the segment that is not right, the root claimed of it and the one found."""
+        network, found = self.desk.network, at[2]
         verdict = Verdict(
-            network=self.desk.network.id,
+            network=network.id,
             agreement=case.agreement_id,
             proof=case.proof_id,
             checker=self.desk.me,
@@ -269,7 +270,7 @@ class Checker:
             finding=told,
             wrong_segment=at[0],
             claimed_root=at[1],
-            found_root=at[2],
+            found_root=found if told == "right" else case.stated_root(self.desk.me, found, network),
             operations=min(case.operations, 2**62),
             done_ns=self.desk.wall_ns,
             l1_ppb=case.farthest[0],
@@ -277,16 +278,17 @@ class Checker:
         )
         # Of an ordered error's correction only the submitter hears, and a juror is no accuser.
         if told == "wrong" and case.forced is None and case.asked != "juror":
-            self.on_wrong(case, at[2])
+            self.on_wrong(case, found)
         if case.own:
             self._finish(case)
             return
         envelope = self.desk.seal(verdict)
         self.verdicts[case.id] = envelope
         self.desk.save("verdicts", case.id, envelope)
-        for peer in sorted(self.desk.network.notary_keys) if case.asked == "juror" else (case.submitter,):
+        for peer in sorted(network.notary_keys) if case.asked == "juror" else (case.submitter,):
             self.desk.send(peer, Records((envelope,)))
-        self.desk.publish(SETTLEMENT, envelope)
+        if case.asked != "juror":  # another juror could say the same: notaries tell it when it is over
+            self.desk.publish(SETTLEMENT, envelope)
         self._finish(case)
 
     def _drop(self, case: Case, code: str, why: str) -> None:

@@ -96,7 +96,7 @@ def show(terminal: Terminal, dispute_id: str) -> None:
             "dispute": found["dispute"],
             "deal": f"{short_id(found['deal'])}, segment {found['segment']}",
             "solver": f"{found['solver']} stands by {short_id(found['claimed_root'])}",
-            "challenger": f"{found['challenger']} found {short_id(found['found_root'])}",
+            "challenger": f"{found['challenger']} {_found(found)}",
             "here as": found["part"],
             "state": _ENDS.get(found["state"], found["state"]),
             "game": _game(found),
@@ -173,6 +173,12 @@ def verify(terminal: Terminal, file: Path, network_file: Path | None) -> None:
         terminal.say("  that a player did not answer is the notaries' word: no file can show it")
     said = f"a quorum of notaries says: {_ENDS[report.finding]}" if report.finding else "no ruling of notaries is in it"
     terminal.say(f"  {said}")
+
+
+def _found(found: dict[str, Any]) -> str:
+    """What a challenger says it found; of a unit it says so in a way that no other peer can say after it."""
+    said = short_id(found["found_root"])
+    return f"found another end, bound to its key as {said}" if found["root_bound"] else f"found {said}"
 
 
 def _measure(word: dict[str, Any]) -> str:

@@ -136,7 +136,7 @@ class Disputant:
             proof=case.proof_id,
             segment=case.segment,
             claimed_root=case.receipt(case.segment).out_root,
-            found_root=found_root,
+            found_root=case.stated_root(self.desk.me, found_root, self.desk.network),
             operations=min(case.operations, 2**62),
             created_ns=self.desk.wall_ns,
         )

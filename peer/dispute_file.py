@@ -17,7 +17,7 @@ from peer.case import Case, open_evidence
 from peer.deals import task_of
 from peer.desk import Desk
 from peer.events import Fetch, ReadBlob
-from peer.messages import CheckRequest, OpeningOffer
+from peer.messages import CheckRequest, OpeningOffer, Records
 from protocol import params
 from protocol.dispute import SIDES, Game, Side, Terms
 from protocol.errors import VerificationFailed
@@ -132,6 +132,11 @@ class DisputeFile:
             return False
         self.kept.words.append(envelope)
         return True
+
+    def tell_words(self, desk: Desk) -> None:
+        """It is over, so nobody can say after them any more: a notary gives the parties the words of the jurors."""
+        for party in sorted(self.parties) if self.kept.words else ():
+            desk.send(party, Records(tuple(self.kept.words)))
 
     # --- the Program -----------------------------------------------------------------------------------------
     def ask_program(self, desk: Desk) -> None:

@@ -125,12 +125,12 @@ class Disputes:
 
     # --- records ---------------------------------------------------------------------------------------------
     def on_verdict(self, verdict: Verdict, envelope: bytes) -> None:
-        """A verdict in gossip: a deal to check again, or a juror's word, which is also kept for people."""
+        """A verdict: a deal to check again, or a juror's word, kept for people before it may decide."""
         self.whistleblower.on_verdict(verdict)
-        self.arbiter.on_verdict(verdict)
         for file in self._files().values() if verdict.role == "juror" else ():
             if file.by_jury and file.add_word(verdict, envelope, network=self.desk.network):
                 file.save(self.desk)
+        self.arbiter.on_verdict(verdict)
 
     def challenged(self, challenge: Challenge, dispute: bytes, envelope: bytes) -> None:
         """A challenge in gossip: this peer's own deal is disputed now. Raises RemoteProtocolError."""
@@ -270,6 +270,7 @@ class Disputes:
             "challenger": peer_name(challenge.challenger),
             "claimed_root": challenge.claimed_root.hex(),
             "found_root": challenge.found_root.hex(),
+            "root_bound": file.case.binds(self.desk.network),
             "rounds": game.number if game is not None else 0,
             "level": game.level if game is not None else "",
             "opened_ns": file.kept.opened_ns,

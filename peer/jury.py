@@ -4,8 +4,10 @@ As many jurors are asked as are still needed for a quorum of one word; who stays
 order of the draw. A juror's first verdict counts, and none of one who signed two. Every notary asks for itself and
 hears every verdict, so all come to the same finding; rulings of a quorum of notaries make it count.
 
-Of two right challenges of one proof only one may come to an Arbitration: else which finder is paid would depend on
-which one a peer heard first. Notaries hear the older first, and who ruled on one waits before it rules on another.
+Of the challenges of one segment the oldest is heard, and the oldest that has the root which the jurors find is ruled
+on: who accuses without having computed it keeps nobody from the finder's share. Of two right challenges of one proof
+only one may come to an Arbitration: else which finder is paid would depend on which one a peer heard first. Notaries
+hear the older first, and who ruled on one waits before it rules on another.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ from dataclasses import dataclass, field
 import msgspec
 
 from peer.desk import Desk
+from peer.dispute_file import DisputeFile
 from peer.hearing import Hearing
 from peer.messages import JuryAsk
 from protocol import params
 from protocol.errors import VerificationFailed
-from protocol.jury import Word, decided, heaviest, open_word
+from protocol.jury import Word, cause_of, decided, heaviest, open_word
 from protocol.records import Verdict
 
 __all__ = ["Jury"]
@@ -93,13 +96,25 @@ class Jury:
         found = decided(self.words, self.desk.network.rules.tolerant_quorum)
         if found is None or self.hearing.file.over or not self.hearing.opened_ns:
             return
-        if found.finding == "right" or not self._waits():
-            self.rule(self.hearing, found)
+        finder = self._finder(found)
+        if found.finding == "right" or not self._waits(finder.file):
+            finder.opened_ns = finder.opened_ns or self.desk.now_ns
+            self.rule(finder, found)
 
-    def _waits(self) -> bool:
-        """Whether another challenge, on which this notary ruled wrong, may still come to a quorum first. If notaries
-        are divided, those who ruled on the younger one give way."""
-        now, mine = self.desk.now_ns, self.hearing.file
+    def _finder(self, word: Word) -> Hearing:
+        """The hearing of the oldest challenge that says what the jurors say; this one, if none does."""
+        mine = self.hearing.file
+        alike = [
+            h for h in self.hearings.values()
+            if h.file.root == mine.root and h.file.challenge.segment == mine.challenge.segment and not h.file.over
+            and cause_of(word, h.file.challenge) == "jury"
+        ]  # fmt: skip
+        return min(alike, key=lambda h: h.file.age) if word.finding == "wrong" and alike else self.hearing
+
+    def _waits(self, mine: DisputeFile) -> bool:
+        """Whether another challenge than `mine`, on which this notary ruled wrong, may still come to a quorum first. If
+        notaries are divided, those who ruled on the younger one give way."""
+        now = self.desk.now_ns
         for other in [h.file for h in self.hearings.values()]:
             if other is mine or other.over or other.root != mine.root or self.ruled(other.id) != "wrong":
                 continue

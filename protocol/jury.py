@@ -5,6 +5,9 @@ must give (decisions/0010), of a unit of a parallel job it cannot derive what th
 other machines run the segment, by its distance or to the bit. Jurors are drawn by what the notaries' randomness and
 both seeds give after the proof, from the stakes of the network file, which are the same to everybody and cannot be
 bought for the occasion. What their words come to is decided here, for notaries and for who looks at a file later.
+
+Nobody can say after another what it did not compute: who accuses exact work states the root that it found bound to its
+own key (`bound_root`), and jurors tell theirs to the notaries alone until the dispute is over.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final, Literal
 
+from protocol.codec import blake
 from protocol.errors import VerificationFailed
 from protocol.keys import peer_key
 from protocol.network import Network
@@ -22,7 +26,7 @@ from protocol.profile import Distance, Tolerance, finding
 from protocol.records import Challenge, Verdict
 from protocol.sampling import checker_weight, draw_weighted
 
-__all__ = ["Word", "cause_of", "decided", "heaviest", "jury_of", "open_word"]
+__all__ = ["Word", "bound_root", "cause_of", "decided", "heaviest", "jury_of", "open_word"]
 
 _NO_ROOT: Final = b""
 
@@ -92,7 +96,15 @@ def decided(words: Mapping[bytes, Collection[Word]], quorum: int) -> Word | None
     return most[0] if most is not None and most[1] >= quorum else None
 
 
+def bound_root(peer: bytes, root: bytes) -> bytes:
+    """What `peer` states of exact work that jurors may have to execute again, where it found `root`: 32 bytes that show
+    later that it had the root, and are no use to another peer before. peer: 32 bytes; root: 32 bytes."""
+    return blake("ichiba/bound-root", peer, root)
+
+
 def cause_of(word: Word, challenge: Challenge) -> Literal["jury", "both"]:
     """Both: the work is wrong, and so is what its challenger says that it is; who accuses without having computed it
     earns nothing. Of float work nobody can tell."""
-    return "both" if word.root not in (_NO_ROOT, challenge.found_root) else "jury"
+    if word.root == _NO_ROOT or bound_root(challenge.challenger, word.root) == challenge.found_root:
+        return "jury"
+    return "both"

@@ -99,7 +99,9 @@ def test_of_a_jury_each_jurors_word_and_measure_is_told(home: Path) -> None:
     with answering(home) as fake:
         fake.answers["dispute"] = lambda _: shown
         told = ichiba(home, "dispute", "show", shown["dispute"][:8]).stdout
-    assert "none: jurors execute the segment again" in told
+        fake.answers["dispute"] = lambda _: {**shown, "root_bound": True}
+        assert "found another end, bound to its key as " in ichiba(home, "dispute", "show", shown["dispute"][:8]).stdout
+    assert "none: jurors execute the segment again" in told and ", bound to its key as " not in told
     quorum = stage.network.rules.tolerant_quorum
     assert len(shown["jurors"]) >= quorum and told.count(" finds it wrong: ") == len(shown["jurors"])
     assert "of an update from its own end" in told and "the work was wrong" in told

@@ -12,7 +12,7 @@ from peer.jury import Jury
 from peer.messages import CheckRequest, JuryAsk
 from protocol import params
 from protocol.codec import blake
-from protocol.jury import Word, cause_of, jury_of
+from protocol.jury import Word, bound_root, cause_of, jury_of
 from protocol.keys import SigningKey, peer_name
 from protocol.network import Deposit, Network, Rules
 from protocol.profile import Tolerance
@@ -64,6 +64,15 @@ def test_the_deals_own_randomness_and_the_segment_decide_and_nobodys_list() -> N
     assert 70 < first < 130, "a stake of half of all is asked first in half of the cases"
 
 
+def challenge_by(name: str, root: bytes = FOUND, *, segment: int = 2, copied: str = "") -> Any:
+    """A challenge by who found `root`; copied: by whom it was stated."""
+    stated = bound_root(KEYS[copied or name], root)
+    return SimpleNamespace(
+        challenger=KEYS[name], segment=segment, agreement=bytes(32), proof=bytes(32), claimed_root=CLAIMED,
+        found_root=stated,
+    )  # fmt: skip
+
+
 # --- what they say -------------------------------------------------------------------------------------------
 class Bench:
     """A jury before one notary, the clock in hand, and what it sent and ruled. Its work is float, or exact."""
@@ -72,14 +81,13 @@ class Bench:
         self.sent: list[tuple[bytes, JuryAsk]] = []
         self.ruled: list[str] = []
         self.causes: list[str] = []
+        self.on: list[bytes] = []  # the disputes it ruled on
         self.desk: Any = SimpleNamespace(
             now_ns=SECOND, network=network_of(), emit=lambda *_, **__: None,
             send=lambda peer, message: self.sent.append((peer, message)),
         )  # fmt: skip
         self.exact = exact
-        challenge = SimpleNamespace(
-            segment=2, agreement=bytes(32), proof=bytes(32), claimed_root=CLAIMED, found_root=FOUND
-        )
+        challenge = challenge_by("victor")
         request = CheckRequest(
             agreement=b"a", task=b"t", base_blob=b"", receipts=(b"r",), proof=b"p", reveals=(b"s",), segments=(1, 2),
             role="verifier", doubt=b"d",
@@ -91,18 +99,25 @@ class Bench:
             jurors=lambda network: jury_of(RANDOM, 2, network, parties=PARTIES),
         )  # fmt: skip
         self.hearing: Any = SimpleNamespace(file=self.file, opened_ns=1)
-        self.jury = Jury(self.desk, self.hearing, lambda _, word: self._rule(word))
+        self.jury = Jury(self.desk, self.hearing, self._rule)
 
     def found_wrong_too(self, *, age: int, over: bool = False, root: Any = None) -> None:
         """Another hearing, on which this notary ruled wrong."""
-        file = SimpleNamespace(id=OTHER, over=over, root=root or ROOT, age=(age, OTHER))
-        self.jury.hearings = {OTHER: SimpleNamespace(file=file), bytes(32): self.hearing}  # type: ignore[dict-item]
+        self.found_too(age=age, over=over, root=root)
         self.jury.ruled = lambda dispute: "wrong" if dispute == OTHER else ""
 
-    def _rule(self, word: Word) -> None:
+    def found_too(self, *, age: int, challenge: Any = None, over: bool = False, root: Any = None) -> None:
+        """Another hearing."""
+        said = challenge or challenge_by("alice", OTHER)
+        file = SimpleNamespace(id=OTHER, over=over, root=root or ROOT, age=(age, OTHER), challenge=said)
+        other: Any = SimpleNamespace(file=file, opened_ns=0)
+        self.jury.hearings = {OTHER: other, bytes(32): self.hearing}
+
+    def _rule(self, hearing: Any, word: Word) -> None:
         self.ruled.append(word.finding)
-        self.causes.append(cause_of(word, self.file.challenge))
-        self.file.over = True
+        self.on.append(hearing.file.id)
+        self.causes.append(cause_of(word, hearing.file.challenge))
+        hearing.file.over = self.file.over = True
 
     def tick(self, seconds: int) -> list[bytes]:
         """Time goes on; whom it asked."""
@@ -234,6 +249,29 @@ def test_of_exact_work_nobody_measures_a_distance() -> None:
     for juror in bench.jury.jurors[:QUORUM]:
         bench.says(juror, "wrong", l2_ppb=1)
     assert bench.ruled == []
+
+
+def test_a_root_that_another_stated_is_of_no_use() -> None:
+    bench = Bench(exact=True)
+    bench.file.challenge = challenge_by("alice", copied="victor")
+    for juror in bench.jury.jurors[:QUORUM]:
+        bench.says(juror, "wrong")
+    assert (bench.ruled, bench.causes) == (["wrong"], ["both"])
+
+
+@pytest.mark.parametrize(("age", "challenge", "finder"), [
+    (6, challenge_by("alice"), OTHER), (4, challenge_by("alice"), OTHER),
+    (6, challenge_by("alice", segment=1), bytes(32)), (6, challenge_by("alice", OTHER), bytes(32)),
+])  # fmt: skip
+def test_who_did_not_compute_it_keeps_nobody_from_the_finders_share(age: int, challenge: Any, finder: bytes) -> None:
+    bench = Bench(exact=True)
+    bench.file.challenge = challenge_by("bob", copied="victor")
+    bench.found_too(age=age, challenge=challenge)
+    for juror in bench.jury.jurors[:QUORUM]:
+        bench.says(juror, "wrong")
+    assert (bench.ruled, bench.on) == (["wrong"], [finder])
+    assert bench.causes == ["jury" if finder == OTHER else "both"]
+    assert bench.jury.hearings[finder].opened_ns, "so that its ruling is told again"
 
 
 # --- two challenges ------------------------------------------------------------------------------------------
