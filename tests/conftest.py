@@ -17,10 +17,13 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from xdist.scheduler import LoadScopeScheduling
 
     from peer.workshop import Workshop
     from tests.fake_daemon import FakeDaemon
+    from worker.capture import Captured
+    from worker.job_file import JobFile
     from worker.sandbox import SandboxReport
 
 REAL = (
@@ -36,6 +39,8 @@ REAL = (
 )
 LONG = ("test_vectors.py", "test_simulation.py", "test_reference.py", "test_exact_", "test_crash.py")
 ALONE = ("test_vectors.py",)  # each of its tests is long, and starts a process of its own
+
+CAPTURED: dict[tuple[str, str], Captured] = {}
 
 # A shell starts what runs in its background deaf to Ctrl-C, and so would be the commands that tests send one to.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -60,6 +65,25 @@ def daemon(home: Path) -> Iterator[FakeDaemon]:
 
     with answering(home) as fake:
         yield fake
+
+
+@pytest.fixture
+def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capture each text of a model once in this process, whichever jobs train it: for tests of what comes after. A
+    capture takes seconds, and follows from the text alone."""
+    import worker.prepare
+
+    capture = worker.prepare._capture
+
+    def remembered(job: JobFile, prompts: list[Tensor]) -> Captured:
+        assert job.kind == "train", "a generation's data comes from its build()"
+        file, name = job.model
+        text = file.read_text()
+        if (text, name) not in CAPTURED:
+            CAPTURED[text, name] = capture(job, prompts)
+        return CAPTURED[text, name]
+
+    monkeypatch.setattr(worker.prepare, "_capture", remembered)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from tests.fake_daemon import FakeDaemon
 from tests.run_scene import make_run_swarm
 from tests.test_prepare_parallel import JOB, MODEL
 
+pytestmark = pytest.mark.usefixtures("captured_once")
 SECOND_NS = 10**9
 VERBS = ("status", "book", "plan-run", "submit-run", "quote", "links")
 AUTO = JOB.replace('compress = "none"\n', "").replace("replicas = 1", "replicas = 2")

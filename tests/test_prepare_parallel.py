@@ -27,6 +27,7 @@ from worker.stage_run import run_unit
 from worker.training import Batches, SegmentResult, rate_of
 from worker.unrolling import unrolled
 
+pytestmark = pytest.mark.usefixtures("captured_once")
 NETWORK = bytes(32)
 MODEL = """
 import numpy as np
