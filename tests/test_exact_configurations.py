@@ -17,6 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from protocol.program import Program
+from worker import checkpoint
+
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 100
 
@@ -49,11 +52,9 @@ OTHERS = [
 ]
 
 
-def compute(backend: str, helper: bool) -> dict[str, str]:
-    """The digest of each kernel's results and of a training run, in this process."""
-    from worker import checkpoint, exact, executor
-    from worker.capture import capture
-    from worker.char_gpt import CharGPT, loss
+def compute(backend: str, helper: bool, program: Program, state: dict[str, torch.Tensor]) -> dict[str, str]:
+    """The digest of each kernel's results and of a training run of `program` from `state`, in this process."""
+    from worker import exact, executor
 
     if backend == "int8" and not exact.int8_is_exact():
         backend = "auto"
@@ -97,15 +98,8 @@ def compute(backend: str, helper: bool) -> dict[str, str]:
         record(f"mm {width}", mm(tame, other), mm(tame.t(), tame), mm(rows, other), mm(other.t(), tame.t()))
         record(f"bmm {width}", bmm(tame.reshape(5, 160, 170), other.expand(5, 170, 200)))
 
-    model = CharGPT(symbols=16, context=8, width=16, heads=2, layers=1, dropout=0.1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     batch = torch.arange(32).reshape(4, 8).remainder(16)
-    captured = capture(model, loss, optimizer, {"x": batch, "y": batch.roll(-1, 1)})
-    # torch draws other weights under other instruction sets, so they come from our generator.
-    state = dict(captured.initial_state)
-    for stream, (name, parameter) in enumerate(model.named_parameters()):
-        state[name] = exact.normal(9, 0, stream, parameter.shape, std=0.3)
-    run = executor.Executor(captured.program, "exact", threads=torch.get_num_threads(), backend=backend, helper=helper)
+    run = executor.Executor(program, "exact", threads=torch.get_num_threads(), backend=backend, helper=helper)
     for step in range(STEPS):
         y = (exact.uniform(3, step, 0, (4, 8)) * 16).long()
         state, value = run.step(state, {"x": batch, "y": y}, 3e-3, 11, step)
@@ -129,8 +123,8 @@ def environment(configuration: Configuration) -> dict[str, str]:
     }
 
 
-def start(configuration: Configuration) -> subprocess.Popen[str]:
-    options = [configuration.backend, str(configuration.threads), str(int(configuration.helper))]
+def start(configuration: Configuration, folder: Path) -> subprocess.Popen[str]:
+    options = [configuration.backend, str(configuration.threads), str(int(configuration.helper)), str(folder)]
     command = [sys.executable, __file__, *options]
     return subprocess.Popen(command, env=environment(configuration), cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
@@ -143,17 +137,37 @@ def finish(process: subprocess.Popen[str]) -> dict[str, dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def reference() -> dict[str, dict[str, str]]:
-    return finish(start(REFERENCE))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Program and the first state that every configuration trains from, as a submitter gives them to all."""
+    from worker import exact
+    from worker.capture import Captured, capture
+    from worker.char_gpt import CharGPT, loss
+
+    model = CharGPT(symbols=16, context=8, width=16, heads=2, layers=1, dropout=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    batch = torch.arange(32).reshape(4, 8).remainder(16)
+    captured = capture(model, loss, optimizer, {"x": batch, "y": batch.roll(-1, 1)})
+    # torch draws other weights under other instruction sets, so they come from our generator.
+    state = dict(captured.initial_state)
+    for stream, (name, parameter) in enumerate(model.named_parameters()):
+        state[name] = exact.normal(9, 0, stream, parameter.shape, std=0.3)
+    made = tmp_path_factory.mktemp("trained")
+    Captured(captured.program, state).save(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> dict[str, dict[str, str]]:
+    return finish(start(REFERENCE, folder))
 
 
 @pytest.mark.parametrize("configuration", OTHERS, ids=str)
 def test_every_kernel_and_a_training_run_give_the_bits_of_the_plainest_processor(
-    configuration: Configuration, reference: dict[str, dict[str, str]]
+    configuration: Configuration, folder: Path, reference: dict[str, dict[str, str]]
 ) -> None:
     if configuration.capability == "avx512" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         pytest.skip("this processor has no AVX-512, and torch told to use it dies of an illegal instruction")
-    found = finish(start(configuration))
+    found = finish(start(configuration, folder))
     assert found["machine"]["capability"].lower() == configuration.capability
     assert reference["machine"]["capability"] == "DEFAULT"
     wrong = [name for name in reference["digests"] if found["digests"].get(name) != reference["digests"][name]]
@@ -163,5 +177,8 @@ def test_every_kernel_and_a_training_run_give_the_bits_of_the_plainest_processor
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[2]))
+    given = Path(sys.argv[4])
+    trained = Program.from_bytes((given / "model.program").read_bytes())
     machine = {"capability": torch.backends.cpu.get_cpu_capability()}
-    print(json.dumps({"machine": machine, "digests": compute(sys.argv[1], sys.argv[3] == "1")}))
+    first = checkpoint.load((given / "initial.safetensors").read_bytes())
+    print(json.dumps({"machine": machine, "digests": compute(sys.argv[1], sys.argv[3] == "1", trained, first)}))

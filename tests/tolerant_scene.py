@@ -161,8 +161,11 @@ def write_evidence(folder: str) -> None:
 def elsewhere(folder: Path) -> list[Followed]:
     """An honest solver under another instruction set and another BLAS path: what it shows of each step."""
     (folder / "base").write_bytes(base())
+    (folder / "program").write_bytes(program().to_bytes())
     words = "from tests import tolerant_scene as s; from pathlib import Path; "
-    words += f"s.base = lambda: Path({str(folder / 'base')!r}).read_bytes(); s.write_evidence({str(folder)!r})"
+    words += f"s.base = lambda: Path({str(folder / 'base')!r}).read_bytes(); "
+    words += f"made = s.Program.from_bytes(Path({str(folder / 'program')!r}).read_bytes()); s.program = lambda: made; "
+    words += f"s.write_evidence({str(folder)!r})"
     command = [sys.executable, "-c", words]
     subprocess.run(command, env=os.environ | OTHER_KERNELS | {"PYTHONPATH": str(ROOT)}, cwd=ROOT, check=True)
     known = facts()
