@@ -166,7 +166,7 @@ class Ledger:
 
     def total_micro(self) -> int:
         """The sum of all buckets inside: deposits minus withdrawals."""
-        return sum(micro for account, micro in self._balances.items() if account != WORLD)
+        return sum(self._balances.values()) - self.balance_micro(WORLD)
 
     def check(self) -> None:
         """Recompute every promise from the balances. Raises ConservationBroken with the figures.

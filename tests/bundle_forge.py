@@ -39,7 +39,7 @@ from protocol.records import (
 from protocol.sampling import commitment, mixed, randomness, select_segments
 from protocol.task import TaskSpec, task_id
 from protocol.tolerance import open_profiles
-from tests.swarm_scenario import job_state, make_swarm, submit
+from tests.swarm_scenario import make_swarm, over, submit
 
 __all__ = ["Forge", "beacon_shares", "key_of", "made", "written"]
 
@@ -62,7 +62,7 @@ def made(seed: int, faults: Faults | None = None, *, cheat: str = "") -> tuple[d
     while swarm.peers["alice"].node is None:
         swarm.run(seconds=3)
     job = submit(swarm)
-    swarm.run(seconds=900, until=lambda: job_state(swarm, job).get("state") in ("done", "failed"))
+    swarm.run(seconds=900, until=over(swarm, job))
     swarm.run(seconds=60)
     while swarm.peers["alice"].node is None:
         swarm.run(seconds=3)

@@ -13,7 +13,7 @@ from peer.simulator import Faults, Simulation
 from protocol.codec import encode
 from protocol.keys import SigningKey, peer_name
 from protocol.network import Deposit, Network
-from tests.swarm_scenario import RULES, make_task
+from tests.swarm_scenario import RULES, make_task, over
 
 CALM = Faults(until_ns=0)
 PRICE_MICRO = 60_000  # of a job of six segments, 60 giga-operations at 1000
@@ -72,13 +72,7 @@ def work_for(
 
 def done(simulation: Simulation, submitter: str, job: str, *, seconds: int = 600) -> dict[str, object]:
     """Run until the job ended; its state."""
-
-    def ended() -> bool:
-        if simulation.peers[submitter].node is None:
-            return False
-        return simulation.command(submitter, "job", {"job": job}).result["state"] in ("done", "failed")
-
-    simulation.run(seconds=seconds, until=ended)
+    simulation.run(seconds=seconds, until=over(simulation, job, by=submitter))
     simulation.run(seconds=5)
     return simulation.command(submitter, "job", {"job": job}).result
 

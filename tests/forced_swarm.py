@@ -11,7 +11,7 @@ from peer.desk import Means
 from peer.simulator import Faults, Simulation
 from protocol.keys import SigningKey, peer_name
 from protocol.network import Deposit, Network, Rules
-from tests.swarm_scenario import RULES, job_state, submit
+from tests.swarm_scenario import RULES, job_state, over, rest, submit
 
 __all__ = ["CALM", "FORCED_RULES", "run_job", "swarm"]
 
@@ -48,8 +48,8 @@ def run_job(simulation: Simulation, *, seconds: int = 1200) -> dict[str, object]
     while simulation.peers["alice"].node is None:
         simulation.run(seconds=3)
     job = submit(simulation)
-    simulation.run(seconds=seconds, until=lambda: job_state(simulation, job).get("state") in ("done", "failed"))
+    simulation.run(seconds=seconds, until=over(simulation, job))
     state = job_state(simulation, job)
-    simulation.run(seconds=300)
+    rest(simulation, seconds=300)
     simulation.check_quiet()
     return state

@@ -20,7 +20,7 @@ from protocol.stage import Codec
 from protocol.stage import Stage as Place
 from protocol.task import Initial, TaskSpec
 from tests.adversaries.stage import Stage, Strategy
-from tests.swarm_scenario import RULES, make_task
+from tests.swarm_scenario import RULES, make_task, rest
 
 __all__ = ["make_run_swarm", "run_state", "run_until", "submit_run", "until_over"]
 
@@ -119,5 +119,5 @@ def until_over(simulation: Simulation, job: str, *, seconds: float = 600) -> dic
     """Run until the job is over, then until all is at rest. Returns what is said of it then."""
     run_until(simulation, lambda: run_state(simulation, job).get("state") in OVER, seconds=seconds)
     found = run_state(simulation, job)
-    simulation.run(seconds=120)
+    rest(simulation, seconds=120)
     return found

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
 import msgspec
 
+from peer.deals import JobState
 from peer.desk import Means
 from peer.simulated_work import ARRAY, BATCH, CONTENTS, PROGRAM, initial_root
-from peer.simulator import Faults, Simulation
+from peer.simulator import SECOND, START_NS, Faults, Simulation
 from protocol.codec import encode
 from protocol.keys import SigningKey, peer_name
 from protocol.network import Deposit, Network, Rules
@@ -101,3 +103,26 @@ def job_state(simulation: Simulation, job: str) -> dict[str, object]:
     if simulation.peers["alice"].node is None:
         return {}
     return simulation.command("alice", "job", {"job": job}).result
+
+
+def over(simulation: Simulation, *jobs: str, by: str = "alice") -> Callable[[], bool]:
+    """Whether these jobs of `by` are done or have failed, for the `until` of a run: read from the node, for to ask with
+    a command after each event costs more than the event."""
+    ids = [bytes.fromhex(job) for job in jobs]
+
+    def ended() -> bool:
+        node = simulation.peers[by].node
+        return node is not None and all(node.jobs.jobs[i].state in (JobState.DONE, JobState.FAILED) for i in ids)
+
+    return ended
+
+
+def rest(simulation: Simulation, *, seconds: float) -> None:
+    """Run on for so long. Once nothing goes wrong any more, peers look at the clock once a second and not four times:
+    little happens."""
+    noisy_ns = START_NS + simulation.faults.until_ns - simulation.now_ns
+    noisy = min(seconds, max(0, noisy_ns) / SECOND)
+    simulation.run(seconds=noisy)
+    often, simulation.tick_ns = simulation.tick_ns, SECOND
+    simulation.run(seconds=seconds - noisy)
+    simulation.tick_ns = often

@@ -25,7 +25,7 @@ from peer.simulator import SECOND, Faults, SimulatedPeer
 from peer.store import Store
 from tests.crash_node_child import Birth, frame, read_frame
 from tests.dispute_swarm import court
-from tests.swarm_scenario import job_state, make_swarm, submit
+from tests.swarm_scenario import job_state, make_swarm, rest, submit
 
 DOWN_NS = 2 * SECOND  # more than a second, or a goodbye could reach the others after the next greeting
 JOBS_MAX = 24
@@ -175,7 +175,7 @@ class _MortalRun:
                 break
         else:
             raise AssertionError(f"{JOBS_MAX} jobs, and each met a new point")
-        simulation.run(seconds=120)
+        rest(simulation, seconds=120)
         peer = self.come_to_rest()
         assert peer.node is not None
         jobs = simulation.command("alice", "jobs", {}).result["jobs"]

@@ -18,6 +18,7 @@ from protocol.credit_records import Clearing
 from protocol.errors import InsufficientFunds
 from protocol.records import seal
 from tests.credit_scene import PRICE_MICRO, credit_of, done, give, key_of, make_friends, node_of, owed, work_for
+from tests.swarm_scenario import rest
 
 PEERS = [bytes([number]) * 32 for number in range(1, 8)]
 DEBTS = st.dictionaries(
@@ -161,13 +162,13 @@ def test_killed_at_every_write_nothing_is_lost_or_doubled(name: str, committed: 
         job = work_for(simulation, "ann", segments=2)
         killer = Killer(simulation, name, at, committed=committed)
         assert done(simulation, "ann", job)["state"] == "done", (at, committed)
-        simulation.run(seconds=250)  # whoever lost the other's last word closes alone by then
+        rest(simulation, seconds=250)  # whoever lost the other's last word closes alone by then
         simulation.command("ann", "credit-net", {})
-        simulation.run(seconds=30)
+        rest(simulation, seconds=30)
         ann, ben = key_of(simulation, "ann"), key_of(simulation, "ben")
         if not credit_of(simulation, "ann").accounts[ben].sequence:  # it was the netting that was killed
             simulation.command("ann", "credit-net", {})
-            simulation.run(seconds=30)
+            rest(simulation, seconds=30)
         assert owed(simulation, "ben", "ann") == PRICE_MICRO // 3, (at, committed)
         assert [credit_of(simulation, n).accounts[o].sequence for n, o in (("ann", ben), ("ben", ann))] == [1, 1]
         check_restarts(simulation)
@@ -244,7 +245,7 @@ def test_without_one_signature_nothing_falls_and_the_debts_are_free_again_in_tim
     assert owed(simulation, "ben", "ann") == PRICE_MICRO
     edge = (ann.public, ben.desk.me)
     assert ben.settler.netting._held_micro(*edge) == PRICE_MICRO
-    simulation.run(seconds=700)
+    rest(simulation, seconds=700)
     assert ben.settler.netting._held_micro(*edge) == 0
     assert owed(simulation, "ben", "ann") == PRICE_MICRO
 

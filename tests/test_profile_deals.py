@@ -27,7 +27,7 @@ from protocol.records import Agreement, Offer, amount_for, open_record
 from protocol.script import blobs_of, read_task
 from protocol.task import TaskSpec, task_id
 from protocol.tolerance import open_profiles
-from tests.swarm_scenario import RULES, job_state, make_task
+from tests.swarm_scenario import RULES, job_state, make_task, over, rest
 
 CALM = Faults(until_ns=0)
 ROLES = {"alice": 0, "bob": 1, "carol": 1, "vera": 2, "victor": 2, "viola": 2, "wendy": 4}
@@ -71,8 +71,8 @@ def submit(simulation: Simulation, *, segments: int = 6, budget_micro: int = 10_
 
 
 def finish(simulation: Simulation, job: str) -> dict[str, Any]:
-    simulation.run(seconds=2000, until=lambda: job_state(simulation, job).get("state") in ("done", "failed"))
-    simulation.run(seconds=240)
+    simulation.run(seconds=2000, until=over(simulation, job))
+    rest(simulation, seconds=240)
     simulation.check_quiet()
     return dict(job_state(simulation, job))
 
@@ -200,7 +200,7 @@ def test_verifiers_that_never_agree_end_the_job_and_not_its_budget() -> None:
         simulation.peers[name].gauges = (Gauge(f"w{at}", 2, (0,)),)
     simulation.run(seconds=3)
     job = submit(simulation, budget_micro=PROFILE_MICRO * 3 + 500_000)
-    simulation.run(seconds=400)
+    rest(simulation, seconds=400)
     state = dict(job_state(simulation, job))
     # No fourth verifier is there: the job waits for one, as any job waits for a solver.
     assert state["state"] == "profiling"
@@ -208,7 +208,7 @@ def test_verifiers_that_never_agree_end_the_job_and_not_its_budget() -> None:
         len(state["profiling"]["profiles"]) == 3
     )
     simulation.command("alice", "cancel", {"job": job})
-    simulation.run(seconds=240)
+    rest(simulation, seconds=240)
     simulation.check_quiet()
     state = dict(job_state(simulation, job))
     assert state["state"] in ("cancelled", "failed")
@@ -248,7 +248,7 @@ def test_a_cancelled_job_cancels_its_profiles_and_frees_the_money() -> None:
     job = submit(simulation)
     simulation.run(seconds=60, until=lambda: bool(told(simulation, "alice", "profile-agreed")))
     simulation.command("alice", "cancel", {"job": job})
-    simulation.run(seconds=240)
+    rest(simulation, seconds=240)
     simulation.check_quiet()
     state = dict(job_state(simulation, job))
     assert state["state"] == "cancelled"

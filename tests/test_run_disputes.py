@@ -32,6 +32,7 @@ from tests.adversaries.strategies import Cheat, Lazy, Liar
 from tests.bundle_forge import Forge, plain
 from tests.dispute_swarm import COURT_RULES, rulings_of, states_of, told
 from tests.run_scene import make_run_swarm, run_state, run_until, submit_run, until_over
+from tests.swarm_scenario import rest
 from worker.cheats import UNIT_CHEATS
 
 RULES = msgspec.structs.replace(COURT_RULES, audit_permille=1000, check_permille=1000, newcomer_permille=1000)
@@ -294,7 +295,7 @@ def test_no_seed_breaks_a_run_with_a_cheat_before_notaries(seed: int) -> None:
     faults = Faults.drawn_from(seed)
     stage = court(seed, {"s1": Cheat("garbage-activations")}, faults=faults)
     found = until_over(stage, submit_run(stage)["job"], seconds=3000)
-    stage.run(seconds=600)
+    rest(stage, seconds=600)
     stage.check_quiet()
     assert found["state"] == "done", (seed, found)
     assert {unit["root"] for unit in found["run"]["units"]} == honest()

@@ -19,6 +19,7 @@ from protocol.keys import peer_name
 from protocol.lifecycle import State
 from protocol.script import content_of
 from tests.run_scene import make_run_swarm, run_state, run_until, submit_run, until_over
+from tests.swarm_scenario import rest
 
 
 def kinds(simulation: Simulation, name: str = "alice") -> Counter[str]:
@@ -427,6 +428,6 @@ def test_no_seed_breaks_a_run(seed: int) -> None:
     simulation = make_run_swarm(seed, solvers=6, faults=faults)
     job = submit_run(simulation)["job"]
     found = until_over(simulation, job, seconds=3000)
-    simulation.run(seconds=600)
+    rest(simulation, seconds=600)
     simulation.check_quiet()
     assert found["state"] == "done", (seed, found)

@@ -14,7 +14,7 @@ from protocol.codec import blake, encode
 from protocol.network import dump
 from protocol.script import ASSURANCE, FileRef, ScriptSpec
 from protocol.task import task_id
-from tests.swarm_scenario import job_state, make_swarm
+from tests.swarm_scenario import job_state, make_swarm, over, rest
 from worker.sandbox import Level
 
 CALM = Faults(until_ns=0)
@@ -42,10 +42,8 @@ def submit(simulation: Simulation, *, seed: int = 0, price: int = 2000, replica:
 
 
 def finish(simulation: Simulation, *jobs: str) -> list[dict[str, Any]]:
-    simulation.run(
-        seconds=900, until=lambda: all(job_state(simulation, j).get("state") in ("done", "failed") for j in jobs)
-    )
-    simulation.run(seconds=240)
+    simulation.run(seconds=900, until=over(simulation, *jobs))
+    rest(simulation, seconds=240)
     simulation.check_quiet()
     return [dict(job_state(simulation, job)) for job in jobs]
 

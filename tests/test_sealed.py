@@ -23,7 +23,7 @@ from protocol.records import Agreement, Offer, Verdict, open_record
 from protocol.sealing import Contents, Keys, locator_of, read_keys
 from tests.bundle_forge import plain
 from tests.dispute_swarm import court, settle, states_of
-from tests.swarm_scenario import job_state, make_swarm, make_task, submit
+from tests.swarm_scenario import job_state, make_swarm, make_task, over, rest, submit
 
 CALM = Faults(until_ns=0)
 NAME = "a-name-nobody-should-read"
@@ -74,9 +74,9 @@ def submit_sealed(swarm: Simulation, **changed: object) -> str:
 
 
 def run(swarm: Simulation, job: str) -> dict[str, object]:
-    swarm.run(seconds=900, until=lambda: job_state(swarm, job).get("state") in ("done", "failed"))
+    swarm.run(seconds=900, until=over(swarm, job))
     state = job_state(swarm, job)
-    swarm.run(seconds=240)
+    rest(swarm, seconds=240)
     swarm.check_quiet()
     return state
 

@@ -12,6 +12,7 @@ from market.audit import check_match, read_match
 from peer.simulator import Simulation
 from protocol import params
 from tests.market_scene import jobs_of, make_market, submit_job
+from tests.swarm_scenario import rest
 
 
 def events(simulation: Simulation, kind: str) -> list[dict[str, Any]]:
@@ -38,7 +39,7 @@ def test_forty_jobs_on_five_solvers_all_settle_and_none_counts_as_fruitless(shor
     jobs = [job for peer in shortage.peers.values() if peer.node for job in peer.node.jobs.jobs.values()]
     assert max(job.fruitless for job in jobs) <= 0
     assert not events(shortage, "reoffer"), "an offer that was passed over stands, it is not made anew"
-    shortage.run(seconds=240)
+    rest(shortage, seconds=240)
     shortage.check_quiet()  # with the check after every event: no slot was taken twice, every channel is closed
 
 

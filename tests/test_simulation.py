@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from peer.simulator import SECOND, Faults, Simulation
-from tests.swarm_scenario import job_state, make_swarm, submit
+from tests.swarm_scenario import job_state, make_swarm, over, rest, submit
 
 SEEDS = 80
 CALM = Faults(until_ns=0)
@@ -13,9 +13,9 @@ CALM = Faults(until_ns=0)
 
 def finish(simulation: Simulation, job: str, *, seconds: int = 900) -> dict[str, object]:
     """Run until the job ended, then until everything is at rest."""
-    simulation.run(seconds=seconds, until=lambda: job_state(simulation, job).get("state") in ("done", "failed"))
+    simulation.run(seconds=seconds, until=over(simulation, job))
     state = job_state(simulation, job)
-    simulation.run(seconds=240)
+    rest(simulation, seconds=240)
     simulation.check_quiet()
     return state
 
@@ -87,7 +87,7 @@ def test_a_cancelled_job_pays_its_receipts_and_returns_the_rest() -> None:
     job = submit(simulation)
     simulation.run(seconds=60, until=lambda: job_state(simulation, job).get("segments_done") == 2)
     simulation.command("alice", "cancel", {"job": job})
-    simulation.run(seconds=240)
+    rest(simulation, seconds=240)
     simulation.check_quiet()
     state = job_state(simulation, job)
     assert state["state"] == "cancelled"
@@ -102,7 +102,7 @@ def checkers_away(seed: int, cheat: str = "") -> tuple[Simulation, str]:
     simulation.run(seconds=60, until=lambda: job_state(simulation, job).get("segments_done") == 5)
     for name in ("victor", "wendy"):
         simulation.crash(name, for_ns=400 * SECOND)
-    simulation.run(seconds=380)
+    rest(simulation, seconds=380)
     node = simulation.peers["alice"].node
     assert node is not None
     assert [channel.closed for channel in node.settler.channels.values()] == ["claimed"]

@@ -23,7 +23,7 @@ from protocol.stake_records import unbonding_ns
 from protocol.task import task_id
 from tests.bundle_forge import plain
 from tests.dispute_swarm import COURT_RULES, told
-from tests.swarm_scenario import job_state, submit
+from tests.swarm_scenario import job_state, over, submit
 
 CALM = Faults(until_ns=0)
 ROLES = {"alice": 0, "nina": 1, "victor": 2, "wendy": 4}
@@ -75,7 +75,7 @@ def earn(simulation: Simulation) -> None:
 
 
 def finish(simulation: Simulation, job: str) -> dict[str, Any]:
-    simulation.run(seconds=900, until=lambda: job_state(simulation, job).get("state") in ("done", "failed"))
+    simulation.run(seconds=900, until=over(simulation, job))
     simulation.run(seconds=60)
     state = dict(job_state(simulation, job))
     assert state["state"] == "done", state
