@@ -43,7 +43,7 @@ def assign(costs: Costs, reserves: npt.NDArray[np.int64]) -> list[int]:
     ceiling = (most >> shift) + 1
     dropped = (reserves >> shift).astype(np.int32)
     if compiled is not None:
-        step = _step(compiled.scale(shift, 4 * ceiling))
+        step = max(1, compiled.scale(shift, 4 * ceiling) // _STEPS)
         return compiled.run(dropped, step).tolist()  # type: ignore[no-any-return]
     scaled = np.where(possible, costs >> shift, 4 * ceiling).astype(np.int32)
     step = _step(scaled[possible])

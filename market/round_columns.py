@@ -14,7 +14,8 @@ import numpy as np
 
 from market.assignment import NEVER, assign
 from market.matching import Choice, Refusal, refuse_bid, transfer_ns
-from market.scoring import Bidders, Flags, Ranking, fits, pack_bid, rank
+from market.round_compiled import Rankings
+from market.scoring import Answered, Bidders, Flags, Ints, Ranking, fits, pack_bid, rank_all
 from protocol.records import amount_for
 
 if TYPE_CHECKING:
@@ -29,10 +30,11 @@ TAKEN: Final = Refusal("taken", "another offer of this peer takes this solver in
 
 @dataclass
 class _Seat:
-    """An offer, its ranking, and the place in it of the bid it has now; -1 for none."""
+    """An offer, its ranking, its number among all, and the place in its ranking of the bid it has now; -1 for none."""
 
     candidate: Candidate
     ranking: Ranking
+    number: int
     place: int = -1
 
     @property
@@ -43,12 +45,14 @@ class _Seat:
 
 def match_columns(candidates: Sequence[Candidate], known: Bidders) -> dict[bytes, Choice] | None:
     """The choice for each offer, by its id; None where columns cannot hold a term, or tell two bids apart."""
-    seats = []
-    for one in sorted(candidates, key=lambda one: one.offer_id):
-        ranking = _ranked(one, known) if fits(one.offer) else None
-        if ranking is None:
-            return None
-        seats.append(_Seat(one, ranking))
+    ordered = sorted(candidates, key=lambda one: one.offer_id)
+    if not all(fits(one.offer) for one in ordered):
+        return None
+    found = rank_all([_answered(one) for one in ordered], known)
+    if found is None:
+        return None
+    rankings, together = found
+    seats = [_Seat(one, ranking, place) for place, (one, ranking) in enumerate(zip(ordered, rankings, strict=True))]
     wanted = [seat for seat in seats if seat.ranking.rows.size]
     used = np.zeros(len(known.keys), np.bool_)
     rest = []
@@ -59,40 +63,55 @@ def match_columns(candidates: Sequence[Candidate], known: Bidders) -> dict[bytes
             used[seat.solver] = True
         else:
             rest.append(seat)
-    _auction(rest, used)
+    _auction(rest, used, together)
     _settle(rest, used)
     return {seat.candidate.offer_id: _choice(seat, used, known) for seat in seats}
 
 
-def _ranked(one: Candidate, known: Bidders) -> Ranking | None:
-    return rank(
-        one.offer, one.offer_id, one.packed or b"".join(pack_bid(*pair) for pair in one.bids), known,
-        round_number=one.round_number, excluded=one.excluded, stake_min_micro=one.stake_min_micro, now_ns=one.now_ns,
-    )  # fmt: skip
+def _answered(one: Candidate) -> Answered:
+    packed = one.packed or b"".join(pack_bid(*pair) for pair in one.bids)
+    return Answered(
+        one.offer, one.offer_id, packed, one.round_number, one.excluded, one.stake_min_micro, one.now_ns
+    )
 
 
-def _auction(rest: Sequence[_Seat], used: Flags) -> None:
+def _auction(rest: Sequence[_Seat], used: Flags, together: Rankings | None) -> None:
     """Each offer of `rest` goes to one of the solvers that are left, or rests."""
-    present = np.zeros(len(used), np.bool_)
-    for seat in rest:
-        present[seat.ranking.solvers] = True
+    numbers = np.array([seat.number for seat in rest], np.int64)
+    present = _present(rest, len(used)) if together is None else together.present(numbers, len(used))
     places = np.flatnonzero(present & ~used)
-    column = np.full(len(used), -1)
+    column = np.full(len(used), -1, np.int64)
     column[places] = np.arange(places.size)
-    costs = np.full((len(rest), places.size), NEVER, np.int64)
-    dearest = np.zeros(len(rest), np.int64)  # of the bids on each offer that are left: the last, for they are in order
-    for row, seat in enumerate(rest):
-        at, scores = column[seat.ranking.solvers], np.minimum(seat.ranking.scores, NEVER - 1)
-        if at.size and at.min() < 0:
-            at, scores = at[free := at >= 0], scores[free]
-        costs[row, at] = scores
-        dearest[row] = scores[-1] if scores.size else 0
+    if together is None:
+        costs, dearest = _costs(rest, column, places.size)
+    else:
+        costs, dearest = together.costs(numbers, column, places.size, NEVER)
     limits = [amount_for(seat.candidate.offer.operations, seat.candidate.offer.unit_price_max) for seat in rest]
     reserves = np.array([2 * limit + 1 for limit in limits], np.int64)
     for seat, chosen in zip(rest, assign(costs, np.maximum(reserves, dearest + 1)), strict=True):
         if chosen >= 0:
             seat.place = int(np.flatnonzero(seat.ranking.solvers == places[chosen])[0])
             used[seat.solver] = True
+
+
+def _present(rest: Sequence[_Seat], bidders: int) -> Flags:
+    present = np.zeros(bidders, np.bool_)
+    for seat in rest:
+        present[seat.ranking.solvers] = True
+    return present
+
+
+def _costs(rest: Sequence[_Seat], column: Ints, columns: int) -> tuple[Ints, Ints]:
+    """The scores by column, and of each offer the largest: the last, for they are in order."""
+    costs = np.full((len(rest), columns), NEVER, np.int64)
+    dearest = np.zeros(len(rest), np.int64)
+    for row, seat in enumerate(rest):
+        at, scores = column[seat.ranking.solvers], np.minimum(seat.ranking.scores, NEVER - 1)
+        if at.size and at.min() < 0:
+            at, scores = at[free := at >= 0], scores[free]
+        costs[row, at] = scores
+        dearest[row] = scores[-1] if scores.size else 0
+    return costs, dearest
 
 
 def _settle(rest: Sequence[_Seat], used: Flags) -> None:
@@ -113,20 +132,22 @@ def _settle(rest: Sequence[_Seat], used: Flags) -> None:
 
 def _choice(seat: _Seat, used: Flags, known: Bidders) -> Choice:
     one, ranking = seat.candidate, seat.ranking
-    first = [ranking.explored] if ranking.explored >= 0 else []
-    shown = [*first, *(place for place in range(min(RANKED_MAX, ranking.rows.size)) if place not in first)][:RANKED_MAX]
+    shown = list(range(min(RANKED_MAX, ranking.rows.size)))
+    if ranking.explored >= 0:
+        shown = [ranking.explored, *(place for place in shown if place != ranking.explored)][:RANKED_MAX]
     # The winner is told once where it is among the best, and after them where it is not.
     places = shown if seat.place < 0 or seat.place in shown else [*shown, seat.place]
-    told = dict(zip(places, ranking.scored(places, one.offer, one.bids, known), strict=True))
-    refused = [_refusal(one, int(row), known) for row in ranking.refused]
+    at = np.array(places, np.intp)
+    told = ranking.scored(at, one.offer, one.bids, known)
+    refused = [_refusal(one, row, known) for row in ranking.refused.tolist()]
     taken = [
-        (told[place].solver, TAKEN)
-        for place, gone in zip(shown, used[ranking.solvers[shown]].tolist(), strict=True)
+        (scored.solver, TAKEN)
+        for scored, place, gone in zip(told, shown, used[ranking.solvers[at]].tolist(), strict=False)
         if gone and place != seat.place
     ]
     return Choice(
-        told[seat.place] if seat.place >= 0 else None,
-        tuple(told[place] for place in shown),
+        told[places.index(seat.place)] if seat.place >= 0 else None,
+        tuple(told[: len(shown)]),
         (*refused, *taken),
         0 <= ranking.explored == seat.place,
         ranking.rows.size - len(shown),

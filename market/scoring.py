@@ -19,11 +19,11 @@ import numpy.typing as npt
 from market.feasibility import DEVICES
 from market.matching import HOUR_NS, SLOWDOWN, Proven, Scored, draws_newcomer, required_level, transfer_bytes
 from market.reputation import Reputation
-from market.round_compiled import Known
+from market.round_compiled import Asked, Known, Rankings, Small
 from protocol import params
 from protocol.records import Bid, Offer, amount_for
 
-__all__ = ["Bidders", "Ranking", "fits", "pack_bid", "rank"]
+__all__ = ["Answered", "Bidders", "Ranking", "fits", "pack_bid", "rank_all"]
 
 _ROW: Final = struct.Struct("<QQ7q")
 _FIELDS: Final = _ROW.size // 8
@@ -38,7 +38,7 @@ Flags = npt.NDArray[np.bool_]
 
 
 def pack_bid(bid_id: bytes, bid: Bid) -> bytes:
-    """What `rank` reads of a bid, made once when it comes: a row of 72 bytes."""
+    """What `rank_all` reads of a bid, made once when it comes: a row of 72 bytes."""
     return _ROW.pack(
         int.from_bytes(bid_id[:8], "big"), int.from_bytes(bid.solver[:8], "big"), bid.unit_price, bid.operations_cap,
         bid.lock_micro, bid.eta_ns, bid.sandbox, DEVICES.index(bid.device), bid.device_memory_bytes,
@@ -128,15 +128,15 @@ class Ranking:
     place of each one's solver among the Bidders. transfer_micro: by place of a link. refused: places of the others.
     explored: the place in `rows` of a newcomer that goes first in this round, -1 for none."""
 
-    rows: Ints
-    solvers: Ints
+    rows: Ints | Small
+    solvers: Ints | Small
     scores: Ints
     transfer_micro: Ints
-    refused: Ints
+    refused: Ints | Small
     explored: int = -1
 
     def scored(
-        self, places: list[int], offer: Offer, bids: Sequence[tuple[bytes, Bid]], bidders: Bidders
+        self, places: npt.NDArray[np.intp], offer: Offer, bids: Sequence[tuple[bytes, Bid]], bidders: Bidders
     ) -> list[Scored]:
         """The bids at these places of the ranking, in full: the wait is what is left of the score."""
         doubts, links = bidders.lists
@@ -150,29 +150,63 @@ class Ranking:
         return found
 
 
-def rank(
-    offer: Offer, offer_id: bytes, packed: bytes, bidders: Bidders, *, round_number: int, excluded: Collection[bytes],
-    stake_min_micro: int, now_ns: int,
-) -> Ranking | None:  # fmt: skip
-    """The bids on `offer`, best first; None where their ids cannot be told apart by their heads. Needs `fits`."""
+@dataclass(frozen=True)
+class Answered:
+    """An offer and the bids on it, packed, and what `match_round` is told beside them."""
+
+    offer: Offer
+    offer_id: bytes
+    packed: bytes
+    round_number: int
+    excluded: Collection[bytes]
+    stake_min_micro: int
+    now_ns: int
+
+
+def rank_all(answered: Sequence[Answered], bidders: Bidders) -> tuple[list[Ranking], Rankings | None] | None:
+    """The bids on each offer, best first; None where their ids cannot be told apart by their heads. Needs `fits`. Where
+    scoring is compiled, all at once, and also as it came."""
+    whole = None
+    if bidders.compiled is None:
+        found = [_rank_columns(one, bidders, *_bounds(one, bidders)) for one in answered]
+    else:
+        whole = bidders.compiled.rank([_asked(one, *_bounds(one, bidders)) for one in answered])
+        found = [Ranking(*whole.of(number)) for number in range(len(answered))] if whole.whole else [None]
+    rankings = [ranking for ranking in found if ranking is not None]
+    if len(rankings) < len(answered):
+        return None
+    for one, ranking in zip(answered, rankings, strict=True):
+        if draws_newcomer(one.offer_id, one.round_number):
+            new = np.flatnonzero(bidders.newcomer[ranking.solvers])
+            ranking.explored = int(new[0]) if new.size else -1
+    return rankings, whole
+
+
+def _bounds(one: Answered, bidders: Bidders) -> tuple[Flags, int]:
+    """Which of the bidders may have it at all, and how long it may take, in ns."""
     longest_ns = params.RUN_NS_MAX
-    if offer.deadline_ns:
-        longest_ns = min(longest_ns, offer.deadline_ns - now_ns)
+    if one.offer.deadline_ns:
+        longest_ns = min(longest_ns, one.offer.deadline_ns - one.now_ns)
     may = bidders.reachable
-    if out := {*excluded, offer.submitter} & bidders.place_of.keys():
+    if out := {*one.excluded, one.offer.submitter} & bidders.place_of.keys():
         may = may.copy()
         may[[bidders.place_of[key] for key in out]] = False
-    sort = _rank_compiled if bidders.compiled is not None else _rank_columns
-    ranking = sort(offer, packed, bidders, may, longest_ns=longest_ns, stake_min_micro=max(0, stake_min_micro))
-    if ranking is not None and draws_newcomer(offer_id, round_number):
-        new = np.flatnonzero(bidders.newcomer[ranking.solvers])
-        ranking.explored = int(new[0]) if new.size else -1
-    return ranking
+    return may, longest_ns
 
 
-def _rank_columns(
-    offer: Offer, packed: bytes, bidders: Bidders, may: Flags, *, longest_ns: int, stake_min_micro: int
-) -> Ranking | None:
+def _asked(one: Answered, may: Flags, longest_ns: int) -> Asked:
+    offer = one.offer
+    terms = (
+        offer.unit_price_max, offer.operations, transfer_bytes(offer), required_level(offer),
+        offer.device_memory_bytes, longest_ns, offer.lock_micro, min(max(0, one.stake_min_micro), _INT64_MAX),
+        -1 if offer.device == "any" else DEVICES.index(offer.device), *divmod(offer.operations, 10**9),
+        amount_for(offer.operations, offer.unit_price_max), _LONG_NS,
+    )  # fmt: skip
+    return Asked(terms, one.packed, len(one.packed) // _ROW.size, may)
+
+
+def _rank_columns(one: Answered, bidders: Bidders, may: Flags, longest_ns: int) -> Ranking | None:
+    offer, packed, stake_min_micro = one.offer, one.packed, max(0, one.stake_min_micro)
     rows = np.ascontiguousarray(np.frombuffer(packed, "<i8").reshape(-1, _FIELDS).T)
     heads, solver_heads = rows[0].view(np.uint64), rows[1].view(np.uint64)
     unit_price, cap, lock, eta, sandbox, device, vram = rows[2:]
@@ -205,23 +239,6 @@ def _rank_columns(
             return None
     able, scores = able[order], scores[order]
     return Ranking(able, who[able], scores, transfer, np.flatnonzero(refused))
-
-
-def _rank_compiled(
-    offer: Offer, packed: bytes, bidders: Bidders, may: Flags, *, longest_ns: int, stake_min_micro: int
-) -> Ranking | None:
-    """As `_rank_columns`, in one pass over the bids."""
-    assert bidders.compiled is not None
-    found = bidders.compiled.rank(
-        (
-            offer.unit_price_max, offer.operations, transfer_bytes(offer), required_level(offer),
-            offer.device_memory_bytes, longest_ns, offer.lock_micro, min(stake_min_micro, _INT64_MAX),
-            -1 if offer.device == "any" else DEVICES.index(offer.device), *divmod(offer.operations, 10**9),
-            amount_for(offer.operations, offer.unit_price_max), _LONG_NS,
-        ),
-        packed, len(packed) // _ROW.size, may,
-    )  # fmt: skip
-    return None if found is None else Ranking(*found)
 
 
 def _permille(values: Ints, permille: Ints) -> Ints:

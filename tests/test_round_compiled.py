@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from market import round_compiled
 from market.assignment import NEVER, assign
 from market.reputation import Reputation
 from market.round_columns import match_columns
-from market.round_compiled import rounds_library
+from market.round_compiled import Auction, Known, Rankings, rounds_library
 from market.rounds import Candidate, match_offers
-from market.scoring import Bidders, Ranking, fits, pack_bid, rank
+from market.scoring import Answered, Bidders, Ranking, fits, pack_bid, rank_all
 from protocol import params
+from tests.test_market import NOW
 from tests.test_round_columns import BIDS, FACTS, OFFERS, PEERS, candidates_of, knowledge, market
 
 compiled_only = pytest.mark.skipif(rounds_library() is None, reason="no C compiler: there is nothing to compare")
@@ -38,12 +40,16 @@ def bidders_of(candidates: list[Candidate], known: dict[str, Any], *, compiled: 
     return bidders
 
 
-def rank_of(one: Candidate, bidders: Bidders) -> Ranking | None:
+def answered(one: Candidate) -> Answered:
     packed = b"".join(pack_bid(*pair) for pair in one.bids)
-    return rank(
-        one.offer, one.offer_id, packed, bidders, round_number=one.round_number, excluded=one.excluded,
-        stake_min_micro=one.stake_min_micro, now_ns=one.now_ns,
-    )  # fmt: skip
+    return Answered(
+        one.offer, one.offer_id, packed, one.round_number, one.excluded, one.stake_min_micro, one.now_ns
+    )
+
+
+def rank_of(one: Candidate, bidders: Bidders) -> Ranking | None:
+    found = rank_all([answered(one)], bidders)
+    return None if found is None else found[0][0]
 
 
 def assert_same_ranking(one: Candidate, fast: Bidders, plain: Bidders) -> None:
@@ -55,7 +61,7 @@ def assert_same_ranking(one: Candidate, fast: Bidders, plain: Bidders) -> None:
         columns = [getattr(ranking, name) for ranking in found]
         assert np.array_equal(*columns), name
     assert found[0].explored == found[1].explored
-    places = list(range(found[0].rows.size))
+    places = np.arange(found[0].rows.size)
     told = [
         ranking.scored(places, one.offer, one.bids, bidders)
         for ranking, bidders in zip(found, (fast, plain), strict=True)
@@ -135,6 +141,68 @@ def test_a_round_without_the_compiled_half_ends_the_same(seed: int, monkeypatch:
     fast = match_offers(candidates, **known)
     monkeypatch.setattr(round_compiled, "rounds_library", lambda: None)
     assert match_offers(candidates, **known) == fast
+
+
+@compiled_only
+@pytest.mark.parametrize("seed", range(3))
+def test_any_number_of_threads_finds_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates, known = market(seed, offers=40, bidders=70)
+    bidders = bidders_of(candidates, known, compiled=True)
+    asked: list[Any] = []
+    rank = Known.rank
+
+    def watched(self: Known, given: Any, *, threads: int = 0) -> Rankings:
+        asked.append(list(given))
+        return rank(self, given, threads=threads)
+
+    monkeypatch.setattr(Known, "rank", watched)
+    assert rank_all([answered(one) for one in candidates], bidders) is not None
+    assert bidders.compiled is not None
+    alone = rank(bidders.compiled, asked[0], threads=1)
+    assert sum(alone.of(number)[0].size for number in range(40)) > 300
+    for threads in (0, 2, 3, 8, 100):
+        found = rank(bidders.compiled, asked[0], threads=threads)
+        for number in range(40):
+            assert all(map(np.array_equal, found.of(number), alone.of(number)))
+
+
+@compiled_only
+def test_bidders_whose_keys_begin_alike_are_told_apart() -> None:
+    """Nobody draws the keys of the others: they may lie as close together as somebody takes the pains to make them."""
+    candidates, known = market(2, offers=4, bidders=200)
+    for alike in (b"", b"\x00" * 4, b"\xff" * 4):
+        made = [
+            Candidate(
+                c.offer_id, c.offer, [(i, replace(b, solver=alike + b.solver[len(alike) :])) for i, b in c.bids],
+                c.round_number, now_ns=NOW,
+            )
+            for c in candidates
+        ]  # fmt: skip
+        facts = {**known, "reputation_of": lambda _: Reputation.known(9, 0), "reachable": lambda key: key[7] > 20}
+        fast, plain = (bidders_of(made, facts, compiled=compiled) for compiled in (True, False))
+        for one in made:
+            assert_same_ranking(one, fast, plain)
+
+
+@compiled_only
+@given(st.lists(st.one_of(st.integers(0, 5), st.integers(0, 2**28 - 1), st.just(-1)), min_size=1, max_size=60))
+def test_the_compiled_median_is_that_of_numpy(drawn: list[int]) -> None:
+    costs = np.array([[NEVER if one < 0 else one for one in drawn]], np.int64)
+    auction = Auction.of(costs, NEVER)
+    assert auction is not None
+    possible = [one for one in drawn if one >= 0]
+    assert auction.scale(0, 2**30) == (int(np.median(possible)) if possible else 0)
+    assert auction.dearest == max(possible, default=0)
+
+
+@compiled_only
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 70), st.integers(1, 140), st.sampled_from([2, 9, 1000, 2**35]))
+def test_auctions_with_many_ties_end_alike_over_many_blocks(seed: int, rows: int, columns: int, most: int) -> None:
+    rng = np.random.default_rng(seed)
+    costs = rng.integers(0, most, (rows, columns), np.int64) * rng.integers(1, 4, (rows, 1))
+    costs[rng.random((rows, columns)) < 0.3] = NEVER
+    assert_same_assignment(costs, rng.integers(0, 4 * most, rows, np.int64))
 
 
 @compiled_only
