@@ -162,14 +162,21 @@ def verify(terminal: Terminal, file: Path, network_file: Path | None) -> None:
     from peer.home import Home
 
     report = verify(read_evidence(file), Home(terminal.data_dir).network(network_file).id)
-    told = asdict(report) | {"dispute": report.dispute.hex(), "jurors": [peer_name(one) for one in report.jurors]}
+    told = asdict(report) | {
+        "dispute": report.dispute.hex(), "jurors": [peer_name(one) for one in report.jurors],
+        "two_words": [peer_name(one) for one in report.two_words],
+    }  # fmt: skip
     terminal.record("ichiba.dispute-report/1", told)
     how = f"{len(report.jurors)} jurors" if report.jurors else f"{report.rounds} rounds"
     terminal.say(f"dispute {short_id(told['dispute'])} of segment {report.segment}, {how}")
     terminal.say(f"  the {report.loser} loses {_CAUSES.get(report.cause, report.cause)}, at level {report.level}")
     if report.what:
         terminal.say(f"  {report.what}")
-    if report.by_word:
+    for juror in told["two_words"]:
+        terminal.say(f"  juror {juror[-8:]} signed two words that differ; that is proved here")
+    if report.by_word and report.jurors:
+        terminal.say("  which of their words came first is the notaries' word: no file can show it")
+    elif report.by_word:
         terminal.say("  that a player did not answer is the notaries' word: no file can show it")
     said = f"a quorum of notaries says: {_ENDS[report.finding]}" if report.finding else "no ruling of notaries is in it"
     terminal.say(f"  {said}")

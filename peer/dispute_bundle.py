@@ -8,15 +8,17 @@ instead: `verify` draws them again, and counts. Refuses to know the network and 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
 import msgspec
 
-from peer.dispute_file import SILENT, WITHHELD, DisputeFile, Kept, open_dispute
+from peer.dispute_file import SILENT, WITHHELD, WORDS_OF_A_JUROR_MAX, DisputeFile, Kept, open_dispute
 from peer.messages import CheckRequest
 from protocol import params
-from protocol.arbitration import open_arbitration
+from protocol.arbitration import Judged, open_arbitration
 from protocol.codec import decode
 from protocol.errors import LocalProtocolError, NotFound, VerificationFailed
 from protocol.jury import Word, cause_of, decided, open_word
@@ -46,14 +48,15 @@ class _Bundle(msgspec.Struct, forbid_unknown_fields=True):
     opening: Annotated[str, msgspec.Meta(max_length=4 * params.MESSAGE_BYTES_MAX, pattern="^([0-9a-f]{2})*$")]
     arbitration: _Hex
     program: Annotated[str, msgspec.Meta(max_length=2 * params.PROGRAM_BYTES_MAX, pattern="^([0-9a-f]{2})*$")] = ""
-    jurors: Annotated[list[_Hex], msgspec.Meta(max_length=params.JURORS_MAX)] = []
+    jurors: Annotated[list[_Hex], msgspec.Meta(max_length=WORDS_OF_A_JUROR_MAX * params.JURORS_MAX)] = []
 
 
 @dataclass(frozen=True)
 class DisputeReport:
     """What a dispute's file proves. loser: "solver" or "challenger", by the game played again, or by its jurors' words.
     finding: the notaries' ("" where they have not ruled). by_word: the game was ended by a silence, which is their
-    word. rounds: played. jurors: who decided, of a dispute that has no game."""
+    word; or jurors who said two words are needed for a quorum, and which of them came first is. rounds: played. jurors:
+    who decided, of a dispute that has no game; two_words: those who signed two words that differ."""
 
     dispute: bytes
     segment: int
@@ -65,6 +68,7 @@ class DisputeReport:
     rounds: int
     by_word: bool
     jurors: tuple[bytes, ...] = ()
+    two_words: tuple[bytes, ...] = ()
 
 
 def make(file: DisputeFile, arbitration: bytes) -> dict[str, Any]:
@@ -151,7 +155,8 @@ def _network(given: _Bundle, network_id: bytes) -> Network:
 
 
 def _by_jury(given: _Bundle, file: DisputeFile, network: Network) -> DisputeReport:
-    """A dispute that jurors decided: they are those of the draw, and a quorum of them says one word."""
+    """A dispute that jurors decided: they are those of the draw, and a quorum of them says one word. Who says two has
+    none, unless the notaries ruled by it before they heard the other."""
     if given.moves or given.rounds or given.opening or given.program:
         raise VerificationFailed("a dispute that jurors decide has no moves, no operands and no Program")
     drawn, words = file.jurors(network), dict[bytes, set[Word]]()
@@ -159,23 +164,43 @@ def _by_jury(given: _Bundle, file: DisputeFile, network: Network) -> DisputeRepo
         verdict, _, _ = open_record(bytes.fromhex(envelope), network=network.id)
         if not isinstance(verdict, Verdict) or verdict.checker not in drawn:
             raise VerificationFailed(f"word {number} is no verdict, or of a peer that was not drawn as a juror")
-        if verdict.checker in words:
-            raise VerificationFailed(f"two words of juror {short(verdict.checker)}")
-        words[verdict.checker] = {open_word(verdict, file.challenge, file.case.tolerance)}
-    word = decided(words, network.rules.tolerant_quorum)
+        said, heard = words.setdefault(verdict.checker, set()), open_word(verdict, file.challenge, file.case.tolerance)
+        if heard in said or len(said) >= WORDS_OF_A_JUROR_MAX:
+            raise VerificationFailed(f"one word of juror {short(verdict.checker)} twice, or more than two of its words")
+        said.add(heard)
+    twice = tuple(juror for juror in drawn if len(words.get(juror, ())) > 1)
+    clear = decided(words, network.rules.tolerant_quorum)
+    word = clear or _ruled_before(given, words, file, network)
     if word is None:
         raise VerificationFailed(
             f"the words of {len(words)} jurors decide nothing", why=f"{network.rules.tolerant_quorum} of one word do"
         )
     loser, cause = "solver" if word.finding == "wrong" else "challenger", cause_of(word, file.challenge)
-    for_it = tuple(juror for juror in drawn if words.get(juror) == {word})
+    for_it = tuple(juror for juror in drawn if word in words.get(juror, ()) and not (clear and juror in twice))
     what = f"{len(for_it)} jurors executed the segment again and found it {word.finding}"
     if cause == "both":
         what += ", and its end another than the challenger's as well"
     finding = _finding(given, file, network, loser, basis=_basis(cause, file))
     return DisputeReport(
-        file.id, file.challenge.segment, loser, cause, "segment", what, finding, 0, by_word=False, jurors=for_it
-    )
+        file.id, file.challenge.segment, loser, cause, "segment", what, finding, 0, by_word=clear is None,
+        jurors=for_it, two_words=twice,
+    )  # fmt: skip
+
+
+def _ruled_before(
+    given: _Bundle, words: Mapping[bytes, Collection[Word]], file: DisputeFile, network: Network
+) -> Word | None:
+    """The word that the notaries ruled by, where a quorum said it and some of those said another one as well: an order
+    of words that no file can show. None without a ruling, or where no such quorum said what it finds."""
+    judged = _judged(given, file, network)
+    if judged is None:
+        return None
+    count = Counter(word for said in words.values() for word in said)
+    for word, jurors in sorted(count.items()):
+        told = word.finding, _basis(cause_of(word, file.challenge), file)
+        if jurors >= network.rules.tolerant_quorum and told == (judged.finding, judged.basis):
+            return word
+    return None
 
 
 def _basis(cause: str, file: DisputeFile) -> str:
@@ -186,17 +211,25 @@ def _basis(cause: str, file: DisputeFile) -> str:
 def _finding(given: _Bundle, file: DisputeFile, network: Network, loser: str, *, basis: str = "") -> str:
     """What the notaries found, which must be what the game, or the jury, comes to. Empty without an Arbitration.
     basis: of a jury's, by which alone it may have been found: whether the challenger is paid depends on it."""
-    if not given.arbitration:
+    judged = _judged(given, file, network)
+    if judged is None:
         return ""
-    record, _, _ = open_record(bytes.fromhex(given.arbitration), network=network.id)
-    if not isinstance(record, Arbitration):
-        raise VerificationFailed("no arbitration where one should be")
-    judged = open_arbitration(record, file.case.agreement, network)
-    if judged.dispute != file.id:
-        raise VerificationFailed("the arbitration is of another dispute")
     if judged.finding in ("wrong", "right") and (judged.finding == "wrong") != (loser == "solver"):
         said = "its jurors say" if file.by_jury else "the game says"
         raise VerificationFailed(f"the notaries found the work {judged.finding}, {said} the {loser} loses")
     if basis and judged.basis != basis:
         raise VerificationFailed(f"the notaries ruled by {judged.basis}, the words of the jurors come to {basis}")
     return judged.finding
+
+
+def _judged(given: _Bundle, file: DisputeFile, network: Network) -> Judged | None:
+    """What a quorum of notaries ruled on this dispute, if that is in the file. Raises VerificationFailed."""
+    if not given.arbitration:
+        return None
+    record, _, _ = open_record(bytes.fromhex(given.arbitration), network=network.id)
+    if not isinstance(record, Arbitration):
+        raise VerificationFailed("no arbitration where one should be")
+    judged = open_arbitration(record, file.case.agreement, network)
+    if judged.dispute != file.id:
+        raise VerificationFailed("the arbitration is of another dispute")
+    return judged

@@ -27,9 +27,13 @@ from protocol.program import Program
 from protocol.records import Challenge, Move, Verdict, open_record
 from protocol.task import TaskSpec
 
-__all__ = ["SILENT", "WITHHELD", "DisputeFile", "Kept", "Parts", "open_dispute", "open_file", "parts_of", "story_of"]
+__all__ = [
+    "SILENT", "WITHHELD", "WORDS_OF_A_JUROR_MAX", "DisputeFile", "Kept", "Parts", "open_dispute", "open_file",
+    "parts_of", "story_of",
+]  # fmt: skip
 
 SILENT = bytes(32)  # instead of a move's id: its player's clock ran out
+WORDS_OF_A_JUROR_MAX = 2  # that differ: they prove that it says now this, now that; more would prove no more
 WITHHELD = b"\xff" * 32  # instead of a challenger's: its solver gives nobody the state that the segment starts from
 Seen = tuple[bytes, bytes]  # of one round, by the solver and by the challenger
 
@@ -46,7 +50,7 @@ class Kept(msgspec.Struct, kw_only=True):
     ended_ns: int = 0
     rulings: list[tuple[bytes, str, str, str]] = msgspec.field(default_factory=list)  # notary, finding, level, cause
     story: bytes = b""  # the descent as JSON, when the game is over
-    words: list[bytes] = msgspec.field(default_factory=list)  # the first verdict of each juror
+    words: list[bytes] = msgspec.field(default_factory=list)  # of each juror its first verdict, and one of another word
     transcript: bytes = b""  # moves, rounds and opening of a game that is over, for `ichiba dispute export`
 
 
@@ -117,18 +121,24 @@ class DisputeFile:
             self.drawn = jury_of(self.case.random, self.challenge.segment, network, parties=self.parties)
         return self.drawn
 
-    def words(self, *, network: bytes) -> dict[bytes, Verdict]:
-        """The verdicts of jurors that are kept, by juror, as they came."""
+    def words(self, *, network: bytes) -> list[Verdict]:
+        """The verdicts of jurors that are kept, as they came: of one juror two where it said two words, which proves
+        that it did."""
         opened = [open_record(envelope, network=network)[0] for envelope in self.kept.words]
-        return {record.checker: record for record in opened if isinstance(record, Verdict)}
+        return [record for record in opened if isinstance(record, Verdict)]
 
     def add_word(self, verdict: Verdict, envelope: bytes, *, network: Network) -> bool:
-        """Keep a juror's verdict on what is disputed here, if it is its first. Whether it was kept."""
-        if verdict.checker not in self.jurors(network) or verdict.checker in self.words(network=network.id):
+        """Keep a juror's verdict on what is disputed here, if it is its first, or the first that says another word than
+        that. Whether it was kept."""
+        if verdict.checker not in self.jurors(network):
             return False
         try:
-            open_word(verdict, self.challenge, self.case.tolerance)
+            word = open_word(verdict, self.challenge, self.case.tolerance)
         except VerificationFailed:
+            return False
+        before = [one for one in self.words(network=network.id) if one.checker == verdict.checker]
+        said = {open_word(one, self.challenge, self.case.tolerance) for one in before}
+        if word in said or len(said) >= WORDS_OF_A_JUROR_MAX:
             return False
         self.kept.words.append(envelope)
         return True

@@ -252,7 +252,7 @@ class Disputes:
                 "juror": peer_name(one.checker), "finding": one.finding, "l1_ppb": one.l1_ppb, "l2_ppb": one.l2_ppb,
                 "found_root": one.found_root.hex() if exact and one.finding == "wrong" else "",
             }
-            for one in file.words(network=self.desk.network.id).values()
+            for one in file.words(network=self.desk.network.id)
         ]  # fmt: skip
         return {
             **self._line(file), **msgspec.json.decode(told), "rulings": rulings, "jury": file.by_jury, "jurors": jurors,

@@ -13,7 +13,8 @@ import pytest
 
 from market.entries import Account
 from peer.case import open_evidence
-from peer.dispute_bundle import SCHEMA, verify
+from peer.dispute_bundle import SCHEMA, make, verify
+from peer.dispute_file import DisputeFile, Kept, open_dispute
 from peer.messages import CheckRequest
 from peer.simulated_faults import SECOND, Faults
 from peer.simulated_frauds import UNIT_FRAUDS, WRONG_END
@@ -22,7 +23,7 @@ from protocol import params
 from protocol.arbitration import Judged
 from protocol.bundle import BundleReport, make_bundle, verify_bundle
 from protocol.bundle_deal import Refused
-from protocol.codec import blake
+from protocol.codec import blake, decode
 from protocol.errors import RemoteProtocolError, VerificationFailed
 from protocol.keys import peer_name
 from protocol.network import dump
@@ -393,6 +394,54 @@ def test_words_that_say_other_than_the_notaries_are_refused() -> None:
     bundle["arbitration"] = ""
     report = verify(bundle, stage.network.id)
     assert (report.loser, report.finding) == ("challenger", "")
+
+
+def file_of(bundle: Found) -> DisputeFile:
+    """A file of its own of the dispute in a bundle, without its words."""
+    stage, case = decided()[0], bytes.fromhex(bundle["case"])
+    envelope = bytes.fromhex(bundle["challenge"])
+    request = decode(CheckRequest, case, bytes_max=params.MESSAGE_BYTES_MAX)
+    kept = Kept(challenge=envelope, case=case, part="observer", opened_ns=0)
+    return open_dispute(envelope, request, network=stage.network, kept=kept)
+
+
+def test_two_words_of_one_juror_are_kept_and_a_third_is_not() -> None:
+    stage, _, _ = decided()
+    bundle = exported("alice")
+    file = file_of(bundle)
+    said = [
+        bundle["jurors"][0], word(bundle, 0, operations=7), word(bundle, 0, found_root=blake("other")),
+        word(bundle, 0, finding="right"), word(bundle, 0, by="s1"),
+    ]  # fmt: skip
+    taken = []
+    for envelope in map(bytes.fromhex, said):
+        verdict, _, _ = open_record(envelope, network=stage.network.id)
+        assert isinstance(verdict, Verdict)
+        taken.append(file.add_word(verdict, envelope, network=stage.network))
+    assert taken == [True, False, True, False, False], "the same word again, and what comes after two, prove no more"
+    assert [one.hex() for one in make(file, b"")["jurors"]] == [said[0], said[2]]
+
+
+def test_a_juror_who_signed_two_words_is_told_and_counts_only_where_the_notaries_had_counted_it() -> None:
+    stage, _, _ = decided()
+    bundle, quorum = deepcopy(exported("alice")), stage.network.rules.tolerant_quorum
+    first, _, _ = open_record(bytes.fromhex(bundle["jurors"][0]), network=stage.network.id)
+    assert isinstance(first, Verdict)
+    other = word(bundle, 0, found_root=blake("other"))
+    bundle["jurors"] = [*bundle["jurors"][:quorum], other]
+    report = verify(bundle, stage.network.id)
+    assert report.two_words == (first.checker,) and report.by_word, "which came first is the notaries' word"
+    assert (report.loser, report.finding, len(report.jurors)) == ("solver", "wrong", quorum)
+    with pytest.raises(VerificationFailed, match="decide nothing"):
+        verify({**bundle, "arbitration": ""}, stage.network.id)
+    spoke = {open_record(bytes.fromhex(one), network=stage.network.id)[0].checker for one in bundle["jurors"]}  # type: ignore[union-attr]
+    more = next(juror for juror in file_of(bundle).jurors(stage.network) if juror not in spoke)
+    bundle["jurors"].append(word(bundle, 0, by=stage.by_key[more].name))
+    report = verify(bundle, stage.network.id)
+    assert report.two_words == (first.checker,) and not report.by_word and first.checker not in report.jurors
+    for again in (other, word(bundle, 0, finding="right")):
+        with pytest.raises(VerificationFailed, match="twice, or more than two"):
+            verify({**bundle, "jurors": [*bundle["jurors"], again]}, stage.network.id)
 
 
 def test_words_that_would_have_paid_nobody_are_no_ground_for_a_ruling_that_paid() -> None:
