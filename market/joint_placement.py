@@ -22,7 +22,7 @@ from market.placement import Planner
 from market.placement_cost import Links, Problem, Table
 from market.step_time import Pace, Paths, Volume, step_time
 
-__all__ = ["Candidates", "choose_units", "fullest"]
+__all__ = ["Candidates", "choose_units", "fullest", "tries_of"]
 
 _MOVES: Final = 20_000  # of the planner, where it cannot be exact: some 0.1 s for 64 devices
 _EXACT_MAX: Final = 2_000  # choices that are all looked at: four units among seven devices; some 0.1 s
@@ -91,9 +91,10 @@ def fullest(toll: Sequence[Mapping[int, int]]) -> list[int]:
     Of those the cheap go first; Kuhn's augmenting paths. Ties to the smaller number.
     """
     holder: dict[int, int] = {}
+    cheapest = [[device for _, device in sorted((asked, d) for d, asked in units.items())] for units in toll]
 
     def give(unit: int, seen: set[int]) -> bool:
-        for device in sorted(toll[unit], key=lambda d: (toll[unit][d], d)):
+        for device in cheapest[unit]:
             if device in seen:
                 continue
             seen.add(device)
@@ -106,6 +107,13 @@ def fullest(toll: Sequence[Mapping[int, int]]) -> list[int]:
         give(unit, set())
     found = {unit: device for device, unit in holder.items()}
     return [found.get(unit, -1) for unit in range(len(toll))]
+
+
+def tries_of(units: int, devices: int) -> int:
+    """How many placements of so many units `choose_units` looks at, about; what it takes grows with it. Where it does
+    not look at all, its start takes as long as that."""
+    every = math.perm(devices, units)
+    return every if every <= _EXACT_MAX else max(_EXACT_MAX, min(_TRIES_MAX, 2 * units * devices))
 
 
 def choose_units(candidates: Candidates) -> list[int] | None:

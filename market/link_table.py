@@ -105,6 +105,10 @@ class LinkTable:
         """The signed reports of `peers`, in order of their keys: what `matrices` of these peers comes from."""
         return [self._envelopes[peer] for peer in sorted(set(peers)) if self._envelopes.get(peer)]
 
+    def as_now(self) -> LinkTable:
+        """What is known now, to be read elsewhere while this one goes on. Reports never change: none is copied."""
+        return LinkTable(dict(self._reports), dict(self._links), dict(self._envelopes))
+
     def __len__(self) -> int:
         return len(self._reports)
 

@@ -1,9 +1,7 @@
-"""One round for the units of a run that have no solver: every bid weighed, all units placed at once, and made again.
+"""One round for the units of a run that have no solver: every bid weighed, all units placed at once.
 
-What a submitter plays in a round is all in one value (UnitRound), and a round that awarded units is written down as a
-Placing: the signed offers, bids and reports of links, and what the submitter knew besides. From that anybody plays it
-again (`ichiba audit match`). As with a match (market/audit.py), the signed parts prove themselves, and the facts beside
-them do not: they are named. Pure: refuses to know who asks.
+What a submitter plays in a round is all in one value (UnitRound). How it is written down, and played again by others,
+is market/placing.py's. Pure: refuses to know who asks.
 """
 
 from __future__ import annotations
@@ -11,29 +9,23 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Final
+from typing import Final
 
-import msgspec
 import numpy as np
 
 from market.audit import Known
-from market.joint_placement import Candidates, choose_units, fullest
+from market.joint_placement import Candidates, choose_units, fullest, tries_of
 from market.link_table import LinkTable
 from market.matching import Refusal, Scored, believed_ns, refuse_bid, transfer_ns
 from market.placement_cost import Links
 from market.step_time import Volume
 from protocol import params
-from protocol.codec import Digest, PeerKey, Uint, decode
-from protocol.errors import VerificationFailed
-from protocol.link_report import LinkReport
-from protocol.records import Bid, Offer, amount_for, open_record
+from protocol.records import Bid, Offer, amount_for
 
-__all__ = [
-    "OpenUnit", "Placing", "PlacingAudit", "UnitBids", "UnitRound", "WeighedBid", "check_placing", "read_placing",
-]  # fmt: skip
+__all__ = ["UnitBids", "UnitRound", "WeighedBid"]
 
 _HOUR_S: Final = 3600
-_UNITS: Final = params.PARALLEL_UNITS_MAX
+_BIDS_A_TRY: Final = 10  # bids that are weighed in the time that one placement takes
 
 
 @dataclass(frozen=True)
@@ -133,6 +125,19 @@ class UnitRound:
             found[unit] = {row: 0}
         return found
 
+    @property
+    def tries(self) -> int:
+        """How many placements there are to look at, as far as that is known before anything is weighed: where they are
+        few all, else each unit with each bidder. What a round takes grows with it."""
+        bids = sum(len(one.bids) for one in self.units.values())
+        bidders = len({bid.solver for one in self.units.values() for _, bid in one.bids})
+        return max(tries_of(len(self.units), bidders), bids // _BIDS_A_TRY)
+
+    @cached_property
+    def given(self) -> list[int]:
+        """A row for each unit, -1 where one is left over when each takes its own."""
+        return fullest(self.toll)
+
     @cached_property
     def candidates(self) -> Candidates:
         """The problem of placing them all."""
@@ -149,7 +154,7 @@ class UnitRound:
 
     def choose(self) -> dict[int, WeighedBid] | None:
         """The bid that gets each of the open units; None while there is no full choice."""
-        if -1 in fullest(self.toll):
+        if -1 in self.given:
             return None
         chosen = choose_units(self.candidates)
         assert chosen is not None, "each unit can have a device of its own"
@@ -171,131 +176,3 @@ class UnitRound:
         for same in places.values():
             found.delay_ms[np.ix_(same, same)], found.gbps[np.ix_(same, same)] = 0.0, params.LINK_SPEED_MAX * 8 / 1e9
         return Links(found.delay_ms, found.gbps)
-
-
-# --- written down ------------------------------------------------------------------------------------------
-class OpenUnit(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A unit that was awarded: envelopes of its offer and of every bid, who might not have it, the id of the bid that
-    got it."""
-
-    unit: Annotated[int, msgspec.Meta(ge=0, lt=_UNITS)]
-    offer: bytes
-    bids: Annotated[tuple[bytes, ...], msgspec.Meta(max_length=params.BOOK_BIDS_PER_OFFER_MAX)]
-    excluded: Annotated[tuple[PeerKey, ...], msgspec.Meta(max_length=params.BOOK_BIDS_PER_OFFER_MAX)]
-    winner: Digest
-
-
-class Placing(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True):
-    """One round that awarded units. solvers: of the other units, by number. borders, shared: as in `submit-run`. every:
-    the steps between two exchanges. reports: envelopes of the reports of links that counted."""
-
-    network: Digest
-    run: Digest
-    stages: Annotated[int, msgspec.Meta(ge=1, le=_UNITS)]
-    replicas: Annotated[int, msgspec.Meta(ge=1, le=_UNITS)]
-    micro_batches: Annotated[int, msgspec.Meta(ge=1, le=params.MICRO_BATCHES_MAX)]
-    borders: Annotated[tuple[tuple[Uint, Uint], ...], msgspec.Meta(max_length=_UNITS)]
-    shared: Annotated[tuple[Uint, ...], msgspec.Meta(max_length=_UNITS)]
-    every: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
-    steps: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
-    step_micro: Uint
-    units: Annotated[tuple[OpenUnit, ...], msgspec.Meta(min_length=1, max_length=_UNITS)]
-    solvers: Annotated[tuple[tuple[int, PeerKey], ...], msgspec.Meta(max_length=_UNITS)]
-    known: Annotated[tuple[Known, ...], msgspec.Meta(max_length=_UNITS * params.BOOK_BIDS_PER_OFFER_MAX)]
-    reports: Annotated[tuple[bytes, ...], msgspec.Meta(max_length=params.LINK_REPORTS_MAX)]
-    now_ns: Uint
-
-
-@dataclass(frozen=True)
-class PlacingAudit:
-    """A placing made again. chosen: the bid of each unit, as it was awarded. cost_micro: what that costs by the rule;
-    best_micro: what the rule finds."""
-
-    round: UnitRound
-    chosen: dict[int, WeighedBid]
-    cost_micro: int
-    best_micro: int
-
-
-def read_placing(data: bytes) -> Placing:
-    """A placing from a file. Raises MalformedRecord, LimitExceeded."""
-    return decode(Placing, data, bytes_max=params.STORE_VALUE_BYTES_MAX)
-
-
-def check_placing(placing: Placing) -> PlacingAudit:
-    """Play it again. Raises VerificationFailed where a signature, a record or a number does not fit, or where the units
-    went to dearer bids than the rule finds.
-
-    The model's seconds are float64 and may differ in the last digit from machine to machine, so a millionth of the cost
-    is let pass.
-    """
-    played = _played(placing)
-    chosen = {}
-    for one in placing.units:
-        found = {w.scored.bid_id: w for w in played.scored[one.unit].values()}
-        if one.winner not in found:
-            why = "; ".join(sorted({r.why for r in played.refused[one.unit]}))
-            raise VerificationFailed(f"the bid that got unit {one.unit} could not have it", why=why)
-        chosen[one.unit] = found[one.winner]
-    if len({one.bid.solver for one in chosen.values()}) < len(chosen):
-        raise VerificationFailed("two units of one run went to one solver")
-    best = played.choose()
-    assert best is not None, "there is a choice: the one that was made"
-    cost, least = played.cost_micro(chosen), played.cost_micro(best)
-    if cost > least + least // 1_000_000 + 1:
-        moved = ", ".join(f"unit {u} to {w.bid.solver.hex()[:12]}" for u, w in sorted(best.items()) if chosen[u] != w)
-        raise VerificationFailed(
-            f"the rule gives {moved}, which comes to {least} micro-credits", why=f"what was awarded comes to {cost}"
-        )
-    return PlacingAudit(played, chosen, cost, least)
-
-
-def _played(placing: Placing) -> UnitRound:
-    """The round, from records that are right. Raises VerificationFailed."""
-    count = placing.stages * placing.replicas
-    numbers = [one.unit for one in placing.units] + [unit for unit, _ in placing.solvers]
-    if sorted(numbers) != list(range(count)) or len(placing.borders) != placing.stages - 1:
-        raise VerificationFailed(f"units {numbers} and {len(placing.borders)} borders of {placing.stages} stages")
-    if placing.shared and len(placing.shared) != placing.stages:
-        raise VerificationFailed(f"{len(placing.shared)} of {placing.stages} stages share")
-    known = {one.solver: one for one in placing.known}
-    units = {one.unit: _bids_of(placing, one) for one in placing.units}
-    bidders = {bid.solver for one in units.values() for _, bid in one.bids}
-    if bidders - set(known) or len(known) != len(placing.known):
-        raise VerificationFailed("no facts, or two, about a bidder")
-    submitters = {one.offer.submitter for one in units.values()}
-    if len(submitters) != 1:
-        raise VerificationFailed("offers of several submitters in one placing")
-    table = LinkTable()
-    for envelope in placing.reports:
-        report, _, signers = open_record(envelope, network=placing.network)
-        if not isinstance(report, LinkReport) or signers != {report.peer}:
-            raise VerificationFailed("a report of links is not signed by its peer")
-        table.take(report, now_ns=placing.now_ns)
-    return UnitRound(
-        stages=placing.stages,
-        replicas=placing.replicas,
-        volume=Volume(placing.micro_batches, placing.borders, placing.shared, placing.every),
-        steps=placing.steps,
-        step_micro=placing.step_micro,
-        units=units,
-        solvers=dict(placing.solvers),
-        known=known,
-        table=table,
-        now_ns=placing.now_ns,
-    )
-
-
-def _bids_of(placing: Placing, one: OpenUnit) -> UnitBids:
-    offer, offer_id, signers = open_record(one.offer, network=placing.network)
-    if not isinstance(offer, Offer) or signers != {offer.submitter}:
-        raise VerificationFailed(f"the offer of unit {one.unit} is not signed by its submitter")
-    found: dict[bytes, Bid] = {}
-    for envelope in one.bids:
-        bid, bid_id, signers = open_record(envelope, network=placing.network)
-        if not isinstance(bid, Bid) or signers != {bid.solver}:
-            raise VerificationFailed(f"a bid on unit {one.unit} is not signed by its solver")
-        if bid.offer != offer_id:
-            raise VerificationFailed(f"a bid on unit {one.unit} is on another offer")
-        found[bid_id] = bid
-    return UnitBids(offer_id, offer, sorted(found.items()), set(one.excluded))

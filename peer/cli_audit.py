@@ -12,7 +12,7 @@ from protocol.errors import IchibaError, MalformedRecord, NotFound
 
 if TYPE_CHECKING:
     from market.audit import Audit, Match
-    from market.unit_round import Placing, PlacingAudit
+    from market.placing import Placing, PlacingAudit
 
 __all__ = ["audit"]
 
@@ -46,38 +46,48 @@ def match_(terminal: Terminal, job: str | None, source: Path | None, export: Pat
     ichiba audit match --file match.bin
     """
     from market.audit import Match, check_match, read_match
-    from market.unit_round import check_placing, read_placing
+    from market.placing import check_placing, left_out_of, read_placing
 
     if (job is None) == (source is None):
         raise _NothingToAudit(
             "give a JOB of this peer or a --file that was exported", next_step="ichiba audit match --help"
         )
     if source is not None:
-        made = _read(source.read_bytes())
+        data = source.read_bytes()
+        made = _read(data)
         if isinstance(made, Match):
             _show(terminal, "", check_match(made))
         else:
-            _show_placing(terminal, [], check_placing(made), made)
+            _show_placing(terminal, [], check_placing(made), made, left_out_of(data))
         return
     with terminal.client() as client:
-        kept = client.matches(str(job))
-    found, placings = kept["matches"], kept["placings"]
+        told = client.matches(str(job))
+    found, placings = told["matches"], told["placings"]
     if not found and not placings:
         raise NotFound("no match of this job is kept here", next_step="ichiba why JOB")
     for one in found:
         _show(terminal, one["deal"], check_match(read_match(bytes.fromhex(one["match"]))))
+    kept = [one for one in placings if one["placing"]]
     for one in placings:
-        placing = read_placing(bytes.fromhex(one["placing"]))
-        _show_placing(terminal, one["deals"], check_placing(placing), placing)
+        if one["placing"]:
+            data = bytes.fromhex(one["placing"])
+            placing = read_placing(data)
+            _show_placing(terminal, one["deals"], check_placing(placing), placing, left_out_of(data))
+        else:
+            terminal.record("ichiba.placing-not-kept/1", {"deals": one["deals"], "why": one["not_kept"]})
+            terminal.say(one["not_kept"])
+    if not found and not kept:
+        why = placings[-1]["not_kept"]
+        raise NotFound("no placing of this job can be made again", why=why, next_step="ichiba job show JOB")
     if export is not None:
-        write_whole(export, bytes.fromhex(found[-1]["match"] if found else placings[-1]["placing"]))
+        write_whole(export, bytes.fromhex(found[-1]["match"] if found else kept[-1]["placing"]))
         terminal.note(f"the last match is in {export}; anybody can check it with `ichiba audit match --file {export}`")
 
 
 def _read(data: bytes) -> Match | Placing:
     """An export of either kind. Raises MalformedRecord."""
     from market.audit import read_match
-    from market.unit_round import read_placing
+    from market.placing import read_placing
 
     try:
         return read_match(data)
@@ -85,8 +95,11 @@ def _read(data: bytes) -> Match | Placing:
         return read_placing(data)
 
 
-def _show_placing(terminal: Terminal, deals: list[str], made: PlacingAudit, placing: Placing) -> None:
+def _show_placing(
+    terminal: Terminal, deals: list[str], made: PlacingAudit, placing: Placing, left_out: int
+) -> None:
     played = made.round
+    unasked = {unit for unit, deal in zip(sorted(made.chosen), deals, strict=False) if not deal}
     units: list[dict[str, Any]] = [
         {
             "unit": unit,
@@ -96,7 +109,8 @@ def _show_placing(terminal: Terminal, deals: list[str], made: PlacingAudit, plac
             "toll_micro": made.chosen[unit].toll_micro if unit in made.chosen else 0,
             "bids": len(played.scored.get(unit, ())),
             "refused": [{"code": r.code, "why": r.why} for r in played.refused.get(unit, ())],
-            "placed": unit in made.chosen,
+            "placed": unit in made.chosen and unit not in unasked,
+            "overtaken": unit in unasked,
         }
         for unit in range(played.stages * played.replicas)
     ]
@@ -104,7 +118,7 @@ def _show_placing(terminal: Terminal, deals: list[str], made: PlacingAudit, plac
         "ichiba.placing/1",
         {
             "run": placing.run.hex(), "deals": deals, "cost_micro": made.cost_micro, "best_micro": made.best_micro,
-            "reports": len(placing.reports), "same": True, "units": units,
+            "reports": len(placing.reports), "left_out": left_out, "same": True, "units": units,
         },
     )  # fmt: skip
     terminal.table(
@@ -113,7 +127,7 @@ def _show_placing(terminal: Terminal, deals: list[str], made: PlacingAudit, plac
         [
             (
                 one["unit"], one["stage"], one["replica"], short_id(one["solver"]), one["toll_micro"], one["bids"],
-                len(one["refused"]), "placed" if one["placed"] else "had it",
+                len(one["refused"]), "placed" if one["placed"] else "overtaken" if one["overtaken"] else "had it",
             )
             for one in units
         ],
@@ -122,6 +136,10 @@ def _show_placing(terminal: Terminal, deals: list[str], made: PlacingAudit, plac
         f"  made again from the signed bids and {len(placing.reports)} reports of links: the rule finds none that "
         f"costs less than {made.cost_micro} micro-credits, the time of all steps included"
     )
+    if unasked:
+        terminal.say(f"  {len(unasked)} overtaken: the bid that won changed while the round was played")
+    if left_out:
+        terminal.say(f"  {left_out} bids that could not have their unit were left out of it for want of room")
 
 
 def _show(terminal: Terminal, deal: str, made: Audit) -> None:

@@ -14,6 +14,8 @@ import msgspec
 from market.entries import Account
 from market.ledger import money_table
 from market.matching import SANDBOX_CONTAINED
+from market.placing import UnitsChosen, UnitsPlaced
+from market.rounds import Played
 from peer.answers import Answers
 from peer.bidding import Bidder
 from peer.challenger import Challenger
@@ -92,11 +94,11 @@ class Commands:
         )  # fmt: skip
 
     def handle(self, command: Command) -> None:
-        """Answer one command with one Reply, never an exception."""
-        verbs: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        """Answer one command with one Reply, now or later, never an exception."""
+        verbs: dict[str, Callable[[dict[str, Any]], dict[str, Any] | None]] = {
             "status": self.status,
             "submit": self.submit,
-            "plan-run": self.planning.plan,
+            "plan-run": lambda arguments: self.planning.plan(command.token, arguments),
             "submit-run": lambda arguments: self._job(submit_run(self.runs, self.sealing, arguments)),
             "cancel": self.cancel,
             "jobs": self.list_jobs,
@@ -137,7 +139,18 @@ class Commands:
         except IchibaError as error:
             self.desk.add(Reply(command.token, {}, {**error.as_dict(), "exit_code": error.exit_code}))
         else:
-            self.desk.add(Reply(command.token, result))
+            if result is not None:  # else it comes when what it takes is done
+                self.desk.add(Reply(command.token, result))
+
+    def played(self, event: Played | UnitsPlaced | UnitsChosen) -> None:
+        """A round or a placing that took a thread is over."""
+        match event:
+            case Played():
+                self.jobs.on_played(event)
+            case UnitsPlaced():
+                self.runs.on_placed(event)
+            case UnitsChosen():
+                self.planning.on_chosen(event)
 
     # --- status --------------------------------------------------------------------------------------------
     def status(self, _: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import trio
 
+from market.placing import ChooseUnits, PlaceUnits
 from market.rounds import Round
 from peer.bench_process import BenchRunner
 from peer.blobs import BlobStore
@@ -111,6 +112,7 @@ class Performer:
     turn: trio.Lock = field(default_factory=trio.Lock)  # one worker at a time: the slot of this machine
     # A dispute has a clock and must not wait for a job of hours, so its worker runs beside the slot's, one at a time.
     inspecting: trio.Lock = field(default_factory=trio.Lock)
+    placing: trio.Lock = field(default_factory=trio.Lock)
     bench: BenchRunner = field(init=False)
 
     def __post_init__(self) -> None:
@@ -136,6 +138,8 @@ class Performer:
                 self.nursery.start_soon(self.fetcher.read, effect)
             case Round():
                 self.nursery.start_soon(self._play, effect)
+            case PlaceUnits() | ChooseUnits():
+                self.nursery.start_soon(self._place, effect)
             case StartWork():
                 self._start_work(effect)
             case Inspect():
@@ -203,9 +207,15 @@ class Performer:
         self.counters["gossip-bytes"] += len(data)
         await self.host.publish(topic, data)
 
-    # --- blobs ---------------------------------------------------------------------------------------------
+    # --- rounds --------------------------------------------------------------------------------------------
     async def _play(self, effect: Round) -> None:
         await self.inbox.send(await trio.to_thread.run_sync(effect.play))
+
+    async def _place(self, effect: PlaceUnits | ChooseUnits) -> None:
+        """One at a time, in the order in which they came: each takes a processor for seconds."""
+        async with self.placing:
+            outcome: Input = await trio.to_thread.run_sync(effect.play)
+        await self.inbox.send(outcome)
 
     # --- work ----------------------------------------------------------------------------------------------
     def _start_work(self, order: StartWork) -> None:

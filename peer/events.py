@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from market.entries import Entry
+from market.placing import ChooseUnits, PlaceUnits, UnitsChosen, UnitsPlaced
 from market.rounds import Played, Round
 from peer.run_events import LinkEnds, Relink, RunOrder, Settled, UnitWaits
 from protocol.bench_card import Figures, Opening
@@ -274,7 +275,7 @@ Input: TypeAlias = (
     | ProfileMade
     | WorkEnded
     | Inspected
-    | Played
+    | Played | UnitsPlaced | UnitsChosen
     | BenchInput
     | UnitWaits
     | Command
@@ -486,7 +487,7 @@ Effect: TypeAlias = (
     | StartWork
     | StopWork
     | Inspect
-    | Round
+    | Round | PlaceUnits | ChooseUnits
     | Relink
     | Settled
     | Suspend

@@ -5,19 +5,20 @@ Sans-IO. What a job needs from a deal reaches it through `peer/submitter.py`; th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import msgspec
 
-from market.matching import Choice, Proven, Scored, believed_ns, refuse_bid, transfer_ns
+from market.matching import Choice, Proven, Scored
 from market.quoting import channel_micro, lock_micro
 from market.rounds import Candidate, Played, Round
 from peer.deals import Job, JobState, PassedOver, operations_per_check, salt_of, task_of
 from peer.desk import MARKET, Desk
 from peer.matches import Matches
 from peer.messages import Records
+from peer.overtaken import dealt, overtaken, taken_since
 from peer.settler import Settler
 from protocol import params
 from protocol.codec import blake
@@ -40,6 +41,7 @@ class _Awaited:
     begun: Round
     candidates: dict[bytes, Candidate]  # by job
     envelopes: Mapping[bytes, bytes]  # by bid
+    dealt: frozenset[bytes] = frozenset()  # the deals of this peer's jobs when it began
 
 
 @dataclass
@@ -289,7 +291,7 @@ class JobDesk:
         if begun.bids < params.ROUND_THREAD_MIN:
             self._award(_Awaited(begun, candidates, envelopes), begun.play().choices)
             return
-        self.awaited = _Awaited(begun, candidates, dict(envelopes))
+        self.awaited = _Awaited(begun, candidates, dict(envelopes), dealt(self.jobs.values()))
         self.desk.add(begun)
 
     def on_played(self, event: Played) -> None:
@@ -309,33 +311,26 @@ class JobDesk:
         ]
         for job, _, choice in asked:
             self._tell(job, choice)
+        others = taken_since(self.jobs.values(), awaited.dealt) if late else set()
         for job, one, choice in asked:
-            if (winner := choice.winner) is None or (late and self._overtaken(job, one, winner)):
+            if (winner := choice.winner) is None:
+                continue
+            if late and self.overtaken(job, one.offer_id, winner, others, stake_min_micro=one.stake_min_micro):
                 continue
             taken = winners - {winner.solver}
             offers, known = len(awaited.candidates), awaited.begun.known
             self.matches.note(one, choice, job.offer, offers, taken, known, awaited.envelopes)
             self.on_choice(job, one.offer, dict(one.bids)[winner.bid_id], choice)
 
-    def _overtaken(self, job: Job, one: Candidate, winner: Scored) -> bool:
-        """Whether the winner of a round can no longer have the work: its bid is gone, or would be refused by now."""
-        standing = self.desk.book.bids.get(one.offer_id, {}).get(winner.solver)
-        if one.offer_id not in self.desk.book.offers or standing is None or standing[0] != winner.bid_id:
-            return True
-        bid, now_ns = standing[1], self.desk.wall_ns
-        takes_ns = believed_ns(one.offer.operations, bid.eta_ns, self.speed_of(bid.solver))
-        refusal = refuse_bid(
-            one.offer,
-            bid,
-            free_stake_micro=self.settler.free_stake(bid.solver),
-            excluded=self.excluded(job),
-            reachable=bid.solver in self.desk.peers,
-            stake_min_micro=one.stake_min_micro,
-            now_ns=now_ns,
-            takes_ns=takes_ns + transfer_ns(one.offer, self.desk.link_speed(bid.solver)),
-            credit_micro=self.settler.credit.left_micro(creditor=bid.solver, debtor=self.desk.me),
-        )
-        return refusal is not None or bid.expires_ns <= now_ns
+    def overtaken(
+        self, job: Job, offer_id: bytes, winner: Scored, taken: Collection[bytes], *, stake_min_micro: int = 0
+    ) -> bool:
+        """Of a job that is still offered so: see peer/overtaken.py. taken: who was given other work meanwhile."""
+        offer = self.desk.book.offers.get(offer_id)
+        return offer is None or overtaken(
+            self.desk, self.settler, winner, offer_id, offer, excluded=self.excluded(job), taken=taken,
+            proven=self.speed_of, stake_min_micro=stake_min_micro,
+        )  # fmt: skip
 
     def _tell(self, job: Job, choice: Choice) -> None:
         """Keep the round for `why`, and say what changed."""

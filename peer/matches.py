@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
 from market.audit import Known, Match, note_match
 from market.matching import Choice, Proven
+from market.placing import Written
 from market.reputation import DAY_NS
 from market.rounds import Candidate
-from market.unit_round import Placing
 from peer.desk import Desk
 from peer.settler import Settler
 from protocol import params
@@ -22,16 +22,25 @@ from protocol.records import Agreement, open_record
 __all__ = ["Matches"]
 
 
-_ROW_BYTES: Final = 16 * 1024  # of a row beside the placing: ids of deals
-
-
 class Placed(msgspec.Struct):
-    """A row of the store: a placing, and the proposals that it led to in the order of its units."""
+    """A row of the store: a placing, and the proposals that it led to in the order of its units; b"" for a unit whose
+    winner was no longer as it was when the round ended."""
 
     run: bytes
     now_ns: int
     deals: list[bytes]
-    placing: bytes
+    placing: bytes  # empty: it takes size_bytes, and limit_bytes are kept
+    size_bytes: int = 0
+    limit_bytes: int = 0
+
+
+def not_kept(size_bytes: int, limit_bytes: int) -> str:
+    """What people are told of a placing that is too large, and what they can do."""
+    size, limit = (f"{each / 2**20:.1f} MiB" for each in (size_bytes, limit_bytes))
+    return (
+        f"a placing of its units is not kept for an audit: {size}, limit {limit}; for one that is, cut the run into "
+        "fewer units, or lower its price limit, so that fewer solvers bid"
+    )
 
 
 @dataclass
@@ -110,27 +119,32 @@ class Matches:
         self.kept[deal_id] = msgspec.structs.replace(match, agreement=agreement)
         self.desk.save("matches", deal_id, self.kept[deal_id])
 
-    def placed(self, run: bytes, placing: Placing, deals: Sequence[bytes]) -> None:
-        """A round of a run led to these proposals: journal it, if it is no larger than a row may be."""
-        encoded = encode(placing)
-        if len(encoded) > params.STORE_VALUE_BYTES_MAX - _ROW_BYTES:
-            self.desk.emit("waiting", run, why=f"its placing takes {len(encoded)} bytes and is not kept for an audit")
-            return
+    def placed(self, run: bytes, now_ns: int, written: Written, deals: Sequence[bytes]) -> None:
+        """A round of a run led to these proposals: journal it; where it is larger than a row may be, journal that."""
         while len(self.placings) >= params.PLACINGS_KEPT_MAX:
             oldest = next(iter(self.placings))
             del self.placings[oldest]
             self.desk.save("placings", oldest, None)
-        key = blake("ichiba/placing", encoded)
-        self.placings[key] = Placed(placing.run, placing.now_ns, list(deals), encoded)
+        key = blake("ichiba/placing", run, now_ns.to_bytes(8, "big"), *deals)
+        limit = params.PLACING_BYTES_MAX
+        self.placings[key] = Placed(run, now_ns, list(deals), written.data, written.size_bytes, limit)
+        if not written.data:
+            self.desk.emit("waiting", run, why=not_kept(written.size_bytes, limit))
         self.desk.save("placings", key, self.placings[key])
+
+    def _told(self, one: Placed) -> dict[str, Any]:
+        told: dict[str, Any] = {"deals": [i.hex() for i in one.deals], "placing": one.placing.hex()}
+        if not one.placing:
+            told |= {"not_kept": not_kept(one.size_bytes, one.limit_bytes)}
+        return told
 
     def describe(self, deals: Collection[bytes], run: bytes = b"") -> dict[str, Any]:
         """The matches of these deals, and the placings of a run or of these deals as its units; in hex, as
-        `market.audit.read_match` and `market.unit_round.read_placing` take them."""
+        `market.audit.read_match` and `market.placing.read_placing` take them; of one that is not kept why."""
         placings = [one for one in self.placings.values() if one.run == run or set(one.deals) & set(deals)]
         return {
             "matches": [{"deal": i.hex(), "match": encode(self.kept[i]).hex()} for i in deals if i in self.kept],
-            "placings": [{"deals": [i.hex() for i in one.deals], "placing": one.placing.hex()} for one in placings],
+            "placings": [self._told(one) for one in placings],
         }
 
     def restore(self, rows: Callable[[str], Iterable[tuple[bytes, bytes]]]) -> None:

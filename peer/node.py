@@ -1,8 +1,7 @@
 """The heart of the daemon, sans-IO: `handle(input, now_ns) -> list[Effect]`.
 
-Exactly two things run it: the daemon (peer/daemon.py) and the simulator (tests/simulator.py). It promises that the
-same inputs, times and random numbers give the same effects; that every effect that changes the store comes before
-any that leaves the machine; and that bad bytes cost their sender a penalty and nothing else.
+The daemon (peer/daemon.py) and the simulator run it, nothing else. The same inputs, times and random numbers give the
+same effects, those on the store before those that leave the machine; bad bytes cost their sender a penalty, no more.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import Any
 
 from market import entries as money
 from market.ledger import Ledger
+from market.placing import UnitsChosen, UnitsPlaced
 from market.rounds import Played
 from peer import messages as m
 from peer import run_messages as rm
@@ -253,8 +253,8 @@ class Node:
                 self.desk.attempt(self.disputes.fetched, event)
             case BlobRead():
                 self.desk.attempt(self.disputes.read, event)
-            case Played():
-                self.desk.attempt(self.jobs.on_played, event)
+            case Played() | UnitsPlaced() | UnitsChosen():
+                self.desk.attempt(self.commands.played, event)
             case Inspected():
                 self.desk.attempt(self.disputes.inspected, event)
             case ScriptSaid():

@@ -10,24 +10,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
 import numpy as np
 
-from market.joint_placement import Candidates, choose_units
+from market.joint_placement import Candidates, tries_of
 from market.link_table import LinkTable
 from market.matching import believed_ns
 from market.placement_cost import Links
+from market.placing import ChooseUnits, UnitsChosen
 from market.run_choice import TOLERANCE, Weighed, choose, volume_of
 from peer.bidding import Bidder
 from peer.challenger import Challenger
 from peer.control_verbs import PlanRun
 from peer.desk import Desk
+from peer.events import Reply
 from peer.run_commands import BadArguments
 from protocol import params
-from protocol.errors import LocalProtocolError
+from protocol.errors import LimitExceeded, LocalProtocolError
 from protocol.keys import peer_name
 from protocol.records import ROLE_SOLVER, Ask, amount_for
 from protocol.run_sizes import check_sizes
@@ -48,6 +50,16 @@ class _Device:
     unit_price: int
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A question that is not answered yet."""
+
+    token: int
+    given: PlanRun
+    devices: list[_Device]
+    candidates: Candidates
+
+
 @dataclass
 class RunPlanning:
     """See the module docstring."""
@@ -56,9 +68,12 @@ class RunPlanning:
     bidder: Bidder
     challenger: Challenger
     table: LinkTable
+    asked: dict[int, _Asked] = field(default_factory=dict)  # what a thread chooses for, by number
+    begun: int = 0
 
-    def plan(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Choose, and say from what. Raises BadArguments."""
+    def plan(self, token: int, arguments: dict[str, Any]) -> dict[str, Any] | None:
+        """Choose, and say from what. None where that takes long: a thread chooses, and the Reply follows. Raises
+        BadArguments, LimitExceeded."""
         try:
             given = msgspec.convert(arguments, PlanRun)
             check_sizes(given.sizes)
@@ -68,8 +83,24 @@ class RunPlanning:
         devices = self._devices(given)
         links = self._links([device.peer for device in devices])
         candidates = self._candidates(given, devices, links)
-        chosen = choose_units(candidates)
-        assert chosen is not None, "as many devices as units were found"
+        self.begun += 1
+        asked, effect = _Asked(token, given, devices, candidates), ChooseUnits(self.begun, candidates)
+        if tries_of(sizes.stages * sizes.replicas, len(devices)) < params.PLACING_THREAD_MIN:
+            return self._planned(asked, effect.play())
+        if len(self.asked) >= params.PLANS_AWAITED_MAX:
+            raise LimitExceeded(f"{params.PLANS_AWAITED_MAX} runs are being planned", next_step="ask again in a moment")
+        self.asked[self.begun] = asked
+        self.desk.add(effect)
+        return None
+
+    def on_chosen(self, event: UnitsChosen) -> None:
+        """A thread has chosen: answer who asked."""
+        asked = self.asked.pop(event.number, None)
+        if asked is not None:  # else this is another process than the one that was asked, and so is who asked
+            self.desk.add(Reply(asked.token, self._planned(asked, event)))
+
+    def _planned(self, asked: _Asked, event: UnitsChosen) -> dict[str, Any]:
+        sizes, devices, candidates, chosen = asked.given.sizes, asked.devices, asked.candidates, event.chosen
         table = candidates.table(chosen)
         giga_s = np.array([device.giga_s for device in devices])
         work = np.array(sizes.operations, np.float64) / 1e9 * giga_s[table].max(axis=1)

@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from market.placing import UnitsPlaced
 from market.reasons import Reason
 from market.step_time import Volume
 from peer.deals import Deal, Job, JobState, agreement_of, move, task_of
@@ -163,7 +164,7 @@ class RunDesk:
 
     def _tick_run(self, run: Run) -> None:
         parent, children = self.jobs.jobs[run.id], self._children(run)
-        if parent.cancelled or run.failed or any(c.state in (JobState.FAILED, JobState.CANCELLED) for c in children):
+        if self._ending(run):
             self._close(run, parent, children)
             return
         for child in children:
@@ -179,6 +180,19 @@ class RunDesk:
             self._place(run, children)
         for deal, why in self.watch.lost(run, children, whole=whole, acked=self._acked(run)):
             self.submitter.lose(deal, why)
+
+    def _ending(self, run: Run) -> bool:
+        """Whether a run was cancelled, or cannot be done any more."""
+        over = (JobState.FAILED, JobState.CANCELLED)
+        return self.jobs.jobs[run.id].cancelled or bool(run.failed) or any(c.state in over for c in self._children(run))
+
+    def on_placed(self, event: UnitsPlaced) -> None:
+        """A round of a run that was played in a thread is over; nobody is asked for one that ends."""
+        run = self.runs.get(event.run)
+        if run is None or not self.jobs.jobs[run.id].open or self._ending(run):
+            self.market.forget(event.run)
+        else:
+            self.market.on_placed(event)
 
     def _acked(self, run: Run) -> set[bytes]:
         """The deals whose solvers have the last launch."""

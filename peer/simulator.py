@@ -14,6 +14,7 @@ from typing import Any
 
 from market.entries import Entry
 from market.ledger import Ledger
+from market.placing import ChooseUnits, PlaceUnits
 from market.rounds import Round
 from peer.desk import Means
 from peer.events import (
@@ -207,12 +208,14 @@ class Simulation:
             heapq.heappush(self.heap, (self.now_ns + for_ns, self.counter, name, -1, Tick()))
 
     def command(self, name: str, verb: str, arguments: dict[str, Any]) -> Reply:
-        """A person at `name` types a command; answered at once."""
+        """A person at `name` types a command; answered at once, or when the thread that it takes has ended."""
         peer = self.peers[name]
         assert peer.node is not None
         self.counter += 1
         token = self.counter
         self._perform(peer, peer.node.handle(Command(token, verb, arguments), self.now_ns))
+        if token not in self.replies:
+            self.run(seconds=1, until=lambda: token in self.replies)
         return self.replies[token]
 
     # --- running -------------------------------------------------------------------------------------------
@@ -318,7 +321,7 @@ class Simulation:
                 case Penalise(peer=target, reason=reason):
                     accused = self.by_key[target].name if target in self.by_key else target.hex()
                     self.penalties.append((peer.name, accused, reason))
-                case Round():
+                case Round() | PlaceUnits() | ChooseUnits():
                     self.at(1 + SECOND // 10, peer, effect.play())
 
     def _deliver(self, target: SimulatedPeer, event: Input) -> None:

@@ -103,6 +103,9 @@ BAR_NS: Final = 24 * 3600 * 10**9  # no business with who signed twice: longer t
 BARRED_MAX: Final = 10_000  # peers barred at a time; a key costs nothing, so the list must be bounded
 ROUND_COLUMNS_MIN: Final = 512  # bids of a round from which columns are faster than records
 ROUND_THREAD_MIN: Final = 8_192  # bids of a round from which it is played in a thread: it takes some 10 ms
+PLACING_THREAD_MIN: Final = 400  # placements of a run's units from which a thread looks at them: some 50 ms
+PLANS_AWAITED_MAX: Final = 8  # runs that are being planned for people at this peer, one after the other
+PLACING_PLAIN_BYTES_MAX: Final = 64 * 1024 * 1024  # 256 units of 256 bids are 25 MiB, reports of all links 6 more
 PLACINGS_KEPT_MAX: Final = 100  # of runs, with all their bids and reports of links, some 100 kB each for four units
 MATCHES_KEPT_MAX: Final = 1_000  # with all their bids, some 10 kB each in a market of twenty solvers
 JOBS_OPEN_MAX: Final = 256  # of one submitter's daemon
@@ -179,6 +182,7 @@ ENTRY_MEMO_CHARS_MAX: Final = 200
 STORE_TABLE_CHARS_MAX: Final = 32  # the name of a key-value table
 STORE_KEY_BYTES_MAX: Final = 256
 STORE_VALUE_BYTES_MAX: Final = 2 * 1024 * 1024  # one record or one node snapshot; programs and data are blobs
+PLACING_BYTES_MAX: Final = STORE_VALUE_BYTES_MAX - 16 * 1024  # of a row, beside the ids of its deals
 STORE_GROUP_ROWS_MAX: Final = 100_000  # one transaction: about a second of writing on a slow disk
 STORE_BUSY_MS: Final = 5_000  # an inspecting sqlite3 shell may hold the file so long before we give up
 STORE_WHOLE_CHECK_BYTES_MAX: Final = 16 * 1024 * 1024  # a smaller store is verified whole before it opens: a second
@@ -352,7 +356,6 @@ SCRIPT_BEAT_SECONDS: Final = 10.0  # a silent script's solver says so often that
 SCRIPT_CLOCK_SLACK_PERMILLE: Final = 20  # by which two clocks may differ in how long a script ran, beside 2 s
 SCRIPT_CLOCK_SLACK_NS: Final = 2 * 10**9
 SCRIPT_REPLICAS_MAX: Final = 8
-
 # --- arbitration (protocol/dispute.py) ---------------------------------------------------------------------
 NOTARIES_MAX: Final = 16  # 3f + 1 with f = 5; every arbitration carries 2f + 1 of their signatures
 MOVE_BYTES_MAX: Final = 8 * 1024  # the body of one move: a tile of 4 KiB, or 16 hashes, and some words
@@ -364,7 +367,6 @@ OPENING_TILES_MAX: Final = 40  # tiles a block may read: 200 KiB with their path
 TRACE_BYTES_MAX: Final = 4 * 1024**3  # all values of one step, as a challenger of a tolerant task reads them
 PURSUITS_MAX: Final = 4  # steps of one segment that a challenger looks into: each costs both sides a trace
 QUESTION_BYTES_MAX: Final = 4096  # what a worker is asked about a step: positions and a root, 200 bytes
-
 # --- disputes over the network (peer/arbiter.py, peer/disputant.py) ----------------------------------------
 DISPUTES_OPEN_MAX: Final = 32  # one notary hears at a time: each holds a Program and at most 1 MiB of moves
 DISPUTES_PER_CHALLENGER_MAX: Final = 4  # open at one notary: more would buy one challenger the bench
@@ -426,12 +428,10 @@ WHY_JOBS_MAX: Final = 8  # waiting jobs that `why` looks into when it is asked a
 QUOTE_ASKS_MAX: Final = 2_000  # the cheapest that a quote's waiting times are reckoned from: 50 ms of the node's time
 QUOTE_ROWS_MAX: Final = 10  # price limits of a quote
 CLOCKS_NOTED_MAX: Final = 256  # authors whose clock seems wrong: 40 bytes each
-
 # --- reputation (market/reputation.py) ---------------------------------------------------------------------
 REPUTATION_DAY_ATTO: Final = 977_159_968_434_245_955  # 10^18 x 2^(-1/30): evidence halves in 30 days, a billing month
 REPUTATION_PAIR_DEALS: Final = 4  # what one counterparty says for a peer, at most: alone it brings a bound of 0.69
 REPUTATION_PAIR_LOSSES: Final = 1  # and against it: one-sided, so no more than one proved fault
-
 # --- a guest on its owner's machine (peer/guest.py) ---------------------------------------------------------
 GUEST_RULES_CHARS_MAX: Final = 16_384  # of earn.toml
 GUEST_READ_SECONDS: Final = 10.0  # between two looks at the sensors

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from market.unit_round import Placing, check_placing, read_placing
+from market.placing import Placing, check_placing, read_placing
 from peer.simulator import Simulation
 from protocol import params
 from protocol.codec import encode
