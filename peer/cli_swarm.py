@@ -26,6 +26,10 @@ __all__ = ["PlainScreen", "TerminalScreen", "closing_words", "swarm"]
 
 PICTURE_LINES = 9
 SPARK_LETTERS = 40
+LINKS_HELP = (
+    "With --parallel: slow is 50 ms and 100 Mbit/s, by network namespaces where this user may make them, else by a "
+    "shaper in each daemon; it is said which."
+)
 INDENT = " " * 11  # under what a line is about
 MEET_SECONDS = 60.0
 
@@ -127,7 +131,7 @@ def down(path: Path | None, as_json: bool) -> None:
 @click.option("--seed", type=click.IntRange(0, 2**32), default=3, show_default=True, help="Of weights and data order.")
 @NOTARIES
 @click.option("--parallel", metavar="SxR", help="Instead: one job of S stages by R replicas, a solver for each.")
-@click.option("--links", type=click.Choice(["fast", "slow"]), default="fast", help="With --parallel: slow them down.")
+@click.option("--links", type=click.Choice(["fast", "slow"]), default="fast", help=LINKS_HELP)
 @click.option("--keep", is_flag=True, help="Leave the swarm running, to look around.")
 @click.option(
     "--dir",
@@ -179,7 +183,7 @@ def demo(
 
 
 def _parallel(shape: str, *, slow: bool, cheat: str, path: Path | None, as_json: bool) -> None:
-    """The demonstration of a parallel job. `slow` links are slowed by an in-process shaper at both ends."""
+    """The demonstration of a parallel job."""
     from peer.demo_parallel import run_parallel_demo, words_of
 
     stages, _, replicas = shape.lower().partition("x")

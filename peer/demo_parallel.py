@@ -11,7 +11,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,12 +21,14 @@ import msgspec
 from peer.client import Client
 from peer.demo import DemoFailed, ichiba
 from peer.lan import LAN_RULES, SUBMITTER_FREE_MICRO, Lan, Member
+from peer.link_namespaces import LinkNamespaces, NoNamespaces
+from peer.link_shaper import parse_shaper
 from protocol.credits import credits_of
 from protocol.records import ROLE_SOLVER, ROLE_VERIFIER
 
 __all__ = ["CHEAT", "SLOW", "caught_words", "run_parallel_demo", "words_of"]
 
-SLOW: Final = "50ms,100mbit"
+SLOW: Final = "50ms,100mbit"  # peer/cli_swarm.py says so too
 CHEAT: Final = "solver-1"  # the cheapest, so it has a unit
 SECONDS_MAX: Final = 1500.0
 LOOK_SECONDS: Final = 1.0
@@ -86,8 +89,10 @@ def run_parallel_demo(
     *, stages: int, replicas: int, steps: int, slow: bool, cheat: str, path: Path | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Start a submitter and a solver for each unit, train, and stop them. Returns the figures, `failures` among them:
-    what was not as it should be. slow: links of SLOW, by an in-process shaper at both ends. cheat: of
-    worker.cheats.UNIT_CHEATS, which CHEAT commits; there is one more solver then, who is dearer. Raises IchibaError."""
+    what was not as it should be. slow: links of SLOW (`slowed` says by what). cheat: of worker.cheats.UNIT_CHEATS,
+    which CHEAT commits; there is one more solver then, who is dearer. Raises IchibaError.
+
+    However this process ends, the swarm and its links end too, and a directory of their own making is removed."""
     place = path or Path(tempfile.mkdtemp(prefix="ichiba-parallel-"))
     both = ROLE_SOLVER | ROLE_VERIFIER  # each also checks the units of others, when its own is done
     wanted = [Member(name="submitter", roles=0, free_micro=SUBMITTER_FREE_MICRO)]
@@ -96,18 +101,55 @@ def run_parallel_demo(
     if cheat:
         wanted[1] = msgspec.structs.replace(wanted[1], cheat=cheat)
         wanted.append(Member(name=f"solver-{len(wanted)}", roles=both, unit_price=1800))
-    lan = Lan.create(place / "swarm", wanted, rules=msgspec.structs.replace(LAN_RULES, proposal_ms=15_000))
-    if slow:
-        os.environ["ICHIBA_SHAPE"] = SLOW
+    lan = Lan.create(place, wanted, rules=msgspec.structs.replace(LAN_RULES, proposal_ms=15_000))
+    release = lan.guard(remove=path is None)
     try:
-        lan.start(lambda name: say(f"{name} runs"))
-        lan.meet(seconds=180)
-        return _train(lan, place, stages, replicas, steps, cheat, say) | {"slow": slow}
+        with slowed(lan, say) if slow else _as_they_are() as links:
+            try:
+                lan.start(lambda name: say(f"{name} runs"))
+                lan.meet(seconds=180)
+                found = _train(lan, place, stages, replicas, steps, cheat, say)
+                counters = lan.links.counters() if lan.links else None
+            finally:
+                lan.stop()
     finally:
-        os.environ.pop("ICHIBA_SHAPE", None)
-        lan.stop()
+        release()
         if path is None:
             shutil.rmtree(place, ignore_errors=True)
+    return found | {"slow": slow, "links": {**links, "counters": counters}}
+
+
+@contextmanager
+def _as_they_are() -> Iterator[dict[str, Any]]:
+    yield {"way": "loopback", "shape": "", "why": ""}
+
+
+@contextmanager
+def slowed(lan: Lan, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """The daemons that `lan` starts within the block have links of SLOW: by network namespaces where they can be had,
+    else by a shaper in each daemon. Says, and yields, which of the two, and why."""
+    shape = parse_shaper(SLOW).others
+    rate, delay_ns = round(8 * shape.bytes_per_second), round(1e9 * shape.delay_s)
+    names = [one.member.name for one in lan.peers]
+    try:
+        links = LinkNamespaces.open(names, bits_per_second=rate, delay_ns=delay_ns, log=lan.path / "relay.log")
+    except NoNamespaces as refusal:
+        why = refusal.why or str(refusal)
+        say(f"links of {SLOW}, by a shaper in each daemon: it knows no congestion. No network namespaces: {why}")
+        os.environ["ICHIBA_SHAPE"] = SLOW
+        try:
+            yield {"way": "shaper", "shape": SLOW, "why": why}
+        finally:
+            os.environ.pop("ICHIBA_SHAPE", None)
+        return
+    try:
+        lan.links = links
+        why = "this process may make network namespaces, and packets passed between all of them"
+        say(f"links of {SLOW}: each daemon in a network namespace of its own; a relay delays, queues and drops")
+        yield {"way": "namespaces", "shape": SLOW, "why": why}
+    finally:
+        lan.links = None
+        links.close()
 
 
 def _train(
@@ -124,6 +166,8 @@ def _train(
     job, client = json.loads(made.splitlines()[-1])["job"], submitter.client()
     offered, seen, launched_s, first_s = time.monotonic(), "", 0.0, 0.0
     while True:
+        if lan.links is not None:
+            lan.links.check()
         found = client.job(job)
         units = found["run"]["units"]
         now = ", ".join(f"{u['unit']}: {u['segments_done']} {u['deal'] or u['state']}" for u in units)
@@ -200,12 +244,11 @@ def words_of(outcome: dict[str, Any]) -> str:
         back = f"the run went back {outcome['rewinds']} time{'s' * (outcome['rewinds'] != 1)}"
         slashed = f"It lost {credits_of(outcome['slashed_micro'])} credits of stake and all pay; {back}, and others"
         cheated = [*caught_words(outcome["caught"]), f"{slashed} trained what it had spoilt again."]
-    links = f"links of {SLOW}" if outcome["slow"] else "the links of this machine"
     return " ".join(
         (
             f"Placed: {units} units at {units} solvers, launched {outcome['launched_s']:.0f} s after the offer.",
-            f"Trained: {outcome['steps']} steps over {links}, the first segment signed for by all after "
-            f"{outcome['first_segment_s']:.0f} s.",
+            f"Trained: {outcome['steps']} steps over {_links_words(outcome['links'])}, the first segment signed for by "
+            f"all after {outcome['first_segment_s']:.0f} s.",
             *cheated,
             f"Verified: {outcome['checked']} segments of units were re-executed alone from their tapes, each bit of "
             f"the honest ones the same; {outcome['proofs']} proofs check offline.",
@@ -213,3 +256,15 @@ def words_of(outcome: dict[str, Any]) -> str:
             f"{credits_of(outcome['spent_micro'] - outcome['paid_micro'])} for checks; all accounts still add up.",
         )
     )
+
+
+def _links_words(links: dict[str, Any]) -> str:
+    if links["way"] == "namespaces":
+        counted = links["counters"]
+        return (
+            f"links of {links['shape']} between network namespaces (TCP met queues; {counted['dropped']} of "
+            f"{counted['taken']} frames were dropped)"
+        )
+    if links["way"] == "shaper":
+        return f"links of {links['shape']} by a shaper in each daemon (no network namespaces: {links['why']})"
+    return "the links of this machine"

@@ -16,10 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -33,6 +33,9 @@ from protocol.network import Deposit, Network, Rules, dump
 from protocol.params import MICRO_PER_CREDIT
 from protocol.records import ROLE_SOLVER, ROLE_VERIFIER, ROLE_WHISTLEBLOWER
 
+if TYPE_CHECKING:
+    from peer.link_namespaces import LinkNamespaces
+
 __all__ = ["LAN_RULES", "Lan", "LanProblem", "Member", "members"]
 
 SCHEMA: Final = "ichiba.swarm/1"
@@ -42,6 +45,7 @@ STOP_SECONDS_MAX: Final = 8.0  # a clean end takes about a second; then it is ki
 DEATH_SECONDS_MAX: Final = 10.0  # from SIGKILL to gone
 POLL_SECONDS: Final = 0.05
 LOG_LINES_SHOWN: Final = 12
+LOOPBACK: Final = "127.0.0.1"
 SUBMITTER_FREE_MICRO: Final = 1000 * MICRO_PER_CREDIT
 STAKE_MICRO: Final = 100 * MICRO_PER_CREDIT  # the demo's job locks about 7 credits
 
@@ -82,7 +86,8 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Running(msgspec.Struct, kw_only=True):
-    """One daemon in swarm.json. `born`: its start time in clock ticks since boot; `peer`: its name on the network."""
+    """One daemon in swarm.json. `born`: its start time in clock ticks since boot; `peer`: its name on the network;
+    `host`: where it listens."""
 
     member: Member
     peer: str
@@ -90,6 +95,7 @@ class Running(msgspec.Struct, kw_only=True):
     log: str
     pid: int = 0
     born: int = 0
+    host: str = LOOPBACK
 
     def client(self) -> Client:
         """Its control socket, as its owner uses it."""
@@ -132,11 +138,13 @@ def members(count: int = 5, *, cheat: str = "", notaries: int = 0) -> tuple[Memb
 
 @dataclass
 class Lan:
-    """The swarm under `path`. Make it with `create`, find it again with `load`."""
+    """The swarm under `path`. Make it with `create`, find it again with `load`. links: in whose namespaces its daemons
+    are started; else all on loopback."""
 
     path: Path
     peers: list[Running] = field(default_factory=list)
     children: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    links: LinkNamespaces | None = None
 
     @classmethod
     def create(cls, path: Path, wanted: Sequence[Member], *, seed: int | None = None, rules: Rules = LAN_RULES) -> Lan:
@@ -221,7 +229,9 @@ class Lan:
             told(one.member.name)
 
     def _spawn(self, one: Running, known: Sequence[str]) -> None:
-        with Path(one.log).open("ab") as log:
+        name = one.member.name
+        one.host = self.links.host_of(name) if self.links else LOOPBACK
+        with Path(one.log).open("ab") as log, self.links.entered(name) if self.links else nullcontext():
             child = subprocess.Popen(
                 command(one, known),
                 stdin=subprocess.DEVNULL,
@@ -230,7 +240,7 @@ class Lan:
                 cwd=one.data,
                 start_new_session=True,
             )
-        self.children[one.member.name] = child
+        self.children[name] = child
         one.pid, one.born = child.pid, born(child.pid) or 0
         self.save()
 
@@ -414,7 +424,7 @@ def command(one: Running, known: Sequence[str]) -> list[str]:
     member = one.member
     bits = {"solver": ROLE_SOLVER, "verifier": ROLE_VERIFIER, "whistleblower": ROLE_WHISTLEBLOWER}
     roles = [name for name, bit in bits.items() if member.roles & bit]
-    words = [sys.executable, "-P", "-m", "peer.cli", "up", "--data", one.data, "--listen", "/ip4/127.0.0.1/tcp/0"]
+    words = [sys.executable, "-P", "-m", "peer.cli", "up", "--data", one.data, "--listen", f"/ip4/{one.host}/tcp/0"]
     words += ["--roles", ",".join(roles) or "none", "--price", credits_of(member.unit_price)]
     for address in known:
         words += ["--peer", address]

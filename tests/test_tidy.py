@@ -27,9 +27,9 @@ SANS_IO = {  # everything the simulator runs as the daemon does, and the simulat
         "cosigning", "credit", "credit_messages", "deals", "delivery", "desk", "disputant", "dispute_file", "disputes",
         "drawing", "drops", "events", "forcing", "hearing", "house", "house_view", "intake", "job_terms", "jobs",
         "kept", "link_reports", "market_view", "matches", "messages", "moves", "netting", "news", "node", "notary",
-        "overtaken", "parallel", "pricing", "profiles", "prover", "quarrels", "receipt_rows", "receiving",
-        "reputations", "reruns", "restored", "rulings", "run_commands", "run_events", "run_messages", "run_planning",
-        "run_row", "run_watch", "runs", "sealing", "settler", "simulated_bench", "simulated_faults",
+        "overtaken", "packet_lines", "parallel", "pricing", "profiles", "prover", "quarrels", "receipt_rows",
+        "receiving", "reputations", "reruns", "restored", "rulings", "run_commands", "run_events", "run_messages",
+        "run_planning", "run_row", "run_watch", "runs", "sealing", "settler", "simulated_bench", "simulated_faults",
         "simulated_units", "simulated_work", "simulator", "solver", "stake_reasons", "stakes", "submitter",
         "tensor_state", "tensor_wire", "unit_deals", "units", "whistleblower", "witness",
     )
