@@ -9,12 +9,19 @@ import msgspec
 from market.entries import Account
 from peer.case import open_evidence
 from peer.simulated_faults import SECOND
+from protocol.arbitration import Judged
 from protocol.records import Challenge, Verdict
 from tests.adversaries.stage import Stage, Strategy
 from tests.adversaries.strategies import Cheat
 from tests.dispute_swarm import states_of, told
 from tests.run_scene import run_until, submit_run, until_over
-from tests.test_run_disputes import NOTARIES, arbitrations, court, of, over, stake
+from tests.test_run_disputes import NOTARIES, court, of, over, stake
+
+
+def arbitrations(stage: Stage, notary: str = "notary0") -> list[Judged]:
+    """What notaries found, as the log of one has it."""
+    log = stage.node(notary).settler
+    return [one for channel in log.channels.values() for one in channel.findings.values()]
 
 
 class Copier(Strategy):

@@ -19,7 +19,6 @@ from peer.simulated_faults import SECOND, Faults
 from peer.simulated_frauds import UNIT_FRAUDS, WRONG_END
 from peer.turns import readable
 from protocol import params
-from protocol.arbitration import Judged
 from protocol.bundle import BundleReport, make_bundle, verify_bundle
 from protocol.bundle_deal import Refused
 from protocol.codec import blake, decode
@@ -63,12 +62,6 @@ def honest_roots() -> set[str]:
 
 
 honest = cache(honest_roots)
-
-
-def arbitrations(stage: Stage, notary: str = "notary0") -> list[Judged]:
-    """What notaries found, as the log of one has it."""
-    log = stage.node(notary).settler
-    return [one for channel in log.channels.values() for one in channel.findings.values()]
 
 
 def stake(stage: Stage, name: str) -> int:
