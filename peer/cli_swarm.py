@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 import platformdirs
+from click.core import ParameterSource
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -165,10 +166,13 @@ def demo(
     ichiba swarm demo --parallel 2x2 --cheat skip-backward
     """
     if parallel is not None:
+        _refuse_with_parallel("kill", "steps", "seed", "notaries", "keep")
         _parallel(parallel, slow=links == "slow", cheat=cheat or "", path=path, as_json=as_json)
         return
     if cheat in UNIT_CHEATS:
         raise click.UsageError(f"--cheat {cheat} is a fraud of one unit of many: add --parallel 2x2.")
+    if links == "slow":
+        raise click.UsageError("--links slow is of the links that tensors travel over: add --parallel 2x2.")
     plan = Plan(
         cheat=cheat or "", kill=bool(kill), steps=steps, seed=seed, keep=keep, path=path, notaries=int(notaries)
     )
@@ -180,6 +184,14 @@ def demo(
     if as_json:
         click.echo(json.dumps(outcome.as_dict()))
     click.get_current_context().exit(1 if outcome.failures else 0)
+
+
+def _refuse_with_parallel(*options: str) -> None:
+    """The demonstration of a parallel job is one story, and takes none of these: say so, and ignore none."""
+    context = click.get_current_context()
+    for option in options:
+        if context.get_parameter_source(option) is not ParameterSource.DEFAULT:
+            raise click.UsageError(f"--{option} is not for --parallel: leave one of them out.")
 
 
 def _parallel(shape: str, *, slow: bool, cheat: str, path: Path | None, as_json: bool) -> None:

@@ -197,8 +197,17 @@ def test_the_command_line_offers_every_fraud_the_worker_knows() -> None:
     assert tuple(offered.choices) == (*CHEATS, *UNIT_CHEATS)
 
 
-@pytest.mark.parametrize("words", [["--cheat", "skip-backward"], ["--cheat", "skip-step", "--parallel", "2x2"]])
-def test_a_fraud_that_the_job_cannot_suffer_is_refused(words: list[str]) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--cheat", "skip-backward"], ["--links", "slow"], ["--cheat", "skip-step", "--parallel", "2x2"],
+        *(
+            ["--parallel", "2x2", *option]
+            for option in (["--kill", "solver"], ["--steps", "20"], ["--seed", "3"], ["--notaries", "4"], ["--keep"])
+        ),
+    ],
+)  # fmt: skip
+def test_what_the_demonstration_cannot_do_is_refused(words: list[str]) -> None:
     told = CliRunner().invoke(demo_command, words)
     assert told.exit_code == 2 and "parallel" in told.output, told.output
 
