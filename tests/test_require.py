@@ -323,7 +323,7 @@ def test_a_tolerant_job_that_is_late_before_its_profiles_are_made_fails() -> Non
         ({"device": "tpu"}, "device"),
         ({"device_memory_bytes": 1}, "card"),
         ({"device": "cpu", "device_memory_bytes": 1}, "card"),
-        ({"device": "gpu", "device_memory_bytes": -1}, "card"),
+        ({"device": "gpu", "device_memory_bytes": -1}, "device_memory_bytes"),
     ],
 )
 def test_terms_that_nobody_can_meet_are_refused_before_anybody_hears_of_them(
