@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from peer.desk import Desk
-from peer.dispute_file import DisputeFile
+from peer.dispute_file import WORDS_OF_A_JUROR_MAX, DisputeFile
 from peer.hearing import Hearing
 from peer.messages import JuryAsk
 from protocol import params
@@ -84,7 +84,7 @@ class Jury:
         except VerificationFailed:
             return
         said = self.words.setdefault(verdict.checker, set())
-        if word in said or len(said) > 1:
+        if word in said or len(said) >= WORDS_OF_A_JUROR_MAX:
             return  # two words are none: what else it signs is not kept
         said.add(word)
         self.desk.emit("juror", dispute=file.id, juror=verdict.checker, finding=word.finding,
@@ -96,20 +96,23 @@ class Jury:
         found = decided(self.words, self.desk.network.rules.tolerant_quorum)
         if found is None or self.hearing.file.over or not self.hearing.opened_ns:
             return
+        if found.finding == "right":
+            self.rule(self.hearing, found)
+            return
         finder = self._finder(found)
-        if found.finding == "right" or not self._waits(finder.file):
+        if not self._waits(finder.file):
             finder.opened_ns = finder.opened_ns or self.desk.now_ns
             self.rule(finder, found)
 
     def _finder(self, word: Word) -> Hearing:
-        """The hearing of the oldest challenge that says what the jurors say; this one, if none does."""
+        """Of a word of wrong, the hearing of the oldest challenge that says the same; this one, if none does."""
         mine = self.hearing.file
         alike = [
             h for h in self.hearings.values()
             if h.file.root == mine.root and h.file.challenge.segment == mine.challenge.segment and not h.file.over
             and cause_of(word, h.file.challenge) == "jury"
         ]  # fmt: skip
-        return min(alike, key=lambda h: h.file.age) if word.finding == "wrong" and alike else self.hearing
+        return min(alike, key=lambda h: h.file.age, default=self.hearing)
 
     def _waits(self, mine: DisputeFile) -> bool:
         """Whether another challenge than `mine`, on which this notary ruled wrong, may still come to a quorum first. If

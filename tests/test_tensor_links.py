@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from peer import payload_shelf
 from peer.links import PeerUnreachable, Stream
 from peer.payload_shelf import ShelfFull
 from peer.tensor_links import Seat
+from peer.tensor_port import TensorPort
 from peer.tensor_wire import Greeting, Hello, Part
 from protocol import params
 from protocol.codec import decode, encode
@@ -208,15 +210,18 @@ async def test_who_waits_says_for_whom(tmp_path: Path, autojump_clock: object) -
             nursery.cancel_scope.cancel()
 
 
+@contextmanager
+def at_one_peer(net: Net, tmp_path: Path) -> Iterator[tuple[TensorPort, TensorPort]]:
+    """Unit 0 and unit 1, which it feeds, both at peer 0."""
+    links, seats = net.host(peer(0), tmp_path), {unit: Seat(peer(0)) for unit in (0, 1)}
+    with links.open(place(0, to={1}), seats) as one, links.open(place(1, comes={0: expected()}), seats) as two:
+        yield one, two
+
+
 async def test_two_units_at_one_peer_need_no_network(tmp_path: Path) -> None:
-    seats = {unit: Seat(peer(0)) for unit in (0, 1)}
     async with open_net() as net:
-        links = net.host(peer(0), tmp_path)
         with trio.fail_after(SECONDS_MAX):
-            with (
-                links.open(place(0, to={1}), seats) as one,
-                links.open(place(1, comes={0: expected()}), seats) as two,
-            ):
+            with at_one_peer(net, tmp_path) as (one, two):
                 await one.send(key(0), (1,), payload_of(0, size=2_000_000))
                 assert await two.want(key(0)) == payload_of(0, size=2_000_000)
         assert net.opened == 0
@@ -357,14 +362,9 @@ async def test_a_port_that_closes_while_it_reads_its_disk_ends_quietly(
 
 
 async def test_a_full_disk_of_a_unit_that_is_fed_by_another_here_is_that_units_trouble(tmp_path: Path) -> None:
-    seats = {unit: Seat(peer(0)) for unit in (0, 1)}
     async with open_net() as net:
-        links = net.host(peer(0), tmp_path)
         with trio.fail_after(SECONDS_MAX):
-            with (
-                links.open(place(0, to={1}), seats) as one,
-                links.open(place(1, comes={0: expected()}), seats) as two,
-            ):
+            with at_one_peer(net, tmp_path) as (one, two):
                 two.shelf._disk_max, two.shelf._memory_max = 0, 0
                 await one.send(key(0), (1,), payload_of(0))
                 with pytest.raises(ShelfFull):
